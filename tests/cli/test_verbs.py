@@ -121,7 +121,8 @@ def test_output_contains_no_foreign_lines(call, flags, tmp_path):
     arguments = flags(tmp_path / "run", train__checkpointing="true")
     out, err = run_in_subprocess("train", *arguments, "--json")
     json.loads(out)
-    lines = [line for line in err.splitlines() if not line.startswith("still ")]
+    lines = err.splitlines()
+    assert not any(line.startswith("still ") for line in lines)
     first = lines[: next(number for number, line in enumerate(lines) if line.startswith("step 1/2"))]
     header = ("rows:", "memory:", "precision: fp32", "steps:", "output:")  # a long path has a line to itself
     warnings = (

@@ -43,15 +43,24 @@ def test_invalid_settings_are_rejected_by_key(settings, location):
 def test_peft_names_are_accepted():
     kind = {"init_lora_weights": True, "use_rslora": True, "use_dora": False, "exclude_modules": None}
     peft = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "layers_to_transform": 3, "modules_to_save": ["lm_head"]}
-    config = LoRAConfig.from_dict({**peft, **kind})
     expected = LoRAConfig(rank=4, alpha=8.0, dropout=0.1, rslora=True, layers=[3], train_modules=["lm_head"])
-    assert config == expected
+    assert LoRAConfig.from_dict({**peft, **kind}) == expected
+    assert LoRAConfig(**peft, **kind) == expected
+    assert LoRAConfig(alora_invocation_tokens=[5]) == LoRAConfig(active="completion", invocation_tokens=[5])
 
 
-@pytest.mark.parametrize(("values", "message"), [({"lora_alhpa": 3}, "lora_alpha"), ({"r": 3, "rank": 3}, "twice")])
-def test_unknown_and_duplicate_keys_are_rejected(values, message):
+@pytest.mark.parametrize("create", [LoRAConfig.from_dict, lambda values: LoRAConfig(**values)])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lora_alhpa": 3}, "lora_alpha"),
+        ({"r": 3, "rank": 3}, "twice"),
+        ({"task_type": "CAUSAL_LM"}, "the model determines the task"),
+    ],
+)
+def test_unknown_and_duplicate_keys_are_rejected(create, values, message):
     with pytest.raises(UserError, match=message):
-        LoRAConfig.from_dict(values)
+        create(values)
 
 
 def test_every_setting_has_description():

@@ -119,3 +119,32 @@ def test_merged_model_with_weight_changing_init_restores_base(init):
         assert torch.equal(logits(model, "llama"), base)
     unmerge(model)
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, residual)
+
+
+def test_merge_reports_what_rounding_changes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)).bfloat16()
+    attach(model, LoRAConfig(rank=4))
+    randomise(model)
+    deltas = [layer.delta_weight().detach() for layer in model]
+    weights = [layer.weight.float() for layer in model]
+    summary = merge(model)
+    rounding = [layer.weight - (w + delta) for layer, w, delta in zip(model, weights, deltas, strict=True)]
+    for name, error, delta in zip(("0", "1"), rounding, deltas, strict=True):
+        assert summary.errors[name] == pytest.approx(float(error.norm() / delta.norm()), rel=1e-3)
+    total = float(torch.stack(rounding).norm() / torch.stack(deltas).norm())
+    assert summary.error == pytest.approx(total, rel=1e-3) and 0 < total < 0.5
+
+    unmerge(model)
+    with torch.no_grad():
+        for layer in model:
+            layer.lora_B.mul_(1e-4)
+    with pytest.warns(UserWarning, match="rounding changed 9.% of the update"):
+        assert merge(model).error > 0.9
+
+
+def test_merge_of_fp32_weights_reports_no_rounding():
+    model = nn.Sequential(nn.Linear(8, 8))
+    attach(model, LoRAConfig(rank=2))
+    randomise(model)
+    assert merge(model).error == 0.0

@@ -1,4 +1,4 @@
-"""Long operations show a spinner on a terminal and lines elsewhere. Short operations show no output."""
+"""Long operations show a spinner on a terminal, or lines if it cannot redraw. Short operations show no output."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ def _short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, 0.01)
 
 
-def make_console(terminal: bool) -> tuple[TerminalOutput, io.StringIO]:
+def make_console(redraws: bool) -> tuple[TerminalOutput, io.StringIO]:
+    """Return a console on a terminal."""
     file = io.StringIO()
-    return TerminalOutput(file=file, force_terminal=terminal, width=80), file
+    console = TerminalOutput(file=file, force_terminal=True, color_system=None, width=80)
+    console.redraws = redraws
+    return console, file
 
 
 def wait_for_text(file: io.StringIO, text: str) -> None:
@@ -33,16 +36,24 @@ def wait_for_text(file: io.StringIO, text: str) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress_is_shown_with_percentage(terminal: bool) -> None:
-    console, file = make_console(terminal)
+@pytest.mark.parametrize("redraws", [True, False])
+def test_progress_is_shown_with_percentage(redraws: bool) -> None:
+    console, file = make_console(redraws)
     with use_listener(WorkingDisplay(console)), track_progress("converting [big] model.gguf", 8) as advance:
         advance(2)
         wait_for_text(file, "converting [big] model.gguf 25 %")
     output = file.getvalue()
-    assert ("\x1b" in output) == terminal
+    assert ("\x1b" in output) == redraws
     time.sleep(0.05)
     assert file.getvalue() == output  # the display has stopped
+
+
+def test_pipes_and_files_get_no_progress_lines() -> None:
+    file = io.StringIO()
+    console = TerminalOutput(file=file, width=80)
+    with use_listener(WorkingDisplay(console)), track_progress("computing step 9 of 60"):
+        time.sleep(0.1)
+    assert file.getvalue() == ""
 
 
 def test_innermost_work_is_shown_first() -> None:
@@ -56,8 +67,8 @@ def test_innermost_work_is_shown_first() -> None:
 def test_short_work_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SPINNER_DELAY", 60.0)
     monkeypatch.setattr(module, "FIRST_LINE", 60.0)
-    for terminal in (True, False):
-        console, file = make_console(terminal)
+    for redraws in (True, False):
+        console, file = make_console(redraws)
         with use_listener(WorkingDisplay(console)), track_progress("planning"):
             console.print("a line")
         assert file.getvalue() == "a line\n"

@@ -297,6 +297,6 @@ def test_two_hosts_started_by_torchrun_match_one_process(make_config, tmp_path):
             processes.append(subprocess.Popen(command.split(), env=environment, **streams))
         first, second = wait_all(processes)
     assert first[0] == second[0] == 0, (first, second)
-    assert all(line.startswith("still ") for line in second[1].splitlines())  # progress of a busy machine
+    assert not second[1]
     assert "2 processes, 1 of them here" in first[1]
     assert_same_run(tmp_path / "two", tmp_path / "one")

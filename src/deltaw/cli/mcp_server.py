@@ -344,8 +344,8 @@ class AgentServer:
 
 
 def _notes(text: str) -> list[str]:
-    """Return the last messages of a command, without progress lines."""
-    lines = [line for line in text[-MAX_RESULT_LENGTH:].splitlines() if line.strip() and not line.startswith("still ")]
+    """Return the last messages of a command."""
+    lines = [line for line in text[-MAX_RESULT_LENGTH:].splitlines() if line.strip()]
     return [line[:300] for line in lines[-40:]]
 
 

@@ -22,7 +22,6 @@ from deltaw.export.combine import (
     ReducedFactors,
     concatenate_factors,
     reduce_rank,
-    relative_errors,
     require_rank,
     stack_factors,
     truncate_dense,
@@ -34,6 +33,7 @@ from deltaw.lora.attachment import require_attachment
 from deltaw.lora.fingerprint import same_base
 from deltaw.lora.kinds import refusal
 from deltaw.lora.layers import LoRABias, LoRAConv, LoRALayer
+from deltaw.lora.math import relative_errors
 from deltaw.lora.select import Selection, Target
 from deltaw.progress import LogFunction, ignore_line, track_progress
 from deltaw.settings.config import SETTINGS

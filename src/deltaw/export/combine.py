@@ -22,6 +22,7 @@ from torch import Tensor
 
 from deltaw.errors import UserError
 from deltaw.export.adapters import AdapterChanges, Blocks, LowRankChange, ParameterChange, WeightChange, WeightFactors
+from deltaw.lora.math import relative_errors
 
 # Norms, inner products, angles and rank reductions do not compute ΔW: for a weight of n rows and m columns they cost
 # O((n + m)·r²), in float64. With L = Q_L·R_L and Rᵀ = Q_R·R_R (QR decompositions), the singular values of L·R are those
@@ -261,16 +262,6 @@ class Combination:
         combined = [(p.names[0], p.change) for p in self.changes if isinstance(p.change, CombinedChange)]
         squares = {name: (change.squared_error, change.squared_norm) for name, change in combined}
         return relative_errors({**self.known_errors, **squares})
-
-
-def relative_errors(squares: Mapping[str, tuple[float, float]]) -> tuple[dict[str, float], float]:
-    """Return the root of (squared error / squared norm) by parameter, and over all parameters together."""
-
-    def ratio(error: float, norm: float) -> float:
-        return (error / norm) ** 0.5 if norm > 0 else 0.0
-
-    total = ratio(sum(error for error, _ in squares.values()), sum(norm for _, norm in squares.values()))
-    return {name: ratio(*values) for name, values in squares.items()}, total
 
 
 def combine(adapters: Sequence[AdapterChanges], recipe: Recipe) -> Combination:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -243,7 +244,9 @@ def _compare(job: MergePlan, folder: Path, sample_size: SampleSize, log: LogFunc
     noise = max(UNIT_ROUNDOFF[stored], UNIT_ROUNDOFF[torch.bfloat16] if precision == "bf16" else 0.0)
     perturb_all = narrowed or precision == "bf16"
     if is_single and session.method is not None and session.method.name == "lora":
-        with contextlib.suppress(UserError):  # an adapter that cannot be merged remains attached
+        # An adapter that cannot be merged remains attached.
+        with contextlib.suppress(UserError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # rounding is measured below
             merge(model, keep_original=False)
     changed = {name for change in _changes(job, model) for name in change.names}
     _perturb(model, None if perturb_all else changed, noise, stored)

@@ -207,8 +207,12 @@ class AdaptedLayer(nn.Module):
         """Module that has ``weight`` as a parameter."""
         return self
 
-    def merged_weight(self) -> Tensor:
-        """Return the weight with its update, rounded once to the weight's dtype, without a graph."""
+    def merged_weight(self, *, rounded: bool = True) -> Tensor:
+        """Return the weight with its update, without a graph.
+
+        Args:
+            rounded: Round once to the weight's dtype. False: return the sum in the dtype of the computation.
+        """
         raise UserError(f"{type(self).__name__} does not define an update", hint="use one of its subclasses")
 
     def merge_refusal(self) -> str | None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Container, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar, cast
 
@@ -22,6 +23,7 @@ from deltaw.lora.config import LoRAConfig
 from deltaw.lora.fingerprint import has_values
 from deltaw.lora.layers import LoRALayer
 from deltaw.lora.layers_parts import LoRAParameter
+from deltaw.lora.math import relative_errors
 from deltaw.lora.stored import weight_shape
 
 _ATTRIBUTE = "_deltaw_attachment"
@@ -377,8 +379,30 @@ def is_factor_B(name: str) -> bool:
 # checks precede the first change.
 
 
-def merge(model: nn.Module, keep_original: bool = True) -> None:
+# Share of the update above which a merge warns about rounding.
+_MAX_ROUNDING = 0.5
+
+
+@dataclass(frozen=True)
+class MergeSummary:
+    """Result of :func:`merge`: the part of the update that rounding to the dtype of the weights changed.
+
+    Attributes:
+        error: Relative error of ΔW over all layers, 0 for weights in fp32.
+        errors: Relative error of ΔW of each layer whose weight has a narrower dtype.
+    """
+
+    error: float
+    errors: Mapping[str, float]
+
+    def __str__(self) -> str:
+        return f"rounding changed {self.error:.0%} of the update; keep the adapter unmerged, or load the model in fp32"
+
+
+def merge(model: nn.Module, keep_original: bool = True) -> MergeSummary:
     """Set the weight of every adapted layer to W + ΔW. Outputs are unchanged up to rounding.
+
+    Warns if rounding to the dtype of the weights changes most of the update.
 
     Args:
         model: Model with an attached adapter.
@@ -402,6 +426,7 @@ def merge(model: nn.Module, keep_original: bool = True) -> None:
             raise UserError(f"'{name}' cannot be merged: {reason}", location=name, hint="do not merge the adapter")
     # To save memory, sums that are not retained are computed twice: to check them, and to store them.
     sums: dict[str, Tensor] = {}
+    squares: dict[str, tuple[float, float]] = {}
     for name, layer in layers:
         total = layer.merged_weight()
         if not torch.isfinite(total).all():
@@ -409,8 +434,17 @@ def merge(model: nn.Module, keep_original: bool = True) -> None:
             raise UserError(f"the merged weight of '{name}' is not finite", location=name, hint=hint)
         if keep_original:
             sums[name] = total
+        if layer.weight.element_size() < 4 and has_values(total):
+            exact = layer.merged_weight(rounded=False)
+            rounding, update = total - exact, exact - layer.weight
+            squares[name] = float(rounding.square().sum()), float(update.square().sum())
     for name, layer in layers:
         layer.set_merged(sums[name] if keep_original else layer.merged_weight(), keep_original)
+    errors, error = relative_errors(squares)
+    summary = MergeSummary(error, errors)
+    if error > _MAX_ROUNDING:
+        warnings.warn(str(summary), stacklevel=2)
+    return summary
 
 
 def unmerge(model: nn.Module) -> None:

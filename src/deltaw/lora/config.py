@@ -1,11 +1,11 @@
 """Settings of an adapter, validated on construction.
 
-Names of modules are checked against a model in ``select``. :meth:`LoRAConfig.from_dict` also accepts PEFT's names of
-the settings.
+Names of modules are checked against a model in ``select``. PEFT's names of the settings are accepted, too.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -17,6 +17,7 @@ from deltaw.lora.expressions import check_expressions
 from deltaw.settings.dataclass_fields import dataclass_setting as setting
 
 Number = TypeVar("Number", int, float)
+Config = TypeVar("Config")
 
 CHANGING_INITS = ("pissa", "olora")
 """Initializations that change W."""
@@ -49,12 +50,44 @@ def scaling(rank: int, alpha: float, rslora: bool = False) -> float:
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
+def _accept_peft_names(cls: type[Config]) -> type[Config]:
+    """Class decorator for a dataclass whose constructor also accepts PEFT's names of its fields."""
+    initialize = cls.__init__
+    valid_names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+
+    @functools.wraps(initialize)
+    def __init__(self: Config, *args: object, **settings: object) -> None:
+        values: dict[str, object] = {}
+        for key, value in settings.items():
+            name = PEFT_NAMES.get(key, key)
+            if name not in valid_names:
+                hint = did_you_mean(key, sorted(valid_names | set(PEFT_NAMES)))
+                if key == "task_type":
+                    hint = "remove it: the model determines the task"
+                raise UserError(f"LoRA has no setting '{key}'", location=key, hint=hint)
+            if name in values:
+                message = f"'{name}' is given twice, also under PEFT's name"
+                raise UserError(message, location=key, hint="remove one of them")
+            values[name] = "uniform" if name == "init" and isinstance(value, bool) else value
+            if key == "alora_invocation_tokens":
+                values.setdefault("active", "completion")
+        initialize(self, *args, **values)
+
+    cls.__init__ = __init__  # type: ignore[assignment]
+    return cls
+
+
+@_accept_peft_names
 @dataclass
 class LoRAConfig:
     """Settings of a LoRA adapter.
 
+    PEFT's names of the settings (``r``, ``lora_alpha``, ``modules_to_save``, …) are accepted, too.
+    ``init_lora_weights=True`` or ``False`` becomes ``uniform``, since an adapter always starts with ΔW = 0.
+
     Raises:
-        UserError: if a value is invalid. The message names the key.
+        UserError: if a key is unknown (the hint suggests a similar key) or set under both names, or a value is invalid.
+            The message names the key.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -181,32 +214,12 @@ class LoRAConfig:
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, object]) -> LoRAConfig:
-        """Create a config from deltaw's or PEFT's names (``r``, ``lora_alpha``, ``modules_to_save``, …).
-
-        ``init_lora_weights: true`` or ``false`` becomes ``uniform``, since an adapter always starts with ΔW = 0.
-        ``null`` selects the default.
+        """Create a config from deltaw's or PEFT's names. ``null`` selects the default.
 
         Raises:
-            UserError: if a key is unknown (the hint suggests a similar key), is set under both names, or has an invalid
-                value.
+            UserError: as the constructor.
         """
-        valid_names = {f.name for f in fields(cls)}
-        values: dict[str, object] = {}
-        for key, value in mapping.items():
-            name = PEFT_NAMES.get(key, key)
-            if name not in valid_names:
-                hint = did_you_mean(str(key), sorted(valid_names | set(PEFT_NAMES)))
-                raise UserError(f"LoRA has no setting '{key}'", location=str(key), hint=hint)
-            if name in values:
-                message = f"'{name}' is given twice, also under PEFT's name"
-                raise UserError(message, location=str(key), hint="remove one of them")
-            if name == "init" and isinstance(value, bool):
-                value = "uniform"
-            if value is not None:
-                values[name] = value
-                if key == "alora_invocation_tokens":
-                    values.setdefault("active", "completion")
-        return cls(**values)  # type: ignore[arg-type]
+        return cls(**{str(key): value for key, value in mapping.items() if value is not None})  # type: ignore[arg-type]
 
 
 def parse_layers(layers: str | list[int]) -> list[tuple[int, int | None]]:

@@ -132,10 +132,11 @@ class LoRALayer(AdaptedLayer):
         return delta.mul_(self.scaling)
 
     @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """Return W + ΔW, summed in fp32 (fp64 for an fp64 weight) and rounded once to the weight's dtype."""
+    def merged_weight(self, *, rounded: bool = True) -> Tensor:
+        """Return W + ΔW, summed in fp32 (fp64 for an fp64 weight)."""
         delta = self.delta_weight()
-        return delta.add_(self.weight.to(delta.dtype)).to(self.weight.dtype)
+        total = delta.add_(self.weight.to(delta.dtype))
+        return total.to(self.weight.dtype) if rounded else total
 
     def merge_refusal(self) -> str | None:
         """Return the reason why the update cannot be merged, such as a quantized weight, or None."""
@@ -639,11 +640,12 @@ class DoRALayer(LoRALayer):
         return math_dora.gain(self.lora_magnitude, self.weight_norm())
 
     @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """Return m∘(W + ΔW) / ‖W + ΔW‖, computed in fp32 (fp64 for an fp64 weight) and rounded once."""
+    def merged_weight(self, *, rounded: bool = True) -> Tensor:
+        """Return m∘(W + ΔW) / ‖W + ΔW‖, computed in fp32 (fp64 for an fp64 weight)."""
         delta, gain = self.delta_weight(), self.gain()
         gain = gain if self.weight_is_in_out else gain.view(-1, *(1 for _ in self.weight.shape[1:]))
-        return delta.add_(self.weight.to(delta.dtype)).mul_(gain).to(self.weight.dtype)
+        total = delta.add_(self.weight.to(delta.dtype)).mul_(gain)
+        return total.to(self.weight.dtype) if rounded else total
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """Return ``weight`` as a view (out, in)."""

@@ -204,9 +204,10 @@ class TrainedTokens(AdaptedLayer):
         return leader.enabled and not leader.merged
 
     @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """Return W with the trained rows, rounded once to its dtype."""
-        return self.weight.index_copy(0, self.tokens, self.trained_tokens.to(self.weight.dtype))
+    def merged_weight(self, *, rounded: bool = True) -> Tensor:
+        """Return W with the trained rows."""
+        weight = self.weight if rounded else self.weight.to(self.trained_tokens.dtype)
+        return weight.index_copy(0, self.tokens, self.trained_tokens.to(weight.dtype))
 
     def extra_repr(self) -> str:
         """Return the base layer's description and the number of trained rows."""

@@ -12,7 +12,7 @@ reference is used if W is trained too and under ``torch.func`` transforms. Convo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -315,3 +315,13 @@ def needs_reference(weight: Tensor) -> bool:
     if weight.requires_grad and torch.is_grad_enabled():
         return True
     return not torch.compiler.is_compiling() and functorch_is_active()
+
+
+def relative_errors(squares: Mapping[str, tuple[float, float]]) -> tuple[dict[str, float], float]:
+    """Return the root of (squared error / squared norm) by parameter, and over all parameters together."""
+
+    def ratio(error: float, norm: float) -> float:
+        return (error / norm) ** 0.5 if norm > 0 else 0.0
+
+    total = ratio(sum(error for error, _ in squares.values()), sum(norm for _, norm in squares.values()))
+    return {name: ratio(*values) for name, values in squares.items()}, total

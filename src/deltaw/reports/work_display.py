@@ -1,4 +1,4 @@
-"""Show long-running work on a console: a spinner on a terminal, a line at intervals elsewhere.
+"""Show long-running work on a terminal: a spinner, or a line at intervals if the terminal cannot redraw lines.
 
 Work is reported by :mod:`deltaw.progress`. Training steps have a separate display (:mod:`deltaw.reports.progress`).
 """
@@ -19,7 +19,7 @@ from deltaw.reports.tables import TerminalOutput
 SPINNER_DELAY, SPINNER_INTERVAL = 0.6, 0.2
 
 
-# Without a terminal: seconds without output before the first line, and between two lines of work or steps.
+# Without redrawing: seconds without output before the first line, and between two lines of work or steps.
 FIRST_LINE, NEXT_LINE = 5.0, 15.0
 
 
@@ -40,7 +40,8 @@ class WorkingDisplay:
     """Listener that shows the innermost long-running work. A background thread updates the display.
 
     Args:
-        console: Console to print to. If another live display is active on it, no spinner is shown.
+        console: Console to print to. Pipes and files get no output. If another live display is active on it, no spinner
+            is shown.
     """
 
     def __init__(self, console: TerminalOutput) -> None:
@@ -53,7 +54,7 @@ class WorkingDisplay:
     def started(self, message: str, total: float | None) -> None:
         with self._lock:
             self._works.append(_Work(message, total))
-            if len(self._works) > 1:
+            if len(self._works) > 1 or not self._console.is_terminal:
                 return
             self._idle = threading.Event()
             draw = self._spin if self._console.redraws else self._lines
