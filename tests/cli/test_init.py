@@ -279,7 +279,6 @@ def test_incompatible_task_is_rejected_with_suggestion(call, tmp_path):
     assert not (tmp_path / "a.yaml").exists()
 
 
-<<<<<<< HEAD
 def test_almost_equal_classes_are_reported_and_can_be_merged(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     labels = ["Spam", "Spam", "spam ", "ham"]
@@ -291,7 +290,8 @@ def test_almost_equal_classes_are_reported_and_can_be_merged(call, tmp_path, mon
     assert RunConfig.read("train.yaml").data.classes is None
     (tmp_path / "train.yaml").write_text(text.replace("# classes:", "classes:"))
     assert RunConfig.read("train.yaml").data.classes == {"spam ": "Spam"}
-=======
+
+
 UNUSABLE_ROWS = {
     "sequence-classification": ({"message": "it is late", "topic": 1}, {"topic": ""}),
     "sequence-classification without text": ({"message": "it is late", "topic": 1}, {"message": None}),
@@ -339,4 +339,3 @@ def test_candidates_for_the_label_are_named(call, tmp_path, model_folder, monkey
     config = RunConfig.read("train.yaml")
     assert config.data.columns == {"text": "message", "label": "topic"}  # the column without gaps
     assert candidates in (tmp_path / "train.yaml").read_text()
->>>>>>> 4113f725 (init finds unusable rows of every task without a tokenizer, and names all candidates for the label)

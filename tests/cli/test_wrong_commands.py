@@ -73,6 +73,9 @@ WRONG_COMMANDS = {
     "eval train.yaml": "deltaw eval runs/mine",
     "chat runs/mine hello": "deltaw generate runs/mine hello",
     "generate runs/mine how are you": "deltaw generate runs/mine 'how are you'",
+    "generate runs/mine 'how are you' 'and you'": "--prompt TEXT --prompt TEXT",
+    "train --data mine.jsonl --data.columns.prompt a": "--data.columns '{prompt: …}'",
+    "data check mnie.jsonl": "'mine.jsonl'",
     "merge runs/mine merged --output x": "--output merged",
     "compare train.yaml lora,full": "--methods lora,full",
 }

@@ -190,12 +190,12 @@ def _config(
     flags["data"] = {**flags.get("data", {}), "train": file}
     if settings is None:
         from deltaw.data.starter import default_model
-        from deltaw.reports.starter import is_local, settings_for_rows
+        from deltaw.reports.starter import names_local_rows, settings_for_rows
 
         task, has_columns = flags.get("task"), "columns" in flags["data"]
         detected: dict[str, Any] = {"task": task, "model": model} if (model := default_model(task)) else {}
         with contextlib.suppress(*([UserError] if has_columns else [])):  # detection may fail if flags give the columns
-            detected = settings_for_rows(file, flags.get("model"), task) if is_local(file) else detected
+            detected = settings_for_rows(file, flags.get("model"), task) if names_local_rows(file) else detected
         if detected.get("model") and "model" not in flags:
             log(f"task {detected['task']}, tokenizer of {detected['model']}; change them with --task and --model")
         for key, value in detected.items():

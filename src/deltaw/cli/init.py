@@ -92,9 +92,6 @@ def _data(data: str | None, model: str | None, task: str | None, interactive: bo
 
 
 def _preview(data: str, model: str | None, task: str | None) -> DataPreview | None:
-    from deltaw.data.row_files import KINDS
-    from deltaw.hub.packages import is_package_reference
-    from deltaw.reports.starter import is_local, preview_data
+    from deltaw.reports.starter import names_local_rows, preview_data
 
-    is_file = not is_package_reference(data) and Path(data).suffix in KINDS
-    return preview_data(data, model, task) if is_file or is_local(data) else None
+    return preview_data(data, model, task) if names_local_rows(data) else None

@@ -26,7 +26,8 @@ RUNS = "runs"
 _SETTINGS_FILES = (".yaml", ".yml")
 # Hints for an extra argument, by command.
 _EXTRA_ARGUMENT_HINTS = {
-    "generate": "quote the text: deltaw generate {first} {texts}",
+    "generate": "quote a text: deltaw generate {first} {texts}; for several, repeat --prompt: deltaw generate {first} "
+    "--prompt TEXT --prompt TEXT",
     "chat": "chat reads standard input; for a single answer: deltaw generate {first} {texts}",
     "eval": "deltaw eval {first} --data {more}",
     "serve": "deltaw serve {first} --adapter NAME={more}",
@@ -221,6 +222,8 @@ def _unknown_flag_error(flag: str, context: click.Context) -> UserError:
         parameters = {key: f"'--{key}'" if "." in key else spelling for key, spelling in parameters.items()}
     if isinstance(context.command, click.Group):
         hint = f"put flags after the command: {path} COMMAND {flag} …"
+    elif (setting := flag.removeprefix("--").rpartition("."))[0] in parameters:
+        hint = f"its settings are one value: --{setting[0]} '{{{setting[2]}: …}}'"
     elif section_flags := [f"--{key}" for key in parameters if key.startswith(f"{name}.")]:
         hint = f"it is a section: {', '.join(section_flags[:3])}, …"
     else:

@@ -263,7 +263,7 @@ def _row_of_line(line: bytes, number: int, name: str) -> Row | None:
         message, hint = f"line {number} is not JSON: {reason}", hint + '{"prompt": "…", "completion": "…"}'
         raise BadRowError(message, reason="not JSON", location=location, hint=hint) from error
     if not isinstance(row, dict):
-        message, hint = f"line {number} is not a JSON object but a {type(row).__name__}", hint + '{"text": "…"}'
+        message, hint = f"line {number} is not a JSON object but of type {type(row).__name__}", hint + '{"text": "…"}'
         raise BadRowError(message, reason="not a JSON object", location=location, hint=hint)
     return row
 
@@ -469,7 +469,7 @@ def read_json(file: IO[bytes], name: str, *, max_bytes: int = MAX_ROW_BYTES) -> 
         number += 1
         row, size = text.value(f"row {number}", f"{name}, row {number}")
         if not isinstance(row, dict):
-            message = f"row {number} is not an object but a {type(row).__name__}"
+            message = f"row {number} is not an object but of type {type(row).__name__}"
             raise UserError(message, location=f"{name}, row {number}", hint='a row is an object, such as {"text": "…"}')
         yield number, row, size
         separator = text.peek()

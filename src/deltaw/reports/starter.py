@@ -155,6 +155,12 @@ def is_local(reference: str) -> bool:
     return Path(os.path.expanduser(reference)).exists()
 
 
+def names_local_rows(reference: str) -> bool:
+    """Return True if the rows can be read without a download, or the reference names a file that does not exist."""
+    is_file = not is_package_reference(reference) and Path(reference).suffix in KINDS
+    return is_file or is_local(reference)
+
+
 def preview_data(
     reference: str, model: str | None = None, task: str | None = None, columns: Mapping[str, str] | None = None
 ) -> DataPreview:
