@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import difflib
 import functools
+import itertools
 import json
 import os
 import re
@@ -66,9 +67,13 @@ def _create_uninitialized(kind: type[UserError], args: tuple[Any, ...]) -> UserE
     return kind.__new__(kind, *args)
 
 
+# Number of candidates that are compared with a misspelled name.
+MAX_CANDIDATES = 2000
+
+
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
     """Return the candidates most similar to ``name``, best first, or an empty list."""
-    return difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.5)
+    return difflib.get_close_matches(name, list(itertools.islice(candidates, MAX_CANDIDATES)), n=count, cutoff=0.5)
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:

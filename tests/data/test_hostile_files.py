@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import functools
+import gzip
 import io
 import json
+import lzma
 import os
 import random
 import struct
@@ -23,7 +26,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image, PngImagePlugin
 
-from deltaw.data import arrow_rows, image_files, row_files, sources
+from deltaw.data import arrow_rows, formats, image_files, row_files, sources
 from deltaw.data.images import ImageEncoder
 from deltaw.data.pixels import ImageExample, LabelColumns, read_images
 from deltaw.data.prepare import prepare
@@ -490,3 +493,28 @@ def test_wheel_with_an_invalid_member_is_rejected(fault, tmp_path, monkeypatch):
     monkeypatch.setattr(packages, "_download_with_pip", lambda reference, folder: path)
     error = refusal(packages.member, f"pypi:some==1.0/{name}")
     assert ("name too long" if fault == "long name" else "the wheel is damaged") in error.message
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+def test_compressed_text_may_not_expand_out_of_proportion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    module = {".gz": gzip, ".bz2": bz2, ".xz": lzma}[suffix]
+    path = tmp_path / f"d.json{suffix}"
+    path.write_bytes(module.compress(b"[" + b'{"text":"a"},' * 100_000 + b'{"text":"a"}]'))
+    assert len(read_rows(str(path))) == 100_001
+    monkeypatch.setattr(row_files, "MIN_EXPANDED_BYTES", 2**20)
+    assert "256 times its size" in refusal(read_rows, str(path)).message
+
+
+def test_number_of_columns_is_limited_and_names_are_compared_in_linear_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text(",".join(f"c{i}" for i in range(3000)) + "\n" + ",".join(["x"] * 3000) + "\n")
+    compared: list[str] = []
+    monkeypatch.setattr(formats, "did_you_mean", lambda name, names: compared.append(name) or "")
+    assert "no format" in refusal(preview_data, str(path)).message
+    assert len(compared) <= 100
+    monkeypatch.setattr(row_files, "MAX_COLUMNS", 2999)
+    assert "3,000 columns" in refusal(read_rows, str(path)).message

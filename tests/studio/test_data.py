@@ -6,6 +6,7 @@ import base64
 import html
 import json
 import re
+import shutil
 import zipfile
 import zlib
 from pathlib import Path
@@ -368,3 +369,14 @@ def test_damaged_and_large_excel_files_are_rejected(client):
             entry.write(bytes(10**6))
     with pytest.raises(UserError, match="too large when it is unpacked"):
         spreadsheets.convert(client.studio.workspace, file)
+
+
+def test_spreadsheet_is_not_converted_if_the_disk_is_almost_full(tmp_path, monkeypatch, capsys) -> None:
+    source = tmp_path / "d.xlsx"
+    source.write_bytes(workbook([["text"], ["a"]]))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("resource.setrlimit", lambda *limits: None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=spreadsheets.MIN_FREE_BYTES))
+    with pytest.raises(SystemExit):
+        spreadsheets.main(str(source), str(tmp_path / "d.jsonl"))
+    assert "the disk is almost full" in capsys.readouterr().out and not (tmp_path / "d.jsonl").exists()

@@ -87,13 +87,26 @@ def test_upload_creates_a_draft_and_never_overwrites(client) -> None:
         ".hidden.csv",
         "a%00.csv",
         "%3Cb%3E.csv",
-        "a" * 121 + ".csv",
+        "a" * 201 + ".csv",
     ],
 )
 def test_names_of_uploads_are_limited(client, name) -> None:
     response = client.put(f"/files/{name}", content=b"a", headers=JSON)
     assert response.status_code in (400, 404)
     assert files(client.studio.workspace) == []
+
+
+@pytest.mark.parametrize("name", ["it's; a %23 list.csv", "a" * 190 + ".csv"])
+def test_unusual_names_of_uploads_are_accepted(client, name: str) -> None:
+    response = client.put(f"/files/{name}", content=b"text,label\na,b\n", headers=JSON)
+    assert response.status_code == 200, response.text
+    assert files(client.studio.workspace) == [name.replace("%23", "#")]
+
+
+@pytest.mark.parametrize(("name", "reason"), [("a%22b.csv", "contains"), ("a" * 201 + ".csv", "too long")])
+def test_rejected_name_of_an_upload_has_a_reason(client, name: str, reason: str) -> None:
+    response = client.put(f"/files/{name}", content=b"text,label\na,b\n", headers=JSON)
+    assert response.status_code == 400 and reason in response.text
 
 
 def test_large_upload_is_rejected_by_its_length_and_by_its_content(client) -> None:

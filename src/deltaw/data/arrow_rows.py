@@ -19,7 +19,7 @@ import numpy as np
 
 from deltaw.data import arrow_decoder
 from deltaw.data.report import too_long_error
-from deltaw.data.row_files import OnBad, reading
+from deltaw.data.row_files import MAX_EXPANSION, OnBad, reading
 from deltaw.data.rows import Row
 from deltaw.errors import UserError
 from deltaw.settings.data import MAX_ROW_BYTES
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 # A row group or record batch may take MIN_DECODED_BYTES of memory, or MAX_EXPANSION times its size in the file.
-MIN_DECODED_BYTES, MAX_EXPANSION = 256 * 2**20, 256
+MIN_DECODED_BYTES = 256 * 2**20
 # Maximum number of rows per batch. If a batch exceeds the memory limit, a Parquet file is read row by row from there.
 BATCH_ROWS = 1024
 _ATTEMPTS = (BATCH_ROWS, 1)

@@ -225,11 +225,15 @@ def require(
             raise BadRowError(problem, reason=problem, location=location, hint=hint)
 
 
+# Number of columns for which similar names are searched.
+_MAX_NEAR = 20
+
+
 def _format_error(rows: NumberedRows | RowStream, message: str, missing: str | None) -> UserError:
     error = wrong_columns(task_registry.default_task(), rows.columns, rows.name)
     hint = f"did you mean data.columns: {{{missing}: …}}? " if missing else ""
     if not hint:
-        near = [(column, did_you_mean(column, all_columns())) for column in rows.columns]
+        near = [(column, did_you_mean(column, all_columns())) for column in rows.columns[:_MAX_NEAR]]
         hint = "; ".join(f"'{column}': {text}" for column, text in near if text.startswith("did"))
         hint += " " if hint else ""
     return UserError(message, location=error.location, hint=hint + str(error.hint))

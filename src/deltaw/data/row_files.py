@@ -17,6 +17,7 @@ import re
 import sys
 import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -68,6 +69,8 @@ SUPPORTED_FORMATS = "jsonl, json, csv, tsv (also as .gz, .bz2, .xz, .zst), parqu
 # Memory limit of .xz decompression. The strongest preset needs 65 MiB, a malicious file up to 4 GiB.
 _XZ_BYTES = 256 * 2**20
 _BLOCK = 2**16
+# A compressed file may expand to MIN_EXPANDED_BYTES, or to MAX_EXPANSION times its size.
+MIN_EXPANDED_BYTES, MAX_EXPANSION = 32 * 2**20, 256
 
 # Receives the error and the raw content of an unreadable row, which is then skipped.
 OnBad = Callable[[BadRowError, object], None]
@@ -104,6 +107,8 @@ class DecompressedFile:
         self._raw: IO[bytes] = path.open("rb")
         try:
             self.file: IO[bytes] = _decompressed(self._raw, path.suffix.lower())
+            if self.file is not self._raw:
+                self.file = io.BufferedReader(_Bounded(self.file, path), 2**18)
             file: Any = self.file  # all decompressors have peek()
             check_content(file.peek(_BEGINNING)[:_BEGINNING], path)
         except BaseException:
@@ -171,14 +176,36 @@ def _decompressed(raw: IO[bytes], suffix: str) -> IO[bytes]:
     elif suffix == ".bz2":
         opened = bz2.BZ2File(raw)
     elif suffix == ".xz":
-        opened = io.BufferedReader(_Xz(raw), _BLOCK)
+        opened = _Xz(raw)
     elif suffix == ".zst":
         import pyarrow
 
         # Arrow includes a decompressor, so that no further package is needed.
-        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
-        opened = io.BufferedReader(stream, 2**18)
+        opened = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
     return opened
+
+
+class _Bounded(io.RawIOBase):
+    """Decompressed content of a file, which must not expand out of proportion to its size."""
+
+    def __init__(self, file: Any, path: Path) -> None:
+        self._file, self._path = file, path
+        self._remaining = max(MIN_EXPANDED_BYTES, MAX_EXPANSION * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = int(self._file.readinto(buffer))
+        self._remaining -= count
+        if self._remaining < 0:
+            message = f"the file expands to more than {MAX_EXPANSION} times its size"
+            raise UserError(message, location=str(self._path), hint="if it is correct, decompress it first")
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 class _Xz(io.RawIOBase):
@@ -290,6 +317,8 @@ def not_utf8(error: UnicodeDecodeError, name: str, first_line: int) -> BadRowErr
 # Tables
 
 
+# Maximum number of columns of a table.
+MAX_COLUMNS = 100_000
 _DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
 
 
@@ -344,8 +373,12 @@ class TableReader:
             self.has_header, self._first = False, header
             header = [f"column_{number}" for number in range(1, len(header) + 1)]
         self.header = header
+        if len(header) > MAX_COLUMNS:
+            message = f"the table has {len(header):,} columns, and at most {MAX_COLUMNS:,} are supported"
+            hint = "remove columns, or join cells into texts"
+            raise UserError(message, location=f"{name}, line 1", hint=hint)
         if len(set(header)) < len(header):
-            repeated = next(column for column in header if header.count(column) > 1)
+            repeated = next(column for column, count in Counter(header).items() if count > 1)
             raise UserError(f"the column '{repeated}' appears twice", location=f"{name}, line 1", hint="rename one")
 
     def __iter__(self) -> Iterator[tuple[int, list[str]]]:

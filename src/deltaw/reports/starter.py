@@ -368,7 +368,11 @@ def _guess_task(rows: NumberedRows, *, labeled: bool) -> tuple[str, dict[str, st
     Args:
         labeled: Look only for a text and a label.
     """
-    values = {name: [row.get(name) for _, row in rows if row.get(name) not in (None, "")] for name in rows.columns}
+    values: dict[str, list[Any]] = {name: [] for name in rows.columns}
+    for _, row in rows:
+        for name, cell in row.items():
+            if cell not in (None, ""):
+                values[name].append(cell)
     types = str | int | float
     values = {name: cells for name, cells in values.items() if cells and all(isinstance(v, types) for v in cells)}
     texts = {name: column for name, column in values.items() if any(_number(value) is None for value in column)}

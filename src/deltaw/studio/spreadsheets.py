@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import filecmp
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -17,7 +18,7 @@ from deltaw.data.sources import open_source
 from deltaw.errors import UserError
 from deltaw.platforms import rename_path
 from deltaw.studio.jobs import python_command
-from deltaw.studio.workspace import SPREADSHEETS, Workspace, unused_path
+from deltaw.studio.workspace import MIN_FREE_BYTES, SPREADSHEETS, Workspace, unused_path
 
 MAX_MEMORY_BYTES, MAX_UNZIPPED_BYTES, MAX_SECONDS = 4 * 10**9, 10**9, 120
 _CODE = "from deltaw.studio.spreadsheets import main; main(*sys.argv[1:])"
@@ -86,11 +87,14 @@ def main(source: str, output: str) -> None:
         sheets = ((name, workbook.get_sheet_by_name(name).to_python()) for name in names)
         name, cells = next((sheet for sheet in sheets if sheet[1]), ("", []))
         lines, num_empty = _lines(cells)
+        content = "".join(lines).encode()
+        if shutil.disk_usage(Path(output).parent).free - len(content) < MIN_FREE_BYTES:
+            raise ValueError(f"the disk is almost full, and the rows need {len(content) / 1e6:,.0f} MB")
     except (CalamineError, MemoryError, ValueError, zipfile.BadZipFile) as error:
         damaged = "the file is damaged, protected with a password, or not a spreadsheet of the type of its name"
         print(error if isinstance(error, ValueError) else damaged)
         sys.exit(1)
-    Path(output).write_text("".join(lines), encoding="utf-8")
+    Path(output).write_bytes(content)
     text = f"Rows of the sheet “{name}” in {Path(source).name}. Row 1 is the first row below the titles."
     if others := [other for other in names if other != name]:
         text += f" Other sheets are not used: {', '.join(others[:5])}{', …' * (len(others) > 5)}."

@@ -35,7 +35,7 @@ MIN_FREE_BYTES, MAX_UPLOAD_BYTES = 10**9, 512 * 10**6
 MAX_DEPTH, MAX_FILES = 2, 200
 # Length of the name of an upload. File systems allow 255 bytes, of which a number and a suffix need some.
 MAX_NAME_BYTES = 200
-_UPLOAD_NAME = re.compile(r"[\w .()-]{1,120}")
+_FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f\x7f\ud800-\udfff]')
 _IDENTITY = re.compile(r"[0-9a-f]{12}")
 
 T = TypeVar("T")
@@ -219,7 +219,13 @@ class Workspace:
         name = PurePosixPath(name.replace("\\", "/")).name
         path = self.folder / name
         is_short = len(name.encode("utf-8", "replace")) <= MAX_NAME_BYTES
-        if not _UPLOAD_NAME.fullmatch(name) or not is_short or name.startswith(".") or not is_data_file(path):
+        if not is_short:
+            hint = "rename the file"
+            raise UserError(f"the name of the file is too long: '{name[:40]}…'", location="upload", hint=hint)
+        if forbidden := _FORBIDDEN.search(name):
+            message = f"the name '{name}' contains {forbidden[0]!r}, which not every system allows"
+            raise UserError(message, location="upload", hint="rename the file")
+        if name.startswith(".") or not is_data_file(path):
             hint = "use a table (.csv, .tsv, .xlsx, .xls, .ods, .parquet) or JSON lines (.jsonl)"
             raise UserError(f"'{name[:200]}' is not a file with rows", location="upload", hint=hint)
         platforms.reject_reserved_names(name)
