@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import RawIOBase
+from io import BufferedWriter, RawIOBase
 from pathlib import Path
 from typing import Protocol
 
@@ -225,6 +226,11 @@ class Writable(Protocol):
     def write(self, data: bytes | memoryview, /) -> object: ...
 
 
+def has_values(tensor: Tensor) -> bool:
+    """False on the meta device and under torch's FakeTensorMode, whose tensors have no values."""
+    return not (tensor.is_meta or type(tensor).__name__ == "FakeTensor")
+
+
 class TensorWriter:
     """Writes a safetensors file from blocks of rows, in the order of ``entries``.
 
@@ -254,6 +260,11 @@ class TensorWriter:
 
     def write(self, rows: Tensor) -> None:
         """Write the next rows. They must have the type of their entry."""
+        if not has_values(rows):
+            assert isinstance(self._file, BufferedWriter)
+            self._left -= rows.nbytes
+            self._file.seek(rows.nbytes, os.SEEK_CUR)
+            return
         data = rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         self._left -= len(data)
         self._file.write(data)
@@ -276,7 +287,7 @@ def write_tensors(file: Writable, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Atomically write a safetensors file.
+    """Atomically write a safetensors file. In a dry run, the tensors without values are holes, which read as zeros.
 
     Raises:
         UserError: if the folder is not writable.
@@ -284,3 +295,4 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         write_tensors(file, tensors, metadata)
+        file.truncate()  # the last tensor may be a hole

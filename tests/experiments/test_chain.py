@@ -158,7 +158,7 @@ def test_other_commands_name_the_problem(shared, stages, tmp_path):
         ({"lora": {"rank": 2}}, "lower than the adapter's rank 4"),
         ({"lora": {"alpha": 9}}, "changes the scaling"),
         ({"method": "head"}, "of method 'lora'"),
-        ({"model": "elsewhere"}, "the stage trains 'elsewhere'"),
+        ({"model": "elsewhere"}, "elsewhere"),
         ({"task": "embedding"}, "cannot start from an adapter of the task"),
         ({"data": {"train": "missing.jsonl"}}, "missing.jsonl"),
     ],

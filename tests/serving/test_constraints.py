@@ -356,3 +356,55 @@ def test_missing_package_error_names_extra(monkeypatch):
     with pytest.raises(UnsupportedError, match="llguidance") as error:
         start_matcher(Grammars(TOKENIZER, V), "a")
     assert "serve" in str(error.value.hint)
+
+
+# Numbers in schemas.
+
+INEXACT = ["9007199254740993", "-9007199254740993", "9223372036854775808", "18446744073709551617", "1e300", "1e-300"]
+INEXACT += ["0.12345678901234567890", "123456789.123456789", "0.30000000000000004", "12345678901234567.0", "1" * 40]
+INEXACT += ["1e999999999", "1e9999999999999999999999"]
+EXACT = {
+    "9007199254740992": "9007199254740992",
+    "-9007199254740991": "-9007199254740991",
+    "0.1": "0.1",
+    "1e-7": "0.0000001",
+}
+EXACT |= {"1.5": "1.5", "12": "12", "1e22": "1" + 22 * "0", "123456789.12345": "123456789.12345", "4E2": "400"}
+EXACT |= {"1234567890123450": "1234567890123450"}
+
+
+def nested(value: str) -> str:
+    """Return a schema with ``const`` in a nested definition."""
+    definitions = f'"$defs": {{"a": {{"properties": {{"n": {{"const": {{"b": [{value}]}}}}}}}}}}'
+    return f'{{"type": "object", {definitions}, "anyOf": [{{"$ref": "#/$defs/a"}}]}}'
+
+
+@pytest.mark.parametrize("number", INEXACT)
+@pytest.mark.parametrize(
+    "make_schema",
+    [
+        lambda n: f'{{"const": {n}}}',
+        lambda n: f'{{"enum": ["a", 1, {n}]}}',
+        lambda n: f'{{"type": "number", "minimum": {n}}}',
+        lambda n: f'{{"type": "integer", "multipleOf": {n}}}',
+        nested,
+    ],
+    ids=["const", "enum", "minimum", "multipleOf", "nested"],
+)
+def test_number_that_would_be_changed_is_rejected(grammars, number, make_schema):
+    with pytest.raises(UserError, match=r"cannot be represented exactly|is not JSON"):
+        start_matcher(grammars, make_schema(number), "json_schema")
+
+
+@pytest.mark.parametrize("number", EXACT)
+def test_number_is_written_exactly(grammars, number):
+    matcher = start_matcher(grammars, f'{{"enum": [{number}]}}', "json_schema")
+    follow(matcher, EXACT[number])
+    assert matcher.is_complete
+
+
+@pytest.mark.parametrize(("key", "limit"), [("maximum", 2**63 - 1), ("maximum", 2**64), ("exclusiveMaximum", 2**63)])
+def test_large_upper_limit_is_kept(grammars, key, limit):
+    matcher = start_matcher(grammars, json.dumps({"type": "integer", "minimum": 0, key: limit}), "json_schema")
+    follow(matcher, str(2**63 - 1))
+    assert matcher.is_complete

@@ -190,7 +190,7 @@ def test_completion_that_cannot_be_validated_scores_half():
     schema = {"properties": {"a": {"multipleOf": 0.5}, "b": {"$ref": "#"}}}
     deep = '{"b":' * 900 + "1" + "}" * 900
     reward = load_reward(settings_of("json-schema", schema=schema))
-    assert reward([completion_of('{"a": Infinity}'), completion_of(deep), completion_of('{"a": 1}')]) == [0.5, 0.5, 1.0]
+    assert reward([completion_of('{"a": Infinity}'), completion_of(deep), completion_of('{"a": 1}')]) == [0.0, 0.5, 1.0]
     assert load_reward(settings_of("json-schema", schema={"type": "null"}))([completion_of("null")]) == [1.0]
 
 

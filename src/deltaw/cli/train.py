@@ -88,7 +88,7 @@ def _train_chain(chain: Chain, out: TerminalOutput, *, fresh: bool, as_json: boo
         return TerminalCallback(out)
 
     results: dict[str, Result] = {}
-    for stage, result in train_stages(chain, callback_for, fresh=fresh, processes=processes):
+    for stage, result in train_stages(chain, callback_for, fresh=fresh, processes=processes, log=out.print_line):
         results[stage.name] = result
         if result.earlier is None:
             print_summary(out, result)

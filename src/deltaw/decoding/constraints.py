@@ -23,6 +23,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field
+from decimal import Decimal
 from functools import partial
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
@@ -59,6 +60,7 @@ STOPPED, ACCEPTING, FAILED = 1, 2, 4
 # The cost of an object grows with the square of its number of properties. The sum of squares over all objects of a
 # schema is limited to that of one object with this number of properties.
 MAX_PROPERTIES = 1000
+_MAX_INT64 = 2**63 - 1
 _MAX_REASON_LENGTH = 300  # characters; a reason can quote an entire regular expression
 # "oneOf" is treated as "anyOf", because it cannot be tracked token by token. JSON is written on one line with at most
 # one space after a comma or colon, because small models otherwise insert line breaks anywhere.
@@ -272,8 +274,9 @@ def grammar_of(kind: str, value: str) -> str:
         return LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=_JSON)
     try:
         schema = json.loads(value)
+        _require_exact(json.loads(value, parse_float=Decimal))
         cost, text = _property_squares(schema), json.dumps({} if schema is True else schema)
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:
         raise UserError(f"it is not JSON: {_first_line(str(error))}") from error
     except RecursionError as error:
         raise UserError("it is nested too deeply") from error
@@ -282,6 +285,44 @@ def grammar_of(kind: str, value: str) -> str:
     if not isinstance(schema, dict) and schema is not True:
         raise UserError('it is not an object, such as {"type": "object"}')
     return LLMatcher.grammar_from_json_schema(text, overrides=_JSON)
+
+
+def _require_exact(schema: object, key: str = "") -> None:
+    """Reject numbers that llguidance replaces by other numbers, because it reads them in double precision.
+
+    Upper limits above the largest int64 are allowed: llguidance lowers them to it.
+
+    Args:
+        schema: Part of a schema, with Decimal instead of float.
+        key: Key of the part.
+
+    Raises:
+        UserError: if a number has too many digits.
+    """
+    if isinstance(schema, dict):
+        for name, value in schema.items():
+            _require_exact(value, name)
+    elif isinstance(schema, list):
+        for value in schema:
+            _require_exact(value)
+    elif isinstance(schema, int | Decimal):
+        is_clamped = key == "maximum" and schema >= _MAX_INT64
+        is_clamped |= key == "exclusiveMaximum" and schema > _MAX_INT64
+        if not is_clamped and not _is_exact(Decimal(schema)):
+            limit = "write integers up to 2^53, or up to 15 digits"
+            raise UserError(f"the number {str(schema)[:50]} cannot be represented exactly: {limit}")
+
+
+def _is_exact(number: Decimal) -> bool:
+    """True if a number survives a conversion to double precision and back.
+
+    Numbers of 15 digits do, within the powers of ten that double precision contains exactly.
+    """
+    _, digits, exponent = number.as_tuple()
+    assert isinstance(exponent, int), "JSON has no infinity"
+    significant = "".join(map(str, digits)).strip("0")
+    is_short = len(significant) <= 15 and abs(number.adjusted()) <= 22 and abs(exponent) <= 22
+    return is_short or (number == number.to_integral_value() and number.copy_abs() <= 2**53)
 
 
 def _property_squares(schema: object) -> int:

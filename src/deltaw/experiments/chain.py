@@ -7,7 +7,6 @@ Scores are stored immediately, and computed again only if an adapter, the rows o
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import math
@@ -21,22 +20,18 @@ from pydantic import Field, FiniteFloat, StringConstraints, TypeAdapter, Validat
 
 from deltaw.data.row_reader import RunData
 from deltaw.errors import UserError
+from deltaw.experiments.chain_checks import check_stages, located, require_adapter
 from deltaw.experiments.folder import ExperimentFolder, content_hash, result_settings
-from deltaw.lora.config import LoRAConfig
-from deltaw.lora.files import read_adapter
 from deltaw.machine.memory import release_free_memory, reset_peak_memory
 from deltaw.memory.plan import Plan
-from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from deltaw.methods.start import continue_settings, open_start, require_same_kind, resolve_start
-from deltaw.progress import ignore_line, track_progress
-from deltaw.runs.checks import check_rows, check_settings
+from deltaw.methods.start import open_start, resolve_start
+from deltaw.progress import LogFunction, ignore_line, track_progress
+from deltaw.runs.checks import check_rows
 from deltaw.runs.fit import fit, load_model
-from deltaw.runs.folder import FINISHED, Run
 from deltaw.runs.record import Result
 from deltaw.runs.resuming import send_settings
 from deltaw.settings.config import RunConfig
-from deltaw.settings.stages import Chain, Stage, at_stage
-from deltaw.settings.start import StartSource, start_sources
+from deltaw.settings.stages import Chain, Stage
 from deltaw.training.callbacks import Callback
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.microbatches import SINGLE_PROCESS, Reducer
@@ -162,6 +157,7 @@ def train_stages(
     *,
     fresh: bool = False,
     processes: Reducer = SINGLE_PROCESS,
+    log: LogFunction = ignore_line,
 ) -> Iterator[tuple[Stage, Result]]:
     """Train the stages in order, and yield the result of each. Stops after an interrupted stage.
 
@@ -170,17 +166,18 @@ def train_stages(
         callback_for: Returns the callback that receives the events of a stage.
         fresh: Start all stages over. Existing runs are moved.
         processes: Communication with the other processes of a distributed run.
+        log: Receives messages of the checks.
 
     Raises:
         UserError: If a stage is invalid, in which case nothing is written, or if it fails.
     """
     with preserved_process_state():
-        check_stages(chain, skip_finished=not fresh)
+        check_stages(chain, log, skip_finished=not fresh)
     remaining = len(chain.stages)
     with ExperimentFolder(chain.folder, "chain") as experiment:
         experiment.has_results = True  # keep finished stages if a later one fails
         for stage in chain.stages:
-            with _located(chain, stage):
+            with located(chain, stage):
                 if (chain.folder / stage.name).is_symlink():
                     raise UserError("the folder of the stage is a link", location=stage.config.output, hint="remove it")
                 release_free_memory()
@@ -189,119 +186,13 @@ def train_stages(
                     torch.cuda.reset_peak_memory_stats()
                 result = fit(stage.config, callback=callback_for(stage), fresh=fresh, processes=processes)
                 if not result.interrupted:
-                    _require_adapter(result.output)
+                    require_adapter(result.output)
             remaining -= 1
             yield stage, result
             if result.interrupted:
                 break
         for _ in range(remaining):
             send_settings(None, processes)  # the other processes skip the remaining stages
-
-
-def _require_adapter(folder: Path) -> None:
-    """Check that a finished stage has an adapter, which could have been deleted."""
-    if not all((folder / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
-        hint = "restore its files, or delete the folder to train the stage again"
-        raise UserError("the stage is finished, and its adapter is missing", location=str(folder), hint=hint)
-
-
-@contextlib.contextmanager
-def _located(chain: Chain, stage: Stage) -> Iterator[None]:
-    """Context in which errors name the stage."""
-    try:
-        yield
-    except UserError as error:
-        raise at_stage(error, chain.location, stage.name, error.location) from error
-
-
-def check_stages(chain: Chain, *, skip_finished: bool = True) -> dict[str, LoRAConfig]:
-    """Check all stages before the first one is trained: settings, adapters to start from, and rows.
-
-    Args:
-        chain: The chain.
-        skip_finished: Do not read the rows of finished stages.
-
-    Returns:
-        ``lora:`` section of each stage by name, with the settings of the adapters that it starts from.
-
-    Raises:
-        UserError: If a stage is invalid.
-    """
-    by_folder: dict[str, tuple[Stage, LoRAConfig]] = {}
-    for stage in chain.stages:
-        with _located(chain, stage):
-            check_settings(stage.config)
-            by_folder[stage.config.output] = stage, _check_start(stage, by_folder)
-    for stage in chain.stages:
-        if skip_finished and Run(chain.folder / stage.name).state == FINISHED:
-            continue
-        with _located(chain, stage), track_progress(f"checking the rows of stage '{stage.name}'"):
-            config = stage.config.model_copy(update={"start_from": None}) if stage.parents else stage.config
-            task, data = read_data(config, ignore_line)
-            check_rows(config, task, data)
-    return {stage.name: lora for stage, lora in by_folder.values()}
-
-
-def _check_start(stage: Stage, by_folder: Mapping[str, tuple[Stage, LoRAConfig]]) -> LoRAConfig:
-    """Check the adapters that a stage starts from, and return its ``lora:`` section.
-
-    Args:
-        stage: The stage.
-        by_folder: Earlier stages with their ``lora:`` sections, by output folder.
-    """
-    config = stage.config
-    lora: LoRAConfig = config.lora
-    if config.start_from is None:
-        return lora
-    sources = start_sources(config.start_from)
-    if not stage.parents:
-        resolved: LoRAConfig = resolve_start(config).lora
-        return (
-            replace(resolved, rank=resolved.rank + _stored_rank(config, sources)) if _is_stacked(config) else resolved
-        )
-    inherited = []
-    for source in sources:
-        if source.reference not in by_folder:
-            inherited.append(replace(lora, rank=_stored_rank(config, [source])))
-            continue
-        parent, parent_lora = by_folder[source.reference]
-        _check_parent(parent, config)
-        inherited.append(parent_lora)
-    if config.method != "lora":
-        return lora
-    rank = sum(settings.rank for settings in inherited)
-    if _is_stacked(config):
-        return replace(lora, rank=rank + lora.rank)
-    if len(inherited) > 1:
-        return continue_settings(config, replace(inherited[0], rank=rank, alpha=float(rank)), stage.parents[0])
-    return continue_settings(config, inherited[0], stage.parents[0])
-
-
-def _is_stacked(config: RunConfig) -> bool:
-    return config.start_mode == "stack"
-
-
-def _stored_rank(config: RunConfig, sources: Sequence[StartSource]) -> int:
-    """Return the total rank of adapters that are not stages."""
-    ranks = []
-    for source in sources:
-        single = config.model_copy(update={"start_from": source.reference, "start_mode": "continue"})
-        start = open_start(single)
-        assert start is not None
-        ranks.append(read_adapter(start.folder, lazy=True).config.rank if config.method == "lora" else 0)
-    return sum(ranks)
-
-
-def _check_parent(parent: Stage, config: RunConfig) -> None:
-    """Check that a stage can start from an earlier one."""
-    location = f"start_from: {parent.name}"
-    require_same_kind(parent.config.method, parent.config.task, config, location)
-    if parent.config.model != config.model:
-        message = f"the stage trains '{config.model}', and '{parent.name}' trains '{parent.config.model}'"
-        raise UserError(message, location=location, hint="set model outside of the stages")
-    if parent.config.data.chat_template and not config.data.chat_template:
-        message = f"the stage '{parent.name}' sets a chat template, and this one does not"
-        raise UserError(message, location="data.chat_template", hint="set it in both stages")
 
 
 def planned_stages(chain: Chain, *, processes: int = 1) -> dict[str, Plan]:
@@ -313,12 +204,10 @@ def planned_stages(chain: Chain, *, processes: int = 1) -> dict[str, Plan]:
     """
     plans: dict[str, Plan] = {}
     with preserved_process_state():
-        sections = check_stages(chain)
+        checked = check_stages(chain)
         for stage in chain.stages:
-            with _located(chain, stage):
-                is_ready = all((chain.folder / name / ADAPTER_CONFIG).is_file() for name in stage.parents)
-                changes = {} if is_ready else {"start_from": None, "lora": sections[stage.name]}
-                config = resolve_start(stage.config.model_copy(update=changes))
+            with located(chain, stage):
+                config = checked[stage.name].planned
                 task, data = read_data(config, ignore_line)
                 plan = plan_run(config, task, data, processes=processes)
                 if plans and plan.workload:  # the process of the first stage trains the others too

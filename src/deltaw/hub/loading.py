@@ -22,13 +22,13 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
+from deltaw import tensor_files
 from deltaw.errors import UserError, first_line
 from deltaw.hub import vision
 from deltaw.hub.checkpoint import hash_in_background, match_names
 from deltaw.hub.folders import ModelSource, config_folder, local_folder, log_to_stderr, remote_code_error, resolve
 from deltaw.hub.tokenizers import tokenizer_in
 from deltaw.hub.transformers_private import attention_name, configurations_of, has_sdpa, initialize, quiet
-from deltaw.lora import fingerprint
 from deltaw.lora.complete_names import complete_names
 from deltaw.lora.stored import quantization_library
 from deltaw.machine.choices import (
@@ -456,7 +456,7 @@ def skeleton(
 
 def has_values(model: nn.Module) -> bool:
     """Return True if the parameters have values, which they do not have in a dry run."""
-    return all(fingerprint.has_values(p) for p in model.parameters())
+    return all(tensor_files.has_values(p) for p in model.parameters())
 
 
 def new_modules(model: PreTrainedModel, reference: str, *, dtype: str, trust_remote_code: bool = False) -> list[str]:

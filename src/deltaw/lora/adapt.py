@@ -37,11 +37,12 @@ from deltaw.lora.attachment import (
 )
 from deltaw.lora.complete_names import complete_names
 from deltaw.lora.config import CHANGING_INITS, LoRAConfig
-from deltaw.lora.fingerprint import base_fingerprint, has_values
+from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.lora.initialize import init_refusal, initialize
 from deltaw.lora.kinds import adapter_for, get_output_head, is_linear
 from deltaw.lora.layers_parts import LoRAParameter, trained_tokens_of
 from deltaw.lora.select import Selection, Target, TokenTarget, select
+from deltaw.tensor_files import has_values
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from deltaw.kernels.torch_private import direct_modules, direct_parameters, insi
 from deltaw.lora.adapted import Activation, AdaptedLayer, cast_like
 from deltaw.lora.complete_names import NameMap
 from deltaw.lora.config import LoRAConfig
-from deltaw.lora.fingerprint import has_values
 from deltaw.lora.layers import LoRALayer
 from deltaw.lora.layers_parts import LoRAParameter
 from deltaw.lora.math import relative_errors
 from deltaw.lora.stored import weight_shape
+from deltaw.tensor_files import has_values
 
 _ATTRIBUTE = "_deltaw_attachment"
 

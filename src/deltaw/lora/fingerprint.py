@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from deltaw.lora.complete_names import complete_names
 from deltaw.lora.stored import block_weight, stored_form, tensor_quantization_library
+from deltaw.tensor_files import has_values
 
 # Prefix of a fingerprint. Change it whenever the algorithm changes.
 FORMAT = "weights-1:"
@@ -257,8 +258,3 @@ def record_digest(tensor: Tensor, values: TensorDigest) -> None:
 def recorded_digest(tensor: Tensor) -> TensorDigest | None:
     """Return the recorded digest of a tensor, or None."""
     return getattr(tensor, _DIGEST_ATTRIBUTE, None)
-
-
-def has_values(tensor: Tensor) -> bool:
-    """False on the meta device and under torch's FakeTensorMode, whose tensors have no values."""
-    return not (tensor.is_meta or type(tensor).__name__ == "FakeTensor")

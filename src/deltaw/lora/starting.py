@@ -31,9 +31,10 @@ from deltaw.lora.files import (
     with_model_names,
     write_adapter,
 )
-from deltaw.lora.fingerprint import FINGERPRINT_KEY, has_values, same_base
+from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
 from deltaw.lora.peft_format import FilePaths, adapter_settings, factor_module, tensor_names
 from deltaw.lora.select import Selection, select, unique_modules, values_by_pattern
+from deltaw.tensor_files import has_values
 
 # Settings that select modules. A file contains the modules by name, so settings are compared by the selected modules.
 TARGET_KEYS = ("target_modules", "exclude_modules", "layers", "train_modules")

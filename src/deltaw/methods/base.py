@@ -19,6 +19,7 @@ from torch import nn
 
 from deltaw.errors import UserError
 from deltaw.lora.starting import require_finite
+from deltaw.tensor_files import has_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -157,13 +158,15 @@ class Method(abc.ABC):
         raise UserError(message, location="start_from", hint="remove it, or use another method")
 
     def _copy_start(self, named: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor], start: Start) -> None:
-        """Copy the tensors of an adapter to the trainable tensors with the same names."""
+        """Copy the tensors of an adapter to the trainable tensors with the same names. A dry run only compares them."""
         for name in sorted({*named, *stored}):
             ours, theirs = (tuple(group[name].shape) if name in group else None for group in (named, stored))
             if ours != theirs:
                 message = f"'{name}' is {ours} in this run and {theirs} in the adapter"
                 hint = f"use the settings of method {self.name} that the adapter was trained with"
                 raise UserError(message, location=start.location, hint=hint)
+        if not all(map(has_values, named.values())):
+            return
         require_finite(stored, start.location)
         with torch.no_grad():
             for name, tensor in named.items():

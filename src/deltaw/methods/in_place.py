@@ -22,7 +22,7 @@ from deltaw.lora.adapted import factor_dtype
 from deltaw.lora.attachment import ReplacedParameter
 from deltaw.lora.complete_names import complete_names
 from deltaw.lora.files import names_in_model
-from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, has_values, warn_other_base
+from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, warn_other_base
 from deltaw.lora.kinds import get_input_embedding, get_output_head, is_linear
 from deltaw.lora.stored import count_logical_parameters
 from deltaw.methods.base import INPUT_LAYER, REPLACED_KEY, Calibration, Folder, Metadata, Method, Names, Start, Tensors
@@ -79,9 +79,8 @@ class InPlace(Method):
     def prepare_from(self, model: nn.Module, start: Start, *, seed: int, extra_modules: Names = ()) -> str:
         summary = self.prepare(model, seed=seed, extra_modules=extra_modules)
         start.require_base(self._base_fingerprint)
-        if all(map(has_values, model.parameters())):
-            self._copy_start(self.tensors(), self._read(model, start.folder)[0], start)
-            self.after_step(model)
+        self._copy_start(self.tensors(), self._read(model, start.folder)[0], start)
+        self.after_step(model)
         return summary
 
     def enable_training(self, model: nn.Module, extra_modules: Names, seed: int) -> list[ReplacedParameter]:

@@ -25,9 +25,9 @@ from deltaw.lora import (
 )
 from deltaw.lora.attachment import require_attachment
 from deltaw.lora.files import first_directions, rank_dimension
-from deltaw.lora.fingerprint import has_values
 from deltaw.lora.starting import attach_from, save_new_directions
 from deltaw.methods.base import VISION_TOWER, Calibration, Folder, Metadata, Method, MethodOptions, Names, Start
+from deltaw.tensor_files import has_values
 
 # Subfolder of the new adapter alone, if it was stacked on another one and ``stack: keep`` is set.
 NEW_ADAPTER = "new_adapter"

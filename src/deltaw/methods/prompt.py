@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from deltaw.errors import UserError
 from deltaw.lora.attachment import ReplacedParameter
 from deltaw.lora.files import read_tensors, task_type_of
-from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, has_values, warn_other_base
+from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, warn_other_base
 from deltaw.lora.peft_format import PEFT_FORMAT, base_reference, base_settings
 from deltaw.lora.stored import count_logical_parameters
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Calibration, Folder, Metadata, Method, Names, Start
@@ -198,11 +198,10 @@ class SoftPrompt(Method):
     def prepare_from(self, model: nn.Module, start: Start, *, seed: int, extra_modules: Names = ()) -> str:
         summary = self.prepare(model, seed=seed, extra_modules=extra_modules)
         start.require_base(self._base_fingerprint)
-        if all(map(has_values, model.parameters())):
-            file = read_prompt(start.folder)
-            trained = {name: parameter.detach() for name, parameter in self.parameters(model)}
-            extra = {name: tensor for name, tensor in file.extra_tensors.items() if name in trained}
-            self._copy_start(trained, {"prompt": file.prompt, **extra}, start)
+        file = read_prompt(start.folder)
+        trained = {name: parameter.detach() for name, parameter in self.parameters(model)}
+        extra = {name: tensor for name, tensor in file.extra_tensors.items() if name in trained}
+        self._copy_start(trained, {"prompt": file.prompt, **extra}, start)
         return summary
 
     def can_restore_base(self, model: nn.Module) -> bool:

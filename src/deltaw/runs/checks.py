@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from deltaw.data.chat_template import with_chat_template
 from deltaw.data.check import DataCheck, DataFinding
@@ -94,16 +95,29 @@ def _check_start_base(config: RunConfig, task: Task[Any], data: RunData, start: 
     Fingerprints of files with converted weights, such as .gguf, and of models with new or trained modules, are checked
     after loading.
     """
-    dtype = choose_precision(choose_device(config.device).value, config.precision).value
-    folder = config_folder(config.model, dtype, config.trust_remote_code)
-    is_converted = resolve(config.model).kind == "gguf"
-    if task.trains_head or start.has_modules or is_converted or not any(folder.glob("*.safetensors")):
+    if task.trains_head or start.has_modules:
         return
     with torch.device("meta"):
         model = skeleton(config.model, dtype="fp32", task=config.task, trust_remote_code=config.trust_remote_code)
-    if not match_names(model, digests := folder_digests(folder)).converted:
-        record_stored_digests(model, digests)
+    if record_file_digests(model, config):
         start.require_base(base_fingerprint(model))
+
+
+def record_file_digests(model: PreTrainedModel, config: RunConfig) -> bool:
+    """Record the digests of the base model's files on a model without values.
+
+    Returns:
+        False if the weights are not in safetensors files, or are converted when they are loaded.
+    """
+    dtype = choose_precision(choose_device(config.device).value, config.precision).value
+    folder = config_folder(config.model, dtype, config.trust_remote_code)
+    if resolve(config.model).kind == "gguf" or not any(folder.glob("*.safetensors")):
+        return False
+    digests = folder_digests(folder)
+    if match_names(model, digests).converted:
+        return False
+    record_stored_digests(model, digests)
+    return True
 
 
 def check_folder(config: RunConfig) -> None:

@@ -23,8 +23,8 @@ from deltaw.kernels.layout import Layout, PositionShifts
 from deltaw.kernels.torch_private import cast_module
 from deltaw.lora import kinds
 from deltaw.lora.attachment import Replacement, find_module_spots
-from deltaw.lora.fingerprint import has_values
 from deltaw.runtime.virtual_tokens import embedding_weight, input_embedding
+from deltaw.tensor_files import has_values
 
 # Name of the submodule of the embedding that contains the modules of a trained vision tower.
 VISION = "vision"

@@ -25,12 +25,13 @@ from deltaw.kernels import large_pages, loader
 from deltaw.kernels.block_linear import quantize_nf4 as rounded_nf4
 from deltaw.kernels.quantize import expand_scales, quantize_activations, quantize_rows
 from deltaw.kernels.torch_private import direct_parameters
-from deltaw.lora.fingerprint import has_values, record_base_digest
+from deltaw.lora.fingerprint import record_base_digest
 from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, get_input_embedding, is_conv1d
 from deltaw.lora.layers import LoRALinear
 from deltaw.lora.layers_quantized import Int8Conv1D, Int8Linear, quantize_linear_nf4, supports_nf4
 from deltaw.machine.memory import free_memory_bytes
 from deltaw.runtime.recognition import blocks_of
+from deltaw.tensor_files import has_values
 
 # Maximum relative output error of an int8 layer. With a larger error, the layer keeps its weights.
 MAX_OUTPUT_ERROR = 0.04

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deltaw.kernels import linear as products
 from deltaw.kernels import quantize
-from deltaw.lora.fingerprint import has_values
+from deltaw.tensor_files import has_values
 
 # Number of columns that are not rounded. Doubling it halves the error and doubles the cost.
 OUTLIER_COLUMNS = 8

@@ -97,14 +97,14 @@ def read_chain(
     paths = {(folder / name).resolve(): name for name in names}
     for entry in entries:  # a stage can also be given by its folder
         platforms.reject_reserved_names(folder / entry[NAME])
-        entry[START_FROM] = _map_references(entry[START_FROM], lambda text: paths.get(_resolved(text), text))
+        entry[START_FROM] = map_references(entry[START_FROM], lambda text: paths.get(_resolved(text), text))
     _check_references(entries, location)
     overrides = {key: value for key, value in flags.items() if key not in ("output", START_FROM)}
     stages = []
     for entry in entries:
         settings = merge_settings(merge_settings(values, entry), overrides)
         name = settings.pop(NAME)
-        start_from = _map_references(entry[START_FROM], lambda text: str(folder / text) if text in names else text)
+        start_from = map_references(entry[START_FROM], lambda text: str(folder / text) if text in names else text)
         settings |= {START_FROM: start_from, "output": str(folder / name)}
         try:
             config = RunConfig.read(settings)
@@ -202,7 +202,7 @@ def _references(value: Any) -> list[str]:
         found.append(reference)
         return reference
 
-    _map_references(value, collect)
+    map_references(value, collect)
     return found
 
 
@@ -211,12 +211,12 @@ def _parents(entry: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return [reference for reference in _references(entry[START_FROM]) if reference in names]
 
 
-def _map_references(value: Any, change: Callable[[str], str]) -> Any:
+def map_references(value: Any, change: Callable[[str], str]) -> Any:
     """Return a value of ``start_from`` with changed references. Invalid values are returned unchanged."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
-        return [_map_references(entry, change) for entry in value]
+        return [map_references(entry, change) for entry in value]
     if isinstance(value, dict) and isinstance(value.get("from"), str):
         return {**value, "from": change(value["from"])}
     return value

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError, first_names
-from deltaw.lora.fingerprint import has_values
 from deltaw.machine.memory import trim_memory
+from deltaw.tensor_files import has_values
 from deltaw.training.callbacks import Callback, FunctionCallback
 from deltaw.training.microbatches import SINGLE_PROCESS, Batcher, Objective, Reducer, SpareBatch, StepSums
 from deltaw.training.optimizer import clipped_norm

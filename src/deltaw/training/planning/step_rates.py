@@ -26,10 +26,10 @@ from deltaw.data.example import Example, rows_of
 from deltaw.kernels import loader
 from deltaw.kernels.processor import processor_flags, processor_name
 from deltaw.kernels.torch_private import direct_buffers, direct_parameters, in_backward
-from deltaw.lora.fingerprint import has_values
 from deltaw.machine.kernel_choice import planning_rates
 from deltaw.runtime.layer_entry import frozen_level
 from deltaw.runtime.recognition import blocks_of, forward_replaced, signature
+from deltaw.tensor_files import has_values
 from deltaw.training.approximations import Approximations, applicable
 from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.evaluation.general import MAX_ANSWER_TOKENS, NoGeneralAnswers, check_size

@@ -6,9 +6,12 @@ import functools
 import importlib.util
 import inspect
 import json
+import math
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +44,10 @@ Reward = Callable[[Sequence[Completion]], Sequence["float | None"]]
 
 
 def expected_answer(settings: RewardFunction, completion: Completion) -> str | None:
-    """Return the value of the configured column, or the answer of the row."""
-    if settings.column is None:
-        return completion.answer
-    value = completion.columns.get(settings.column)
-    return None if value is None else str(value)
+    """Return the value of the configured column, or the answer of the row. None if it is missing or blank."""
+    value = completion.answer if settings.column is None else completion.columns.get(settings.column)
+    text = "" if value is None else unicodedata.normalize("NFC", str(value)).strip()
+    return text or None
 
 
 def settings_location(settings: RewardFunction) -> str:
@@ -93,23 +95,42 @@ def load_function(reference: str, location: str) -> Callable[..., Any]:
     return function
 
 
-_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+# Everything that looks like a number, with all digits, points and separators that touch each other, and a denominator.
+# A sign after a letter or a digit is a hyphen.
+_NUMBER_LIKE = re.compile(
+    r"(?:(?<!\w)[-+\u2212])?\.?\d[\d.,\u00a0\u202f]*(?:(?<=\d)[eE][-+\u2212]?\d+)?(?:/\d[\d.,/]*)?"
+)
+# Digits in groups of three after the first group, or without separators.
+_NUMBER = re.compile(
+    r"(?P<sign>[-+\u2212]?)"
+    r"(?P<digits>(?!0)\d{1,3}(?P<separator>[,\u00a0\u202f])\d{3}(?:(?P=separator)\d{3})*|\d*)"
+    r"(?P<decimals>(?:\.\d+)?)(?:[eE](?P<exponent>[-+\u2212]?\d{1,3}))?(?:/(?P<denominator>\d+))?"
+)
 
 
 def exact(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
     """Return 1 if a completion equals the expected answer, ignoring surrounding white space."""
     answers = [expected_answer(settings, completion) for completion in completions]
     pairs = zip(completions, answers, strict=True)
-    return [None if answer is None else float(c.text.strip() == answer.strip()) for c, answer in pairs]
+    return [None if answer is None else float(_text(c) == answer) for c, answer in pairs]
+
+
+def _text(completion: Completion) -> str:
+    """Return the text without surrounding white space, with characters composed as in the expected answer."""
+    return unicodedata.normalize("NFC", completion.text).strip()
 
 
 def contains(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
-    """Return 1 if a completion contains the expected answer as a word."""
+    """Return 1 if a completion contains the expected answer as a word, not as a part of a number."""
     rewards: list[float | None] = []
     for completion in completions:
-        answer = expected_answer(settings, completion)
-        pattern = None if answer is None else rf"(?<!\w){re.escape(answer.strip())}(?!\w)"
-        rewards.append(None if pattern is None else float(re.search(pattern, completion.text) is not None))
+        if (answer := expected_answer(settings, completion)) is None:
+            rewards.append(None)
+            continue
+        before = r"(?<!\d[.,])(?<!(?<!\w)[-\u2212.])" if answer[0].isdigit() else ""
+        after = r"(?![.,]\d)" if answer[-1].isdigit() else ""
+        pattern = rf"(?<!\w){before}{re.escape(answer)}(?!\w){after}"
+        rewards.append(float(re.search(pattern, _text(completion)) is not None))
     return rewards
 
 
@@ -133,7 +154,7 @@ def number(settings: RewardFunction, completions: Sequence[Completion]) -> list[
         if expected is None:
             rewards.append(None)
         else:
-            rewards.append(float(actual is not None and abs(actual - expected) <= settings.tolerance))
+            rewards.append(float(actual is not None and abs(actual - expected) <= Fraction(settings.tolerance)))
     return rewards
 
 
@@ -149,13 +170,29 @@ def json_schema(settings: RewardFunction, completions: Sequence[Completion]) -> 
 
 def _schema_reward(validator: Any, text: str) -> float:
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError):
         return 0.0
     try:
         return 1.0 if validator.is_valid(value) else 0.5
     except (RecursionError, ArithmeticError):  # deeply nested or infinite value
         return 0.5
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object with these keys, and reject a repeated key, whose value depends on the reader."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return values
+
+
+def _finite(text: str) -> float:
+    """Return a finite number. NaN and Infinity are not JSON, and 1e999 becomes infinity."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("a number is not finite")
+    return value
 
 
 def schema_validator(settings: RewardFunction) -> Any:
@@ -179,7 +216,7 @@ def schema_validator(settings: RewardFunction) -> Any:
     except SchemaError as error:
         message = f"the schema is not valid at {error.json_path}: {error.message[:200]}"
         raise UserError(message, location=settings_location(settings), hint="correct the schema") from error
-    validator = validator_class(schema, registry=Registry())
+    validator = validator_class(schema, registry=Registry(), format_checker=validator_class.FORMAT_CHECKER)
     try:
         examples: tuple[object, ...] = (None, True, 0, "", [], {})
         for example in examples:  # an unresolvable or circular reference fails for any value
@@ -196,10 +233,21 @@ def length(settings: RewardFunction, completions: Sequence[Completion]) -> list[
     return [max(0.0, 1 - abs(len(completion.text.split()) - target) / target) for completion in completions]
 
 
-def last_number(text: str | None) -> float | None:
-    """Return the last number of a text, or None."""
-    numbers = _NUMBER.findall(text or "")
-    return float(numbers[-1].replace(",", "")) if numbers else None
+def last_number(text: str | None) -> Fraction | None:
+    """Return the exact value of the last number of a text, or None if there is none or it is ambiguous.
+
+    Ambiguous are for example ``1,2,3``, ``1.5.2`` and ``1.234,5``.
+    """
+    candidates = _NUMBER_LIKE.findall(text or "")
+    match = _NUMBER.fullmatch(candidates[-1].rstrip(".,/\u00a0\u202f")) if candidates else None
+    if match is None:
+        return None
+    digits = match["digits"].replace(match["separator"] or ",", "")
+    sign, exponent = (match[name].replace("\u2212", "-") if match[name] else "" for name in ("sign", "exponent"))
+    try:
+        return Fraction(f"{sign}{digits}{match['decimals']}e{exponent or 0}") / int(match["denominator"] or 1)
+    except (ValueError, ZeroDivisionError):  # too many digits, or a denominator of 0
+        return None
 
 
 def _schema(settings: RewardFunction) -> Any:

@@ -67,7 +67,8 @@ class Rewarder:
         self._raise_error(answer)
         required, available, sample = set(answer["needs"]), set[str](), list[Completion]()
         for completion in rows:
-            provided = completion.columns.keys() | ({"answer"} if completion.answer is not None else set())
+            has_answer = bool(completion.answer and completion.answer.strip())
+            provided = completion.columns.keys() - {"answer"} | ({"answer"} if has_answer else set())
             available |= provided
             sample = sample or [completion]
             if required <= provided:
