@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra studio is not installed")
+import httpx
 from fastapi.testclient import TestClient
 
 from deltaw.errors import UserError
@@ -328,6 +330,34 @@ def test_start_queues_one_job_with_a_free_name(client: TestClient, studio: Studi
     draft.save()
     client.post(f"/drafts/{draft.identity}/start", data={"name": " ../Für (Öl) "})
     assert studio.queue.jobs()[-1].run == "runs/Fur-Ol"
+
+
+def test_simultaneous_starts_create_one_job_per_draft_in_distinct_folders(client, studio: Studio, draft: Draft) -> None:
+    other = studio.workspace.create_draft(studio.workspace.folder / "rows.jsonl")
+    other.settings |= draft.settings
+    other.save()
+    transport = httpx.ASGITransport(app=client.app)
+
+    async def press() -> None:
+        options = {"base_url": "http://127.0.0.1", "headers": ORIGIN, "cookies": dict(client.cookies)}
+        async with httpx.AsyncClient(transport=transport, **options) as browser:
+            addresses = [f"/drafts/{identity}/start" for identity in [draft.identity] * 12 + [other.identity] * 3]
+            await asyncio.gather(*(browser.post(address, data={"name": "first"}) for address in addresses))
+
+    asyncio.run(press())
+    jobs = studio.queue.jobs()
+    assert {job.draft for job in jobs} == {draft.identity, other.identity}
+    assert sorted(str(job.run) for job in jobs) == ["runs/first", "runs/first-2"]
+
+
+def test_job_does_not_resume_into_the_folder_of_another_training(client, studio: Studio, draft: Draft) -> None:
+    client.post(f"/drafts/{draft.identity}/start", data={"name": "first"})
+    (removed,) = studio.queue.jobs()
+    studio.queue.stop(removed.identity)
+    client.post(f"/drafts/{draft.identity}/start", data={"name": "first"})
+    assert [job.run for job in studio.queue.jobs()] == ["runs/first"] * 2
+    assert "another training uses the folder" in client.post(f"/jobs/{removed.identity}/resume").text.lower()
+    assert [job.state for job in studio.queue.jobs()] == ["queued", "stopped"]
 
 
 def test_start_page_lists_drafts_without_a_training(client: TestClient, studio: Studio, draft: Draft) -> None:

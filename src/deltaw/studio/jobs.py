@@ -280,11 +280,19 @@ class JobQueue:
             job.save()
 
     def resume(self, identity: str) -> None:
-        """Queue a job again that has ended. The same command continues a training from its last checkpoint."""
+        """Queue a job again that has ended. The same command continues a training from its last checkpoint.
+
+        Raises:
+            UserError: if another training has the same output folder.
+        """
         with self._lock:
             job = self.job(identity)
             if job.is_active:
                 return
+            trainings = [other for other in self._jobs.values() if other.verb == job.verb == "train"]
+            if any(other.run == job.run and other is not job for other in trainings):
+                hint = "start it again from its settings, which gives it a folder of its own"
+                raise UserError(f"another training uses the folder {job.run}", hint=hint)
             job.state, job.process, job.stops, job.order = QUEUED, None, 0, time.time()
             job.save()
 

@@ -134,14 +134,16 @@ def _start_router(studio: Studio) -> APIRouter:
         draft, name = workspace.draft(identity), (await form(request)).get("name", [""])[0].strip()
         name = run_name(name)
         platforms.reject_reserved_names(name)
-        config, active = workspace.config(draft), queue.active()
-        for job in active:
-            if (job.verb, job.draft) == ("train", identity) and job.created > draft.changed:  # pressed twice
-                return RedirectResponse(f"/jobs/{job.identity}", 303)
+        config = workspace.config(draft)
         try:
             await asyncio.to_thread(require_suitable, config)
         except UserError:  # the page of the model shows the error
             return RedirectResponse(f"/drafts/{identity}/model", 303)
+        # Without an await from here on, so that simultaneous requests see each other's jobs.
+        active = queue.active()
+        for job in active:
+            if (job.verb, job.draft) == ("train", identity) and job.created > draft.changed:  # pressed twice
+                return RedirectResponse(f"/jobs/{job.identity}", 303)
         names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
         paths, taken = (workspace.folder / RUNS / name for name in names), {job.run for job in active}
         path = next(path for path in paths if not path.exists() and workspace.relative(path) not in taken)
