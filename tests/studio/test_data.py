@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import html
 import json
 import re
@@ -19,6 +20,7 @@ from deltaw.errors import UserError
 from deltaw.settings import task_registry
 from deltaw.studio import data, row_calls, spreadsheets
 from deltaw.studio.worker import Pending
+from deltaw.studio.workspace import move_to_unused
 from tests.byte_models import save_model, tiny_llama
 
 CLASSES = next(entry.name for entry in task_registry.entries() if entry.serves == "classes")
@@ -154,6 +156,73 @@ def test_page_names_spreadsheet_sheet_and_empty_rows(pages, kind):
     assert f"Other sheets are not used: {names[1]}." in shown
     assert "1 empty row was skipped, so later row numbers differ." in shown
     assert f"table.{kind}</a>" in pages.get("/").text
+
+
+def test_sheet_of_a_spreadsheet_can_be_chosen(pages):
+    sheets = {
+        "Notes": [["a", "b"], ["x", "y"]],
+        "Data": [["text", "label"], *[[f"t {n}", "ab"[n % 2]] for n in range(8)]],
+    }
+    address = draft_of(pages, "table.ods", open_document(sheets))
+    assert '<option value="Data">' in pages.get(f"{address}/data").text
+    for _ in range(2):
+        assert pages.post(f"{address}/sheet", data={"sheet": "Data"}).status_code == 303
+    draft = stored(pages, address)
+    assert (draft.rows, draft.sheet, draft.sheets) == ("table-Data.jsonl", "Data", ["Notes", "Data"])
+    assert not (pages.studio.workspace.folder / "table-Data-2.jsonl").exists()
+    assert "“label” the classes" in text_of(pages.get(f"{address}/part/check"))
+    assert pages.post(f"{address}/sheet", data={"sheet": "hidden"}).status_code == 400
+    assert "Sheet of the spreadsheet" not in pages.get(f"{draft_of(pages, 'rows.csv', 'a,b')}/data").text
+
+
+UNCLEAN = ["Delivery", "Delivery", "delivery", "Delivery ", "Billing", "Billing", "billing."]
+
+
+def test_almost_equal_classes_are_merged_by_a_button(pages):
+    rows = "".join(f"message {n},{UNCLEAN[n % 7]}\n" for n in range(42)) + "message 99,Billling\n"
+    address = draft_of(pages, "rows.csv", "text,label\n" + rows)
+    shown = pages.get(f"{address}/part/check").text
+    boxes = re.findall(r'name="label" value="([^"]*)"( checked)?', shown)
+    assert sorted(boxes) == [("Billling", ""), *((name, " checked") for name in ("Delivery ", "billing.", "delivery"))]
+    assert "data.classes" not in shown
+    pages.post(f"{address}/classes", data={"label": ["delivery", "Delivery ", "billing.", "unknown"]})
+    merged = {"delivery": "Delivery", "Delivery ": "Delivery", "billing.": "Billing"}
+    assert stored(pages, address).settings["data"]["classes"] == merged
+    shown = pages.get(f"{address}/part/check")
+    assert "There are 3 classes: Billing, Billling, Delivery." in text_of(shown)
+    pages.post(f"{address}/classes", data={"label": "Billling"})
+    assert stored(pages, address).settings["data"]["classes"] == {**merged, "Billling": "Billing"}
+    assert "Merge classes" not in pages.get(f"{address}/part/check").text
+    pages.post(f"{address}/classes")  # undo
+    assert "classes" not in stored(pages, address).settings["data"]
+
+
+def test_changed_column_is_saved_and_read_before_the_model_is_chosen(pages):
+    rows = "".join(f"message number {n},{'ab'[n % 2]},{'xyz'[n % 3]}\n" for n in range(12))
+    address = draft_of(pages, "rows.csv", "message,first,second\n" + rows)
+    shown = pages.get(f"{address}/part/check").text
+    assert re.search(r'<form id="columns"[^>]* data-autosave data-reload="check"', shown)
+    fields = {"task": "sequence-classification", "columns.text": "message", "columns.label": "first"}
+    response = pages.post(f"{address}/data", data=fields, headers={"Accept": "application/json"})
+    assert response.json() == {}
+    assert stored(pages, address).settings["data"]["columns"] == {"text": "message", "label": "first"}
+    assert pages.get(f"{address}/model").headers["location"] == f"{address}/data"
+    assert "“first” the classes" in text_of(pages.get(f"{address}/part/check"))
+    assert pages.get(f"{address}/model").status_code == 200
+
+
+def test_tokens_link_is_beside_the_row_number(pages):
+    address = draft_of(pages, "rows.csv", "text,label\n" + "a,b\n" * 3)
+    assert re.search(r'<th scope="row">1 <a href="[^"]*row=1#tokens">Tokens', pages.get(f"{address}/part/rows").text)
+
+
+def test_simultaneous_files_get_distinct_paths(tmp_path):
+    sources = [tmp_path / f"source-{n}" for n in range(12)]
+    for source in sources:
+        source.write_text(source.name)
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        paths = list(pool.map(lambda source: move_to_unused(source, tmp_path / "rows.csv"), sources))
+    assert sorted(path.read_text() for path in paths) == sorted(source.name for source in sources)
 
 
 def test_rejected_spreadsheet_is_not_kept(client):

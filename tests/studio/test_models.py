@@ -433,6 +433,51 @@ def test_failed_score_of_a_run_with_checkpoints_is_not_continued(client: TestCli
         assert button and button[1] == {"train": "Continue", "eval": "Start again"}[verb]
 
 
+def test_failed_score_offers_to_predict_the_file(client: TestClient, studio: Studio) -> None:
+    run, file = studio.workspace.folder / "runs" / "first", studio.workspace.folder / "rows.jsonl"
+    run.mkdir(parents=True)
+    job = studio.queue.add("eval", ["eval", str(run), f"--data={file}", "--json"], title="Score", run=run)
+    job.state = "failed"
+    text = client.get(f"/jobs/{job.identity}").text
+    assert 'name="file" value="rows.jsonl"' in text and 'value="predict">Predict this file instead' in text
+
+
+def test_predictions_are_shown_in_words_with_their_first_rows(client: TestClient, studio: Studio) -> None:
+    output = studio.workspace.folder / "exports" / "predictions.csv"
+    output.parent.mkdir()
+    output.write_text("row,text,prediction\n" + "".join(f"{n},text {n} <b>,good\n" for n in range(1, 30)))
+    job = studio.queue.add("predict", ["predict"], title="Predict", output=output)
+    job.state = "done"
+    errors = {"an empty text": 2}
+    result = {"output": str(output), "task": "x", "rows": 2900, "predicted": 29, "errors": errors, "seconds": 3.25}
+    (job.folder / "stdout").write_text(json.dumps(result))
+    text = client.get(f"/jobs/{job.identity}").text
+    values = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text))
+    assert values["rows in the file"] == "2,900" and values["rows with a prediction"] == "29"
+    assert values["rows without a prediction: an empty text"] == "2" and set(values) <= {*values, "time"}
+    assert "output" not in values and "seconds" not in values
+    assert "text 10 &lt;b&gt;" in text and "text 11" not in text and "The file has more rows" in text
+
+
+def test_wrong_predictions_are_marked_and_predict_is_the_first_action(client: TestClient, studio: Studio) -> None:
+    run = studio.workspace.folder / "runs" / "first"
+    run.mkdir(parents=True)
+    job = studio.queue.add("train", ["train"], title="first", run=run)
+    job.state = "done"
+    (run / "run.json").write_text(json.dumps({"version": 1, "state": "finished", "total_steps": 1}))
+    wrong = {"row": 3, "text": "late", "expected": "good", "predicted": "bad", "score": 0.9}
+    right = wrong | {"row": 4, "predicted": "good"}
+    table = {"score_name": "confidence", "mistakes": [wrong], "examples": [right]}
+    lines = [{"step": 1, "loss": 1.0}, {"step": 1, "predictions": {"": table}}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = client.get(f"/jobs/{job.identity}").text
+    assert re.findall(r'data-name="predicted">(\w+)(<strong class="wrong">wrong)?', text) == [
+        ("bad", '<strong class="wrong">wrong'),
+        ("good", ""),
+    ]
+    assert re.findall(r'class="button[^"]*" href="[^"]*">(.*?)<', text)[0] == "Predict"
+
+
 def test_table_of_scores_has_a_column_of_ranges_if_any_is_known(client: TestClient, studio: Studio) -> None:
     score = {"metric": "accuracy", "value": 0.8}
     result = {"eval": {"loss": 0.5, "accuracy": 0.8}, "score": score, "rows": 10}

@@ -118,6 +118,24 @@ def test_comparison(client, run) -> None:
     assert "Select two or more" not in client.get("/runs").text
 
 
+def test_comparison_names_different_rows_and_classes_and_shows_intervals(client, run) -> None:
+    counts = {"rows_read": 90, "rows_kept": 72, "held_out": 18}
+    for name, classes in (("first", ("a", "b")), ("second", ("a", "b", "c")), ("third", ("a", "b"))):
+        folder = run if name == "first" else write_run(client, name)
+        values = json.loads((folder / "run.json").read_text())
+        values["data"] = {"counts": counts | {"class_counts": dict.fromkeys(classes, 9)}}
+        (folder / "run.json").write_text(json.dumps(values))
+        (folder / "metrics.jsonl").write_text('{"step": 1, "eval": {"accuracy": 0.821}}\n')
+        label = "topic" if name == "second" else "team"
+        with (folder / "run.yaml").open("a") as file:
+            file.write(f"data:\n  train: a.csv\n  columns: {{label: {label}}}\n")
+    text = client.get("/runs/compare?run=runs/first&run=runs/second").text
+    assert "the rows differ: columns." in text
+    assert "the classes differ. first: a, b; second: a, b, c." in text
+    assert "held-out accuracy, 95% interval" in text and "78.0% – 85.6%" in text
+    assert "cannot be compared" not in client.get("/runs/compare?run=runs/first&run=runs/third").text
+
+
 def test_report_is_rendered_by_the_worker_and_sandboxed(client, run) -> None:
     answers = iter([Pending(2.0), {"html": "<p>report</p>"}])
     client.studio.worker.result = lambda call, arguments: (calls.append((call, arguments)), next(answers))[1]

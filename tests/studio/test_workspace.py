@@ -124,7 +124,7 @@ def test_upload_leaves_space_on_the_disk(client, monkeypatch) -> None:
 
 
 def test_full_disk_is_reported(client, monkeypatch) -> None:
-    def full(self, *_):
+    def full(self, *_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Workspace, "create_draft", full)

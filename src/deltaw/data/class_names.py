@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping
 
 import yaml
@@ -46,6 +47,14 @@ def merged_classes(counts: Mapping[str, int]) -> dict[str, str]:
     return {name: merged for name, merged in pairs.items() if name != merged}
 
 
+def count_classes(counts: Mapping[str, int], merged: Mapping[str, str]) -> dict[str, int]:
+    """Return the number of rows of each class after merging labels."""
+    result: Counter[str] = Counter()
+    for label, count in counts.items():
+        result[merged.get(label, label)] += count
+    return result
+
+
 def match_classes(names: set[str], classes: tuple[str, ...]) -> dict[str, str]:
     """Return the class of each name that is not a class but almost equal to exactly one."""
     candidates: dict[str, list[str]] = {}
@@ -62,15 +71,19 @@ def merge_setting(merged: Mapping[str, str]) -> str:
 
 
 def similar_names(counts: Mapping[str, int]) -> dict[str, str]:
-    """Return the frequent name for each rare one that is probably misspelled, because they are one edit apart."""
+    """Return the frequent name for each rare one that is probably misspelled, because they are one edit apart.
+
+    Almost equal names count as one.
+    """
     similar: dict[str, str] = {}
+    counts = count_classes(counts, merged_classes(counts))
     names = sorted(counts, key=lambda name: (counts[name], name))
     for index, rare in enumerate(names[: 10**6 // max(1, len(names))]):
         rare_key = name_key(rare)
         for frequent in reversed(names[index + 1 :]):
             frequent_key = name_key(frequent)
             is_rare = counts[rare] <= max(2, counts[frequent] // 50) and counts[rare] < counts[frequent]
-            is_rare = is_rare and min(len(rare_key), len(frequent_key)) > 3 and rare_key != frequent_key
+            is_rare = is_rare and min(len(rare_key), len(frequent_key)) > 3
             if is_rare and _is_one_edit(rare_key, frequent_key):
                 similar[rare] = frequent
                 break
@@ -87,6 +100,7 @@ def almost_equal_text(counts: Mapping[str, int]) -> tuple[str, dict[str, str]]:
 def similar_text(counts: Mapping[str, int]) -> tuple[str, dict[str, str]]:
     """Return a description of names that are probably misspelled, or '', and the mapping that corrects them."""
     similar = similar_names(counts)
+    counts = count_classes(counts, merged_classes(counts))
     pairs = [f"{_with_count(rare, counts)} is almost {_with_count(name, counts)}" for rare, name in similar.items()]
     text = f"classes that may be typing errors: {'; '.join(pairs[:_MAX_GROUPS])}"
     return text if pairs else "", similar

@@ -17,6 +17,7 @@ from deltaw.reports.tables import (
     add_row,
     count,
     duration,
+    format_interval,
     format_time,
     format_value,
     gigabytes,
@@ -122,6 +123,9 @@ def result_rows(records: Sequence[Run]) -> FigureTable:
             base = [metric_value(name, record.base[name]) if name in record.base else "" for record in records]
             rows.append((f"{metric_name(name)} before training", base))
         rows.append((f"held-out {metric_name(name)}", [metric_value(name, v[0][1]) if v else "" for v in last]))
+        scored = [record.score is not None and record.score[0] == name for record in records]
+        intervals = [format_interval(name, r.score_interval) if s else "" for r, s in zip(records, scored, strict=True)]
+        rows.append((f"held-out {metric_name(name)}, 95% interval", intervals))
     rewards = [record.metrics.column("reward")[1] for record in records]
     means = [short(running_mean(values)[-1]) if len(values) else "" for values in rewards]
     rows.append(("training reward, mean of the last steps", means))
@@ -141,6 +145,33 @@ def result_rows(records: Sequence[Run]) -> FigureTable:
     ]
     filled_rows = [(name, *cells) for name, cells in rows if any(cells)]
     return FigureTable("Results of each run", ("result", *unique_names(records)), filled_rows)
+
+
+# Settings and counts that determine the rows of a run, in words.
+_ROW_SETTINGS = {"task": "task", "data.train": "training file", "data.eval": "evaluation rows", "data.seed": "seed"}
+_ROW_SETTINGS |= {"train.seed": "seed", "data.columns": "columns", "data.rows": "sample", "data.group": "group"}
+_ROW_SETTINGS |= {"data.other_classes": "dropped classes", "data.duplicates": "duplicates"}
+_ROW_COUNTS = {"rows_read": "rows of the file", "rows_kept": "training rows", "held_out": "held-out rows"}
+
+
+def comparison_notes(records: Sequence[Run]) -> list[str]:
+    """Return the reasons why scores of the runs cannot be compared directly: different rows or classes."""
+    notes = []
+    counts = [mapping(record.part("data").get("counts")) for record in records]
+    settings = {key: {str(record.setting(key)) for record in records} for key in _ROW_SETTINGS}
+    different = [_ROW_SETTINGS[key] for key, values in settings.items() if len(values) > 1]
+    for name, text in _ROW_COUNTS.items():
+        numbers = [str(count.get(name, "unknown")) for count in counts]
+        if len(set(numbers)) > 1:
+            different.append(f"{text} ({', '.join(numbers)})")
+    if different:
+        reasons = ", ".join(dict.fromkeys(different))
+        notes.append(f"Scores cannot be compared directly, because the rows differ: {reasons}.")
+    classes = [tuple(mapping(count.get("class_counts"))) for count in counts]
+    if len(set(classes)) > 1:
+        texts = [f"{name}: {', '.join(names[:12])}" for name, names in zip(unique_names(records), classes, strict=True)]
+        notes.append(f"Scores cannot be compared directly, because the classes differ. {'; '.join(texts)}.")
+    return notes
 
 
 def differing_settings(records: Sequence[Run]) -> FigureTable:
@@ -297,6 +328,7 @@ def comparison_tables(records: Sequence[Run], width: int) -> list[RenderableType
             if numbers.rows:
                 rows = [(first, *cells[selected]) for first, *cells in numbers.rows]
                 parts.append(table([title, *names[selected]], rows, fold=True))
+    parts += [Text(note, "yellow") for note in comparison_notes(records)]
     if not differences.rows:
         parts.append(Text("the settings are identical except for the output folder"))
     return parts

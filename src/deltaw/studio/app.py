@@ -66,8 +66,9 @@ def router(studio: Studio) -> APIRouter:
 
     def draft_of(file: Path, is_upload: bool = False) -> str:
         """Create a draft and return the address of its first page."""
-        rows, note = spreadsheets.convert(workspace, file, is_upload=is_upload)
-        return f"/drafts/{workspace.create_draft(rows, file, note).identity}/data"
+        rows = spreadsheets.convert(workspace, file, is_upload=is_upload)
+        draft = workspace.create_draft(rows.file, file, note=rows.note, sheet=rows.sheet, sheets=rows.sheets)
+        return f"/drafts/{draft.identity}/data"
 
     @routes.get("/")
     def start(request: Request) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import json
@@ -10,16 +11,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
+from deltaw.data.class_names import count_classes, merged_classes, similar_names
 from deltaw.data.row_stream import UnreadableRow
 from deltaw.data.sources import open_source
 from deltaw.errors import UserError
 from deltaw.reports.svg import Bar, Figure, FigureTable, bars, histogram
+from deltaw.runs.folder import mapping
 from deltaw.settings import task_registry
 from deltaw.settings.columns import mapped_columns
 from deltaw.settings.config import merge_settings
-from deltaw.studio.rendering import error_part, form, page, part
+from deltaw.studio.rendering import error_part, form, page, part, wants_json
+from deltaw.studio.spreadsheets import convert
 from deltaw.studio.state import Studio
 from deltaw.studio.worker import Pending
 from deltaw.studio.workspace import Draft
@@ -44,7 +48,9 @@ def router(studio: Studio) -> APIRouter:
     @routes.get("/data")
     def show(request: Request, identity: str) -> Response:
         first, row = _number(request, "from", 1), _number(request, "row", 0)
-        return page(request, "data.html", draft=workspace.draft(identity), first=first, row=row)
+        draft = workspace.draft(identity)
+        sheets = [(name, name) for name in draft.sheets]
+        return page(request, "data.html", draft=draft, sheets=sheets, first=first, row=row)
 
     @routes.post("/data")
     async def choose(request: Request, identity: str) -> Response:
@@ -61,6 +67,25 @@ def router(studio: Studio) -> APIRouter:
         ):  # columns of another task are inferred
             settings["data"]["columns"] = {name: column for name, column in chosen.items() if name != column}
         draft.settings, draft.preview = settings, None
+        draft.save()
+        return JSONResponse({}) if wants_json(request) else RedirectResponse(f"/drafts/{identity}/data", 303)
+
+    @routes.post("/sheet")
+    async def choose_sheet(request: Request, identity: str) -> Response:
+        draft, sheet = workspace.draft(identity), (await form(request)).get("sheet", [""])[0]
+        file = workspace.path(draft.name, location="file")
+        rows = await asyncio.to_thread(convert, workspace, file, sheet=sheet)
+        draft.settings, draft.preview = {"data": {"train": workspace.relative(rows.file)}}, None
+        draft.note, draft.sheet, draft.sheets = rows.note, rows.sheet, rows.sheets
+        draft.save()
+        return RedirectResponse(f"/drafts/{identity}/data", 303)
+
+    @routes.post("/classes")
+    async def merge_classes(request: Request, identity: str) -> Response:
+        draft, labels = workspace.draft(identity), (await form(request)).get("label", [])
+        chosen = {label: name for label, name, _, _ in _merges(draft) if label in labels}
+        merged = {label: chosen.get(name, name) for label, name in _merged(draft).items()}
+        draft.set("data.classes", {**merged, **chosen} if chosen else None)
         draft.save()
         return RedirectResponse(f"/drafts/{identity}/data", 303)
 
@@ -131,9 +156,28 @@ def _check(studio: Studio, draft: Draft, file: str) -> Response:
     dropped = _num_dropped(draft, checked or {})
     values |= {"usable": preview.get("rows", 0) - dropped, "dropped": dropped}
     values |= {"preview": preview, "columns": [(column, column) for column in columns]}
+    values |= {"classes": sorted(_class_counts(draft)), "merges": _merges(draft), "merged": _merged(draft)}
     values |= {"roles": _roles(task, columns, draft.settings["data"].get("columns") or {})}
     values |= {"figures": _figures(checked or preview), "numbers": functools.partial(_numbers, file)}
     return part("data_check.html", status=202 if pending else 200, **values)
+
+
+def _merged(draft: Draft) -> dict[str, str]:
+    """Return the classes of labels that the draft merges."""
+    return dict(mapping(draft.settings["data"].get("classes")))
+
+
+def _class_counts(draft: Draft) -> dict[str, int]:
+    """Return the number of rows of each class after merging."""
+    return count_classes((draft.preview or {}).get("class_counts", {}), _merged(draft))
+
+
+def _merges(draft: Draft) -> list[tuple[str, str, int, bool]]:
+    """Return label, proposed class, number of rows, and True if the names are almost equal, of labels to merge."""
+    counts = _class_counts(draft)
+    equal = merged_classes(counts)
+    proposed = {**equal, **similar_names(counts)}
+    return [(label, name, counts[label], label in equal) for label, name in proposed.items()]
 
 
 def _number(request: Request, name: str, default: int) -> int:
@@ -206,11 +250,12 @@ def _read(file: str, first: int) -> tuple[list[str], list[tuple[int, list[str], 
         if first <= total < first + PAGE_ROWS:
             rows.append((number, row))
     errors = [row.error.message if isinstance(row, UnreadableRow) else "" for _, row in rows]
-    cells = [(number, [_cell(row.get(name)) for name in columns]) for number, row in rows]
+    cells = [(number, [short_cell(row.get(name)) for name in columns]) for number, row in rows]
     return list(columns), [(*row, error) for row, error in zip(cells, errors, strict=True)], total
 
 
-def _cell(value: object) -> str:
+def short_cell(value: object) -> str:
+    """Return a value of a row as a text that fits into a table."""
     if isinstance(value, list) and value and all(isinstance(item, dict) and "content" in item for item in value):
         value = "\n".join(f"{item.get('role', '')}: {item['content']}" for item in value)  # a conversation
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -5,25 +5,30 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import RedirectResponse, Response
 
+from deltaw.data.sources import open_source
 from deltaw.errors import UserError
 from deltaw.reports.live_table import LiveLine, live_line
 from deltaw.reports.page.run_figures import loss_figure, memory_figure, metric_figures, reward_figure
 from deltaw.reports.svg import running_mean
-from deltaw.reports.tables import duration, format_interval, metric_name, metric_value, short
+from deltaw.reports.tables import duration, format_interval, gigabytes, metric_name, metric_value, short
 from deltaw.runs.folder import CHECKPOINT_FOLDER, KILLED, RUNNING, Run, mapping, number, numbers, sequence
-from deltaw.settings.config import flat
-from deltaw.studio.jobs import QUEUED, StudioJob, read_error
+from deltaw.studio.data import short_cell
+from deltaw.studio.jobs import DONE, QUEUED, StudioJob, read_error
 from deltaw.studio.rendering import form, page, part
 from deltaw.studio.runs import score_range_text, score_rows
 from deltaw.studio.state import Studio
 
 # Limits of a page: sample answers, predicted rows, values of a result, characters of a text, and classes.
 MAX_SAMPLES, MAX_PREDICTIONS, MAX_VALUES, MAX_CHARACTERS, MAX_CLASSES = 6, 10, 40, 2000, 12
+# Values of the results of commands, in words.
+RESULTS = {"rows": "rows in the file", "predicted": "rows with a prediction", "seconds": "time", "size": "size"}
+RESULTS |= {"program": "program", "name": "name in the program", "place": "location", "kind": "storage type"}
 # Progress is cached for this multiple of the CPU time that was needed to read it.
 IDLE_FACTOR = 20
 
@@ -45,6 +50,10 @@ def router(studio: Studio) -> APIRouter:
             if job.is_active and values["percent"] is not None:
                 values["announcement"] = f"{values['title']}: {values['percent'] // 10 * 10}%"
             views[job.identity] = time.monotonic(), time.thread_time() - cpu, state, values
+        if job.verb == "predict" and job.state == DONE and job.output is not None and values["preview"] is None:
+            values["preview"] = output_preview(workspace.folder / job.output)
+        files = [argument.removeprefix("--data=") for argument in job.arguments if argument.startswith("--data=")]
+        values["scored_file"] = workspace.relative(files[0]) if files else None
         others = [other for other in queue.active() if other is not job]
         values |= {"job": job, "others": others, "note": job_note(job, values["line"], others)}
         is_file = job.output is not None and (workspace.folder / job.output).is_file()
@@ -124,14 +133,12 @@ def job_view(job: StudioJob, run: Run | None) -> dict[str, Any]:
     values: dict[str, Any] = {"title": job.state_text, "percent": None, "line": None, "error": None, "figures": []}
     values |= {"samples": [], "predictions": None, "values": [], "log": job.log, "announcement": job.state_text}
     values |= {"state": job.state, "can_resume": not job.is_active and job.state != "done"}
-    values["scored_run"] = None
+    values["scored_run"] = values["preview"] = None
     values["scores"] = scores(job.result) if job.verb == "eval" and job.result else None
     if values["scores"]:
         values["values"] = []
     elif job.verb != "train" or run is None:
-        result = list(flat(job.result or {}).items())
-        visible = [(key, value) for key, value in result if isinstance(value, str | int | float)]
-        values["values"] = [(key, short(v) if isinstance(v, float) else str(v)) for key, v in visible][:MAX_VALUES]
+        values["values"] = result_values(job.result or {})
     elif run.values and (job.state != RUNNING or run.state == RUNNING):
         line, progress = live_line(run), run.metrics.column(run.progress)[1]
         line.mean = float(running_mean(progress)[-1]) if len(progress) else None  # as in the text of the figure
@@ -149,6 +156,29 @@ def job_view(job: StudioJob, run: Run | None) -> dict[str, Any]:
         if run is not None and run.state == KILLED:
             values |= {"state": KILLED, "title": "Killed", "announcement": "Killed"}
     return values
+
+
+def result_values(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the values that a command printed, in words. Values without a description are left out."""
+    values = [(RESULTS[key], value) for key, value in result.items() if key in RESULTS]
+    values += [(f"rows without a prediction: {reason}", n) for reason, n in mapping(result.get("errors")).items()]
+    texts = {"time": lambda value: duration(number(value)), "size": lambda value: gigabytes(number(value) or 0)}
+    default = lambda value: f"{value:,}" if isinstance(value, int) else str(value)  # noqa: E731
+    visible = [(name, value) for name, value in values if isinstance(value, str | int | float)]
+    return [(name, texts.get(name, default)(value)) for name, value in visible[:MAX_VALUES]]
+
+
+def output_preview(file: Path) -> dict[str, Any] | None:
+    """Return the first rows of a table of predictions, or None if it cannot be read."""
+    try:
+        rows = [row for _, row, _ in open_source(str(file)).head(MAX_PREDICTIONS + 1)]
+    except (UserError, OSError):
+        return None
+    if not rows:
+        return None
+    columns = list(rows[0])
+    cells = [[short_cell(row.get(column)) for column in columns] for row in rows[:MAX_PREDICTIONS]]
+    return {"columns": columns, "rows": cells, "is_complete": len(rows) <= MAX_PREDICTIONS}
 
 
 def job_error(job: StudioJob, run: Run | None) -> UserError:

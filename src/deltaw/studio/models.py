@@ -55,7 +55,8 @@ def router(studio: Studio) -> APIRouter:
     @routes.get("/model")
     def show(request: Request, identity: str) -> Response:
         draft = workspace.draft(identity)
-        if not draft.settings.get("task"):
+        is_read = draft.preview is not None or draft.settings.get("model")
+        if not draft.settings.get("task") or not is_read:  # the page of the rows reads them after a change
             return RedirectResponse(f"/drafts/{identity}/data", 303)
         return show_models(request, draft, None, "")
 
@@ -180,12 +181,12 @@ def run_name(text: str) -> str:
 
 def plan_figure(plan: Plan, free: int) -> Figure:
     """Return a bar of the memory by part, and a bar of the free memory."""
-    parts, title = memory_parts(process_parts(plan)), "Memory"
+    parts, title = memory_parts(process_parts(plan)), "Memory that the training needs, and memory that is free"
     items = [
-        Bar("needed", gigabytes(plan.peak_resident_bytes), stack(parts)),
-        Bar("free", gigabytes(free), [("ink", "free", 0.0, float(free))]),
+        Bar("needed at the peak", gigabytes(plan.peak_resident_bytes), stack(parts)),
+        Bar("free now", gigabytes(free), [("ink", "free now", 0.0, float(free))]),
     ]
-    text = f"{gigabytes(plan.peak_resident_bytes)} needed, {gigabytes(free)} free"
+    text = f"{gigabytes(plan.peak_resident_bytes)} needed at the peak, {gigabytes(free)} free on this computer now"
     rows = [(label, gigabytes(int(size))) for _, label, size in parts]
     table = FigureTable("Memory by part", ("part", "size"), rows)
     return Figure(

@@ -18,7 +18,7 @@ from starlette.background import BackgroundTask
 from deltaw.errors import UserError
 from deltaw.hub.folders import ADAPTER_CONFIG
 from deltaw.platforms import shell_word
-from deltaw.reports.runs import differing_settings, result_rows, same_prompts, unique_names
+from deltaw.reports.runs import comparison_notes, differing_settings, result_rows, same_prompts, unique_names
 from deltaw.reports.tables import duration, format_interval, format_time, metric_name, metric_value
 from deltaw.runs.folder import (
     LEARNING_RATES,
@@ -83,6 +83,7 @@ def _add_pages(routes: APIRouter, studio: Studio) -> None:
         if "curves" in request.query_params:
             return _report(studio, request, "comparison_page", {"folders": [str(run.path) for run in runs]})
         values = {"names": unique_names(runs), "query": request.url.query, "answers": same_prompts(runs)}
+        values["notes"] = comparison_notes(runs)
         tables = {"results": result_rows(runs), "differences": differing_settings(runs)}
         return page(request, "compare.html", values=values, tables=tables)
 

@@ -7,33 +7,49 @@ import contextlib
 import datetime
 import filecmp
 import json
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from deltaw.data.sources import open_source
 from deltaw.errors import UserError
-from deltaw.platforms import rename_path
 from deltaw.studio.jobs import python_command
-from deltaw.studio.workspace import MIN_FREE_BYTES, SPREADSHEETS, Workspace, unused_path
+from deltaw.studio.workspace import MIN_FREE_BYTES, SPREADSHEETS, Workspace, move_to_unused
 
 MAX_MEMORY_BYTES, MAX_UNZIPPED_BYTES, MAX_SECONDS = 4 * 10**9, 10**9, 120
 _CODE = "from deltaw.studio.spreadsheets import main; main(*sys.argv[1:])"
 
 
-def convert(workspace: Workspace, file: Path, *, is_upload: bool = False) -> tuple[Path, str]:
-    """Convert the first visible, nonempty sheet of a spreadsheet to JSON Lines. Other files are returned unchanged.
+@dataclass(frozen=True)
+class ConvertedRows:
+    """File with rows, converted if it was a spreadsheet.
+
+    Attributes:
+        file: File with the rows.
+        note: Description of the conversion, or '' for other files.
+        sheet: Name of the converted sheet, or ''.
+        sheets: Names of all visible sheets.
+    """
+
+    file: Path
+    note: str = ""
+    sheet: str = ""
+    sheets: Sequence[str] = ()
+
+
+def convert(workspace: Workspace, file: Path, *, sheet: str = "", is_upload: bool = False) -> ConvertedRows:
+    """Convert a sheet of a spreadsheet to JSON Lines. Other files are returned unchanged.
 
     Args:
         workspace: Folder of the studio.
         file: File with rows.
+        sheet: Name of the sheet, or '' for the first one that is visible and not empty.
         is_upload: Delete the file if it is rejected.
-
-    Returns:
-        The file with the rows, and a description of the conversion, or '' for other files.
 
     Raises:
         UserError: if the sheet is not a table with a title in each column, or the file is damaged or too large. Rows
@@ -46,9 +62,12 @@ def convert(workspace: Workspace, file: Path, *, is_upload: bool = False) -> tup
             except UserError:
                 file.unlink(missing_ok=True)
                 raise
-        return file, ""
+        return ConvertedRows(file)
     output, target = workspace.partial_file(), file.with_suffix(".jsonl")
-    command, options = python_command(_CODE, workspace, [str(file), str(output)])
+    if sheet:  # so that the same sheet becomes the same file again
+        name = re.sub(r"[^\w-]+", "-", sheet)
+        target = target.with_stem(f"{target.stem}-{name}")
+    command, options = python_command(_CODE, workspace, [str(file), str(output), sheet])
     options |= {"capture_output": True, "timeout": MAX_SECONDS, "encoding": "utf-8", "check": False}
     try:
         process = subprocess.run(command, **options)
@@ -61,15 +80,14 @@ def convert(workspace: Workspace, file: Path, *, is_upload: bool = False) -> tup
                 file.unlink(missing_ok=True)
             raise UserError(message, location=file.name, hint="correct it, or save the sheet with the rows as CSV")
         if not (target.is_file() and filecmp.cmp(output, target, shallow=False)):
-            target = unused_path(target)
-            rename_path(output, target)
-        return target, message
+            target = move_to_unused(output, target)
+        return ConvertedRows(target, **json.loads(message))
     finally:
         output.unlink(missing_ok=True)
 
 
-def main(source: str, output: str) -> None:
-    """Write the rows of a spreadsheet and print a description, or exit with status 1 and a message."""
+def main(source: str, output: str, chosen: str) -> None:
+    """Write the rows of a sheet and print the other values of ConvertedRows, or exit with status 1 and a message."""
     from python_calamine import CalamineError, CalamineWorkbook, SheetTypeEnum, SheetVisibleEnum
 
     with contextlib.suppress(ImportError, ValueError, OSError):  # Windows, macOS
@@ -84,7 +102,9 @@ def main(source: str, output: str) -> None:
         workbook = CalamineWorkbook.from_path(source)
         tables = (SheetTypeEnum.WorkSheet, SheetVisibleEnum.Visible)
         names = [sheet.name for sheet in workbook.sheets_metadata if (sheet.typ, sheet.visible) == tables]
-        sheets = ((name, workbook.get_sheet_by_name(name).to_python()) for name in names)
+        if chosen and chosen not in names:
+            raise ValueError(f"the file has no visible sheet “{chosen[:80]}”")
+        sheets = ((name, workbook.get_sheet_by_name(name).to_python()) for name in names if chosen in ("", name))
         name, cells = next((sheet for sheet in sheets if sheet[1]), ("", []))
         lines, num_empty = _lines(cells)
         content = "".join(lines).encode()
@@ -100,7 +120,7 @@ def main(source: str, output: str) -> None:
         text += f" Other sheets are not used: {', '.join(others[:5])}{', …' * (len(others) > 5)}."
     if num_empty:
         text += f" {num_empty:,} empty row{'s were' if num_empty > 1 else ' was'} skipped, so later row numbers differ."
-    print(text)
+    print(json.dumps({"note": text, "sheet": name, "sheets": names}))
 
 
 def _lines(sheet: Sequence[Sequence[object]]) -> tuple[list[str], int]:

@@ -59,8 +59,8 @@ def router(studio: Studio) -> APIRouter:
     async def upload(request: Request, name: str) -> Response:
         size = request.headers.get("content-length")
         file = await workspace.save_upload(name, request.stream(), None if size is None else int(size))
-        _, note = await asyncio.to_thread(convert, workspace, file, is_upload=True)
-        return JSONResponse({"file": workspace.relative(file), "note": note})
+        rows = await asyncio.to_thread(convert, workspace, file, is_upload=True)
+        return JSONResponse({"file": workspace.relative(file), "note": rows.note})
 
     @routes.get("/trial/part")
     def show_part(run: str) -> Response:
@@ -92,7 +92,7 @@ def router(studio: Studio) -> APIRouter:
         fields = {name: values[0] for name, values in (await form(request)).items()}
         run = run_of(workspace, fields.get("run", "")).path
         chosen = workspace.path(fields.get("file", ""), location="file")
-        file, _ = await asyncio.to_thread(convert, workspace, chosen)
+        file = (await asyncio.to_thread(convert, workspace, chosen)).file
         verb, output = fields.get("verb", ""), None
         if verb == "eval":
             title = f"Score {run.name} on {chosen.name}"

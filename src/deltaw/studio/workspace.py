@@ -12,7 +12,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator, Collection, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -46,6 +46,20 @@ def unused_path(path: Path, used: Collection[Path] = ()) -> Path:
     stem, dot, suffixes = path.name.partition(".")
     names = itertools.chain([path.name], (f"{stem}-{number}{dot}{suffixes}" for number in itertools.count(2)))
     return next(new for name in names if not os.path.lexists(new := path.with_name(name)) and new not in used)
+
+
+def move_to_unused(source: Path, path: Path) -> Path:
+    """Move a file to an unused path, as returned by :func:`unused_path`. Simultaneous calls choose distinct paths."""
+    while True:
+        target = unused_path(path)
+        with contextlib.suppress(FileExistsError):
+            target.open("xb").close()
+            try:
+                platforms.rename_path(source, target)
+            except BaseException:
+                target.unlink(missing_ok=True)
+                raise
+            return target
 
 
 def is_data_file(path: Path) -> bool:
@@ -87,6 +101,8 @@ class Draft:
         changed: Time of the last change in seconds since the epoch.
         name: Name of the file that the user chose, relative to the studio's folder.
         note: Description of the conversion of that file, or ''.
+        sheet: Sheet of the spreadsheet that the rows are from, or ''.
+        sheets: Sheets of the spreadsheet.
     """
 
     path: Path
@@ -95,6 +111,8 @@ class Draft:
     changed: float = 0.0
     name: str = ""
     note: str = ""
+    sheet: str = ""
+    sheets: Sequence[str] = ()
 
     @property
     def identity(self) -> str:
@@ -237,8 +255,7 @@ class Workspace:
                     written += len(chunk)
                     self._check_size(written, len(chunk))
                     file.write(chunk)
-            path = unused_path(path)
-            platforms.rename_path(partial, path)
+            path = move_to_unused(partial, path)
         finally:
             partial.unlink(missing_ok=True)
         return path
@@ -251,16 +268,16 @@ class Workspace:
         if shutil.disk_usage(self.folder).free - needed < MIN_FREE_BYTES:
             raise UserError("the disk is almost full", location="upload", hint="delete files that you do not need")
 
-    def create_draft(self, file: Path, original: Path | None = None, note: str = "") -> Draft:
+    def create_draft(self, file: Path, original: Path | None = None, **values: Any) -> Draft:
         """Create a draft for a file with rows.
 
         Args:
             file: File with the rows.
             original: File that it was converted from, or None.
-            note: Description of the conversion.
+            values: Attributes of the draft that describe the conversion.
         """
         path = self.state / "drafts" / f"{secrets.token_hex(6)}.json"
-        draft = Draft(path, {"data": {"train": self.relative(file)}}, name=self.relative(original or file), note=note)
+        draft = Draft(path, {"data": {"train": self.relative(file)}}, name=self.relative(original or file), **values)
         draft.save()
         return draft
 

@@ -233,20 +233,20 @@ def memory_figure(record: Run) -> Figure | None:
     sizes = {name: value for name, size in parts.items() if (value := number(size)) is not None}
     sizes["process"] = max(0.0, planned - (number(plan.get("peak_bytes")) or sum(sizes.values())))
     planned_parts = memory_parts(sizes)
-    items = [Bar("planned", gigabytes(planned), stack(planned_parts))]
+    items = [Bar("planned peak", gigabytes(planned), stack(planned_parts))]
     legend = memory_legend(items)
-    text = f"{gigabytes(planned)} planned before the run started"
+    text = f"Peak memory of the process: {gigabytes(planned)} planned before the run started, colored by part"
     if peak:
-        items.append(Bar("measured", gigabytes(peak), [("ink", "measured", 0.0, float(peak))]))
+        items.append(Bar("measured peak", gigabytes(peak), [("ink", "measured peak", 0.0, float(peak))]))
         deviation = (peak - planned) / planned
-        text += f"; {gigabytes(peak)} measured at its peak, {abs(deviation):.1%} {'more' if deviation > 0 else 'less'}"
+        text += f"; {gigabytes(peak)} measured, {abs(deviation):.1%} {'more' if deviation > 0 else 'less'}"
     if limit := number(plan.get("limit_bytes")):
         text += f". {gigabytes(int(limit))} are available on the machine"
     sums = [("planned total", planned), ("measured peak", peak)]
     sized = [*[(label, size) for _, label, size in planned_parts], *[(label, size) for label, size in sums if size]]
     rows = [(label, gigabytes(int(size)), f"{size / planned:.1%}") for label, size in sized]
     table = FigureTable("Peak memory by part", ("part", "size", "share of the plan"), rows)
-    title = "Memory planned and measured"
+    title = "Peak memory, planned and measured"
     return Figure("memory", title, text + ".", bars("memory", title, text, items), table, legend)
 
 

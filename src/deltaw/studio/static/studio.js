@@ -1,5 +1,5 @@
-// Behavior of the pages by attribute: data-src, data-every, data-autosave, data-reload, data-upload, data-into, data-copy
-// and data-confirm. All forms also work without this script, except for uploads.
+// Behavior of the pages by attribute: data-src, data-every, data-autosave, data-reload, data-submit, data-upload,
+// data-into, data-copy and data-confirm. All forms also work without this script, except for uploads.
 "use strict";
 
 const POLL_MS = 1000;  // between requests for a part that is not finished
@@ -145,7 +145,10 @@ function connectAutosave(form) {
       const target = document.getElementById(id);
       if (target && typeof text === "string") target.textContent = text;
     }
-    if (Object.keys(errors).length === 0) announce("Saved");
+    if (Object.keys(errors).length === 0) {
+      announce("Saved");
+      for (const field of form.elements) changed.delete(field);  // a reloaded part shows the saved values
+    }
     for (const id of (form.dataset.reload ?? "").split(" ").filter(Boolean)) loadPart(document.getElementById(id));
     return Object.keys(errors).length === 0;
   };
@@ -274,6 +277,7 @@ function connectConfirm(form) {
 function connect(root) {
   root.querySelectorAll("[data-src]").forEach(loadPart);
   root.querySelectorAll("form[data-autosave]").forEach(connectAutosave);
+  root.querySelectorAll("form[data-submit]").forEach((form) => form.addEventListener("change", () => form.requestSubmit()));
   root.querySelectorAll("form[data-upload]").forEach(connectUpload);
   root.querySelectorAll("[data-copy]").forEach(connectCopy);
   root.querySelectorAll("form[data-confirm]").forEach(connectConfirm);
