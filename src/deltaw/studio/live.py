@@ -162,7 +162,7 @@ def result_values(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the values that a command printed, in words. Values without a description are left out."""
     values = [(RESULTS[key], value) for key, value in result.items() if key in RESULTS]
     values += [(f"rows without a prediction: {reason}", n) for reason, n in mapping(result.get("errors")).items()]
-    texts = {"time": lambda value: duration(number(value)), "size": lambda value: gigabytes(number(value) or 0)}
+    texts = {"time": lambda value: duration(number(value)), "size": lambda value: gigabytes(int(number(value) or 0))}
     default = lambda value: f"{value:,}" if isinstance(value, int) else str(value)  # noqa: E731
     visible = [(name, value) for name, value in values if isinstance(value, str | int | float)]
     return [(name, texts.get(name, default)(value)) for name, value in visible[:MAX_VALUES]]
