@@ -19,7 +19,8 @@ def row(prompt: list[int], answer: list[int], number: int = 1) -> Example:
 def test_answer_opening_and_common_prompt_ending():
     tokenizer = byte_tokenizer()
     assert tokenizer.decode(opening_of_answer(tokenizer)) == "<|im_start|>assistant\n"
-    for template in ("{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", "{{ nothing.like.this }}"):
+    without_header = "{% for m in messages %}{{ '[INST]' + m.content if m.role == 'user' else m.content }}{% endfor %}"
+    for template in (without_header, "{{ nothing.like.this }}"):
         tokenizer.chat_template = template
         assert opening_of_answer(tokenizer) == []
     for prompts, ending in (

@@ -243,3 +243,37 @@ def test_mixed_chat_and_plain_rows_remain_in_order() -> None:
     encoder = Encoder(make_tokenizer())
     batch = encoder.encode(records, [f"row {i}" for i in range(4)])
     assert batch == [encoder.encode([record], ["row"])[0] for record in records]
+
+
+# Templates without add_generation_prompt, and the header that is added to prompts.
+HEADER = "<|im_start|>assistant\n"
+WITHOUT_PROMPT = {
+    CHATML.partition("{% if add_generation_prompt")[0]: HEADER,
+    CHATML.partition("{% if add_generation_prompt")[0] + "\n": HEADER,
+    "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    + CHATML.partition("{% if add_generation_prompt")[0]: HEADER,
+    "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}": "assistant: ",
+}
+
+
+@pytest.mark.parametrize("template", WITHOUT_PROMPT, ids=range(len(WITHOUT_PROMPT)))
+def test_role_header_of_template_without_generation_prompt_is_part_of_the_prompt(template):
+    record = talk("Hi", "Yes", "Why?", "So", system="Be brief.")
+    tokenizer = make_tokenizer(template)
+    encoder = Encoder(tokenizer)
+    assert encoder.added_prefix == WITHOUT_PROMPT[template]
+    (encoded,) = encoder.encode([record], ["row"])[0]
+    labels = [tokenizer.decode(encoded.tokens[start:stop]) for start, stop in encoded.spans]
+    assert [re.sub(r"<.*", "", label) for label in labels] == ["Yes", "So"]
+    assert tokenizer.decode(encoded.tokens[: encoded.prompt_length]).endswith(WITHOUT_PROMPT[template])
+    assert encoder.prompt(record.messages[:-1]) == encoded.tokens[: encoded.prompt_length]
+
+
+# The answer follows the question without a header, as in Mistral's template.
+INST = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+INST += "{% else %} {{ m.content + eos_token }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [CHATML, INST, NO_END, STRICT, OPENS, HARMONY])
+def test_template_with_generation_prompt_gets_no_other_header(template):
+    assert Encoder(make_tokenizer(template)).added_prefix is None

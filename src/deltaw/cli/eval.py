@@ -20,7 +20,7 @@ from deltaw.settings import task_registry
 if TYPE_CHECKING:
     from deltaw.decoding.generation import TextGenerator
     from deltaw.reports.tables import TerminalOutput
-    from deltaw.training.answers import EvaluationScore
+    from deltaw.training.answers import EvaluatedAnswer, EvaluationScore
     from deltaw.training.drift import Drift
     from deltaw.training.task import OpenedRun
 
@@ -79,6 +79,7 @@ def command(
     out = console(as_json)
     with track_progress("starting"):
         from deltaw.decoding.opening import SessionGenerator
+        from deltaw.runs.trained_rows import count_trained_rows
         from deltaw.training.answers import ScoreOptions
         from deltaw.training.open_run import open_run
     if data is not None and names:
@@ -91,6 +92,12 @@ def command(
         message = f"the flag applies only to tasks that sample completions, and the run's task is {session.task.name}"
         raise UserError(message, location=f"--{required[0]}", hint=f"remove --{required[0]}")
     sets = {name: result[:limit] for name, result in _rows_by_set(session, run, data, names, system, out).items()}
+    trained_rows = 0
+    if data is not None and session.adapter_folder is not None:
+        trained_rows = count_trained_rows(session.adapter_folder.folder, sets[""])
+    if trained_rows:
+        verb = "is also a training row" if trained_rows == 1 else "are also training rows"
+        out.print_line(f"{trained_rows:,} of {len(sets['']):,} rows {verb} of the run, which inflates the scores")
     _warn_not_invoked(session, sets, out)
     writer = SessionGenerator(session, out.print_line)
     options = ScoreOptions(num_answers, max_new_tokens, **reward_options)
@@ -109,12 +116,23 @@ def command(
             count = "1 row" if len(examples) == 1 else f"{len(examples):,} rows"
             out.print(f"\n{name}: {count}")
         _print_scores({model: result[name] for model, result in by_model.items()}, out, num_answers)
+        for model, result in by_model.items():
+            if (warning := result[name].warning) is not None:
+                out.print_line(f"{model}: {warning}")
     if num_answers and not any(score.answers for result in by_model.values() for score in result.values()):
         out.print(f"--answers has no effect: the scores of {session.task.name} do not require generation")
     drift = _drift(session, out, general, writer) if with_drift else None
     if as_json:
-        result = _as_json(by_model, {name: len(examples) for name, examples in sets.items()})
-        print_json(result | {"drift": None if drift is None else drift.as_dict()})
+        output = _as_json(by_model, {name: len(examples) for name, examples in sets.items()})
+        if data is not None:
+            output["trained_rows"] = trained_rows
+        if num_answers:
+            answers = {
+                name: _answers_as_dict({model: scores[name] for model, scores in by_model.items()}, num_answers)
+                for name in sets
+            }
+            output["answers"] = answers.get("", answers)
+        print_json(output | {"drift": None if drift is None else drift.as_dict()})
 
 
 def _evaluate_tasks(run: str, benchmarks: str, with_base: bool, as_json: bool, harness: dict, opening: dict) -> None:
@@ -208,7 +226,7 @@ def _print_scores(scores: Mapping[str, EvaluationScore], out: TerminalOutput, nu
     """Print the metrics of a set by model, and the requested answers. Of rewarded answers, print the best and the
     worst.
     """
-    from deltaw.reports.comparison import answer_table, confusion_table, difference_line, score_table
+    from deltaw.reports.comparison import answer_list, confusion_table, difference_line, score_table
 
     intervals = {name: s.evaluation.named_intervals() for name, s in scores.items()}
     out.print(score_table({name: s.metrics for name, s in scores.items()}, intervals))
@@ -218,7 +236,7 @@ def _print_scores(scores: Mapping[str, EvaluationScore], out: TerminalOutput, nu
     if final.confusion is not None:
         out.print(confusion_table(final.classes, final.confusion))
     if any(s.answers for s in scores.values()):
-        out.print(answer_table(_answers(scores, num_answers)))
+        out.print(answer_list(_answers(scores, num_answers)))
 
 
 def _as_json(by_model: Mapping[str, Mapping[str, EvaluationScore]], rows: Mapping[str, int]) -> dict[str, object]:
@@ -267,16 +285,19 @@ def _drift(session: OpenedRun, out: TerminalOutput, general: int, writer: TextGe
     return drift
 
 
-def _answers(scores: Mapping[str, EvaluationScore], limit: int) -> list[tuple[str, str, dict[str, tuple[str, bool]]]]:
-    """Return questions with the answers of all models. Of rewarded answers, return the best and worst of the last
-    model.
-    """
-    table = []
+def _answers(scores: Mapping[str, EvaluationScore], limit: int) -> list[dict[str, EvaluatedAnswer]]:
+    """Return the answers to each question by model. Of rewarded answers, return the last model's best and worst."""
     rows = list(zip(*(score.answers for score in scores.values()), strict=True))
     if rows and rows[0][-1].reward is not None:
         rows.sort(key=lambda row: -row[-1].reward)
         rows = rows if len(rows) <= limit else rows[: -(-limit // 2)] + rows[len(rows) - limit // 2 :]
-    for answers in rows:
-        by_model = {name: (answer.display_text, answer.exact) for name, answer in zip(scores, answers, strict=True)}
-        table.append((answers[0].question, answers[0].expected, by_model))
-    return table
+    return [dict(zip(scores, answers, strict=True)) for answers in rows]
+
+
+def _answers_as_dict(scores: Mapping[str, EvaluationScore], limit: int) -> list[dict[str, object]]:
+    rows = []
+    for by_model in _answers(scores, limit):
+        first = next(iter(by_model.values()))
+        models = {name: answer.as_dict() for name, answer in by_model.items()}
+        rows.append({"row": first.row, "question": first.question, "expected": first.expected, "answers": models})
+    return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -124,6 +124,10 @@ def rows_of(item: Any) -> tuple[Any, ...]:
     return item.rows if isinstance(item, RowGroup) else (item,)
 
 
+# Maximum number of characters of a text in a report.
+MAX_TEXT_LENGTH = 1000
+
+
 @dataclass(frozen=True, eq=False)
 class LabeledExample:
     """Tokens of one row, including special tokens, and its label.
@@ -134,12 +138,14 @@ class LabeledExample:
         label: Class index, or the target value of a regression.
         segments: (length,) int8, the index of the text that each token belongs to. None for single texts, or if the
             tokenizer does not return segments.
+        text: Start of the text as written in the row, for reports. Empty if unknown.
     """
 
     row: int
     tokens: np.ndarray
     label: int | float
     segments: np.ndarray | None = None
+    text: str = field(default="", repr=False)
 
     active_from: ClassVar[None] = None
 

@@ -78,6 +78,10 @@ class AnswerReader(RowReader[RowGroup]):
             BadRowError: if a value is missing or has the wrong type.
         """
 
+    @property
+    def added_prefix(self) -> str | None:
+        return self.encoder.added_prefix
+
     def encode(
         self, records: Sequence[Record | None], locations: Sequence[str], on_bad: OnBadRow
     ) -> list[list[Encoded]]:

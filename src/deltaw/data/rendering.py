@@ -40,6 +40,9 @@ _BYTES_PER_CHAR, _ANSWER_BYTES = 6, 1 << 16
 _COMMAND = "import sys; sys.path[:] = sys.argv[1:]; from deltaw.data.template_worker import main; main()"
 _VARIABLES = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ")
 
+STAND_IN = "an-answer-of-the-assistant"
+"""Placeholder of an answer."""
+
 # The worker of each process, by process id. A forked process must not use the pipes of its parent.
 _workers: dict[int, PipeWorker] = {}
 
@@ -176,8 +179,47 @@ def render_with_tokenizer(
     Raises:
         Exception: see :func:`render_conversation`. ValueError if the tokenizer has several templates and no default.
     """
-    template = tokenizer.get_chat_template()
-    return render_conversation(template, messages, generation=generation, variables=tokenizer.special_tokens_map)
+    template, variables = tokenizer.get_chat_template(), tokenizer.special_tokens_map
+    template = complete_template(template, missing_prefix(template, variables))
+    return render_conversation(template, messages, generation=generation, variables=variables)
+
+
+def missing_prefix(template: str, variables: Mapping[str, object]) -> str:
+    """Return the role header of an answer if the template ignores ``add_generation_prompt``, else an empty string.
+
+    Without the header in the prompt, it would be part of the labels and of generated answers.
+
+    Raises:
+        TemplateLimitError: if the template exceeds a limit.
+    """
+    return _missing_prefix(template, _to_json(dict(variables)))
+
+
+@functools.lru_cache(64)
+def _missing_prefix(template: str, variables: bytes) -> str:
+    system, user = {"role": "system", "content": "instructions"}, {"role": "user", "content": "a-question"}
+    answer = {"role": "assistant", "content": STAND_IN}
+    conversations = [
+        ConversationPrefixes(
+            [*question, answer], [(len(question), False), (len(question), True), (len(question) + 1, False)]
+        )
+        for question in ([user], [system, user])  # some templates require a system message, others reject it
+    ]
+    for without_prefix, prompt, full in render_batch(template, conversations, json.loads(variables)):
+        if isinstance(prompt, str) and isinstance(full, str) and prompt == without_prefix and full.startswith(prompt):
+            header, stand_in, _ = full[len(prompt) :].partition(STAND_IN)
+            header = header.partition("<think>")[0]  # the model generates its thoughts
+            return header if stand_in and header.strip() else ""
+    return ""
+
+
+def complete_template(template: str, prefix: str) -> str:
+    """Return the template with ``prefix`` as its generation prompt. An empty prefix changes nothing."""
+    if not prefix:
+        return template
+    # Jinja ignores a line break at the end of a template, but not before the addition.
+    body = template.removesuffix("\n").removesuffix("\r")
+    return f"{body}{{% if add_generation_prompt %}}{{{{ {json.dumps(prefix)} }}}}{{% endif %}}"
 
 
 def _worker() -> PipeWorker:

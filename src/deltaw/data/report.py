@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Literal
 
@@ -232,6 +232,7 @@ class PreparationReport:
         form: Row format, for example "messages".
         template: "chat" or "plain". Empty for labeled rows.
         date: Date that the template writes into rows, or None.
+        added_prefix: Role header that is added to prompts, see :attr:`deltaw.data.templates.Encoder.added_prefix`.
         rows_read: Number of rows in the file.
         not_selected: Rows skipped because of ``data.rows``.
         rows_kept: Rows to train on, or to evaluate on for an evaluation file.
@@ -303,6 +304,7 @@ class PreparationReport:
     other_files: int = 0
     unused_columns: tuple[str, ...] = ()
     date: str | None = None
+    added_prefix: str | None = None
     repeated: int = 0
     not_sampled: int = 0
     sources: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -360,11 +362,14 @@ class PreparationReport:
             lines.append(Detail(f"{reference}: {weight}"))
         if self.date:
             lines.append(Detail(f"the template writes the date into each row: {self.date} (data.date sets it)"))
+        if self.added_prefix:
+            use = "is added to prompts; other programs need a template that adds it"
+            lines.append(f"the chat template ignores add_generation_prompt: {quoted(self.added_prefix, 40)} {use}")
         if self.unused_columns:
             unused = "unused columns: " + ", ".join(self.unused_columns)
             lines.append(unused if any(map(IMAGE_NAME.search, self.unused_columns)) else Detail(unused))
         if self.evaluation:
-            lines += self.evaluation.lines()[1:]
+            lines += replace(self.evaluation, added_prefix=None).lines()[1:]
         return lines
 
     def _lines_of_labels(self) -> list[str]:

@@ -403,6 +403,11 @@ class RowReader(abc.ABC, Generic[Item]):
         """Return the chosen rows that are passed to :meth:`examples`."""
         return chosen
 
+    @property
+    def added_prefix(self) -> str | None:
+        """Role header that is added to prompts, see :attr:`deltaw.data.templates.Encoder.added_prefix`."""
+        return None
+
     def used_columns(self) -> set[str | None]:
         """Return the columns of the file that are read."""
         return {self.settings.columns.get(name, name) for name in self.needs + self.can_use}
@@ -475,6 +480,7 @@ class RowReader(abc.ABC, Generic[Item]):
             unused_columns=tuple(column for column in rows.columns if column not in used),
             bad_rows=dict(self.bad.counts - previous_counts),
             date=self.date,
+            added_prefix=self.added_prefix,
             **shared_system(self.systems),
             **self.account,  # type: ignore[arg-type]
         )

@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from deltaw.data.example import ConcatSequence, Example, RowGroup
+from deltaw.data.example import ConcatSequence, Example, rows_of
 from deltaw.data.sources import KEY_BYTES, as_keys
 from deltaw.errors import UserError
 
@@ -89,6 +89,17 @@ def key_of(example: Example) -> bytes:
     return digest.digest()
 
 
+def row_keys(rows: Sequence[Any]) -> np.ndarray:
+    """Return (n,) uint64, equal for rows with the same tokens and labels in any file. Stored rows are not read."""
+    if isinstance(rows, RowView):
+        return rows.store.keys()[rows.indices, 0]
+    keys = []
+    for item in rows:
+        parts = [key_of(row) if isinstance(row, Example) else _key_of_fields(row) for row in rows_of(item)]
+        keys.append(parts[0] if len(parts) == 1 else hashlib.blake2b(b"".join(parts), digest_size=KEY_BYTES).digest())
+    return as_keys(keys)[:, 0]
+
+
 def digest_of_rows(rows: Sequence[Any]) -> str:
     """Return a hash of everything in the rows that affects training, in order. Stored rows are not read."""
     if isinstance(rows, RowView | ConcatSequence):
@@ -97,7 +108,7 @@ def digest_of_rows(rows: Sequence[Any]) -> str:
     for item in rows:
         if getattr(item, "scores", None) is not None:
             digest.update(_key_of_fields(item))
-        for row in item.rows if isinstance(item, RowGroup) else (item,):
+        for row in rows_of(item):
             # The same hash as of stored rows, so that the digest does not depend on the storage.
             digest.update(key_of(row) if isinstance(row, Example) else _key_of_fields(row))
             desired = getattr(row, "desired", None)
@@ -123,7 +134,8 @@ def _key_of_fields(row: Any) -> bytes:
 def _hashed_fields(kind: Any) -> tuple[str, ...]:
     """Return the fields of a row class that affect training, without row numbers, files, and the rows of a group."""
     names = (field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()
-    return tuple(name for name in names if name not in ("row", "rows", "file_rows", "image"))  # an image has a digest
+    # An image has a digest, and a text has tokens.
+    return tuple(name for name in names if name not in ("row", "rows", "file_rows", "image", "text"))
 
 
 class MemoryRows:

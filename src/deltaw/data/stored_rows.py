@@ -626,6 +626,7 @@ class _SourceReader:
             not_selected=rows - chosen,
             unused_columns=tuple(unused),
             date=self.encoder.template_date if "chat" in templates else None,
+            added_prefix=self.encoder.added_prefix if "chat" in templates else None,
             bad_rows=dict(self.bad.counts),
             **account,  # type: ignore[arg-type]
         )

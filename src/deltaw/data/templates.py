@@ -19,7 +19,14 @@ from deltaw.data.chat_template import asks_for_date, todays_date, with_date
 from deltaw.data.example import special_tokens
 from deltaw.data.formats import Pair, Record, Text
 from deltaw.data.messages import Conversation, Message, reasoning, unlabel_blank_answers
-from deltaw.data.rendering import FAULTS, ConversationPrefixes, render_batch
+from deltaw.data.rendering import (
+    FAULTS,
+    STAND_IN,
+    ConversationPrefixes,
+    complete_template,
+    missing_prefix,
+    render_batch,
+)
 from deltaw.data.report import BadRowError, OnBadRow, raise_error
 from deltaw.data.row_images import (
     MARKER,
@@ -46,8 +53,6 @@ if TYPE_CHECKING:
 # must follow it unchanged. Each answer is rendered in the context in which it is generated, because some templates
 # render earlier turns differently when more turns follow.
 
-# Placeholder of an answer.
-_STAND_IN = "an-answer-of-the-assistant"
 _OPEN_THOUGHT = re.compile(r"<think>\s*$")
 _THOUGHT_BEGINS = re.compile(r"^\s*<think>\s*")
 _HINT = "set data.template: plain, name another template in data.chat_template, or change the row"
@@ -102,22 +107,31 @@ class ChatRenderer:
     def _reads_parts(self) -> bool:
         """True if the template renders a content part of type image as the placeholder."""
         assert self._images is not None
-        parts: list[dict[str, str]] = [{"type": "image"}, {"type": "text", "text": _STAND_IN}]
+        parts: list[dict[str, str]] = [{"type": "image"}, {"type": "text", "text": STAND_IN}]
         conversation = ConversationPrefixes([{"role": "user", "content": parts}], [(1, True)])
         ((text,),) = render_batch(self.template(), [conversation], self._special)
         return isinstance(text, str) and text.count(self._images.placeholder) == 1
 
     def template(self, with_tools: bool = False) -> str:
-        """Return the template. Some tokenizers have a separate template for conversations with tools."""
+        """Return the template with a prefix of answers. Some tokenizers have a separate template for tools."""
         if with_tools not in self._templates:
-            try:
-                text = self._tokenizer.get_chat_template(None, [{}] if with_tools else None)
-            except ValueError as error:
-                message = "the tokenizer has several chat templates and no default"
-                hint = "name a file with one in data.chat_template, or set data.template: plain"
-                raise UserError(message, location="data.template: chat", hint=hint) from error
-            self._templates[with_tools] = with_date(text, self._date) if asks_for_date(text) else text
+            text = self._read_template(with_tools)
+            self._templates[with_tools] = complete_template(text, missing_prefix(text, self._special))
         return self._templates[with_tools]
+
+    @property
+    def added_prefix(self) -> str:
+        """Return the role header that :meth:`template` adds, or an empty string."""
+        return missing_prefix(self._read_template(), self._special)
+
+    def _read_template(self, with_tools: bool = False) -> str:
+        try:
+            text = self._tokenizer.get_chat_template(None, [{}] if with_tools else None)
+        except ValueError as error:
+            message = "the tokenizer has several chat templates and no default"
+            hint = "name a file with one in data.chat_template, or set data.template: plain"
+            raise UserError(message, location="data.template: chat", hint=hint) from error
+        return with_date(text, self._date) if asks_for_date(text) else text
 
     def render(
         self, messages: Sequence[Message], location: str, *, generation: bool, tools: Sequence[Message] = ()
@@ -214,9 +228,9 @@ class ChatRenderer:
             BadRowError: if the template does not accept the reply, or omits it.
         """
         location = "the environment's text"
-        answer: Message = {"role": "assistant", "content": _STAND_IN}
+        answer: Message = {"role": "assistant", "content": STAND_IN}
         text = self.render([*messages, answer, reply], location, generation=True, tools=tools)
-        _, separator, rest = text.rpartition(_STAND_IN)
+        _, separator, rest = text.rpartition(STAND_IN)
         if not separator or not _shows(rest, str(reply["content"])):
             raise _label_error(f"it omits the content of a turn ('{reply['role']}')", location)
         end = next((end for end in self._end_marks if rest.lstrip().startswith(end)), "")
@@ -548,6 +562,11 @@ class Encoder:
     def template_date(self) -> str | None:
         """Return the date that the template writes into rows, or None."""
         return self._date if self.chat and asks_for_date(str(self._tokenizer.chat_template)) else None
+
+    @property
+    def added_prefix(self) -> str | None:
+        """Return the role header that is added to prompts because the template ignores ``add_generation_prompt``."""
+        return self._renderer.added_prefix or None if self.chat else None
 
     @property
     def identity(self) -> str:

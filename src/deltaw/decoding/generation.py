@@ -77,7 +77,7 @@ class IncrementalDetokenizer:
         certain = text[: len(text) - min(marks, _MAX_MARKS)]
         piece = ""
         if not marks or certain.startswith(self._emitted):
-            piece, self._emitted = certain[_common_prefix_length(certain, self._emitted) :], certain
+            piece, self._emitted = certain[common_prefix_length(certain, self._emitted) :], certain
         if len(self._buffer) > _MAX_BUFFERED:
             piece += self._shrink_buffer(text)
         return piece
@@ -86,7 +86,7 @@ class IncrementalDetokenizer:
         """Return the remaining text after the last token."""
         text = decode_text(self._tokenizer, self._buffer)
         emitted, self._buffer, self._emitted = self._emitted, [], ""
-        return text[_common_prefix_length(text, emitted) :]
+        return text[common_prefix_length(text, emitted) :]
 
     def _shrink_buffer(self, text: str) -> str:
         """Shrink the buffer to its last tokens if they decode to the end of the text. Return text emitted by this.
@@ -107,7 +107,7 @@ class IncrementalDetokenizer:
         return self.end() if len(self._buffer) > _MAX_UNDECODABLE else ""
 
 
-def _common_prefix_length(left: str, right: str) -> int:
+def common_prefix_length(left: str, right: str) -> int:
     """Return the length of the common prefix of two texts."""
     if left.startswith(right):
         return len(right)

@@ -10,6 +10,8 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from deltaw.data.report import quoted
+from deltaw.errors import escape_control_characters
 from deltaw.experiments.comparison import (
     COLUMNS,
     Comparison,
@@ -27,6 +29,7 @@ from deltaw.reports.memory_parts import memory_legend, memory_parts
 from deltaw.reports.plan import process_parts
 from deltaw.reports.svg import Bar, Figure, bars, stack, standalone, swatch
 from deltaw.reports.tables import MISSING, Cell, add_row, count, gigabytes, metric_name, one_line, table
+from deltaw.training.answers import EvaluatedAnswer
 from deltaw.training.drift import GeneralAnswer
 from deltaw.training.evaluation.base import Evaluation, Interval, is_share, metric_format, paired_difference
 
@@ -135,11 +138,11 @@ def _memory_figure(results: Sequence[MethodResult]) -> Figure:
     return Figure("memory", title, "", bars("memory", title, text, items), legend=legend)
 
 
-# Maximum characters of a question and of an answer in a table. Questions are truncated at the start.
-MAX_QUESTION, MAX_ANSWER = 72, 40
+# Maximum characters of an answer in a table.
+MAX_ANSWER = 40
 # Marks of wrong and correct answers.
 MARKS = ("✗ ", "✓ ")
-# Maximum characters of a general answer.
+# Maximum characters of a general answer, and of a question, which is truncated at the start.
 MAX_GENERAL = 160
 
 
@@ -206,22 +209,32 @@ def confusion_table(classes: Sequence[str], counts: np.ndarray) -> Table:
     return table(["", *names], rows, fold=True, title="true class (down), predicted class (across)")
 
 
-def answer_table(rows: Sequence[tuple[str, str, Mapping[str, tuple[str, bool]]]]) -> Table:
-    """Return a table of the answers of each model. Correct answers are green, and marked if an answer is expected.
+def answer_list(rows: Sequence[Mapping[str, EvaluatedAnswer]]) -> Table:
+    """Return the complete answers of each model. The part of a wrong answer from its first difference on is red.
 
     Args:
-        rows: Question, expected answer, and by model name the answer and True if it is correct.
+        rows: For each row, the answers by model name.
     """
-    heads = ["question", "expected", *(rows[0][2] if rows else ())]
-    lines: list[list[Cell]] = [
-        [one_line(question, MAX_QUESTION, end=True), one_line(expected, MAX_ANSWER)]
-        + [
-            Text(MARKS[correct] * bool(expected) + one_line(text, MAX_ANSWER), style="green" if correct else "red")
-            for text, correct in answers.values()
-        ]
-        for question, expected, answers in rows
-    ]
-    return table(heads, lines, num_left=len(heads), fold=True)
+    result = Table.grid("", "", padding=(0, 2, 0, 0))
+    for by_model in rows:
+        first = next(iter(by_model.values()))
+        expected = escape_control_characters(first.expected.strip())
+        add_row(result, [f"row {first.row}", one_line(first.question, MAX_GENERAL, end=True)])
+        if expected:
+            add_row(result, ["expected", expected])
+        for name, answer in by_model.items():
+            text = answer.output.strip()
+            start = answer.first_difference
+            same, different = map(escape_control_characters, (text[:start], text[start:]) if start else ("", text))
+            score = "" if answer.reward is None else f"{answer.reward:.2f}  "
+            mark = MARKS[answer.exact] if expected else ""
+            style = "green" if answer.exact else "red"
+            add_row(result, [mark + name, Text.assemble(score, same, (different, style))])
+            if start is not None:
+                found, right = (quoted(t.strip()[start:], MAX_ANSWER) for t in (answer.output, first.expected))
+                add_row(result, ["", f"differs from character {start + 1}: {found} instead of {right}"])
+        result.add_row()
+    return result
 
 
 def agreement_table(deployed: DeploymentResult) -> Table:

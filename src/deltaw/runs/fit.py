@@ -51,6 +51,7 @@ from deltaw.runs.resuming import (
 )
 from deltaw.runs.summary import write_card
 from deltaw.runs.tracking import tracked
+from deltaw.runs.trained_rows import write_trained_rows
 from deltaw.runtime.image_tokens import statistics_folded
 from deltaw.runtime.sharded import sharded_blocks
 from deltaw.settings import registry
@@ -210,6 +211,7 @@ def _fit(start: Decision, output: Path, callback: Callback, processes: Reducer) 
             if task.tokenizer is not None:
                 folder.write_tokenizer(task.tokenizer)
             folder.write_skipped(data.skipped)
+            write_trained_rows(folder.path, data.train)
             session.feed.set_run_folder(folder.path)
             with clock.part("rate search"):
                 should_train = choose_rate(session, folder.path, callback)

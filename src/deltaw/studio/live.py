@@ -217,6 +217,7 @@ def scores(result: Mapping[str, Any]) -> dict[str, Any]:
         "before": metric_value(name, number(before.get("value"))) if before else "",
         "interval": interval(name, intervals.get(name)), "difference": interval(name, difference.get("interval")),
         "num_rows": result.get("rows"), "has_base": bool(base), "rows": rows,
+        "trained_rows": result.get("trained_rows") or 0,
         "confusion": {"classes": classes[:MAX_CLASSES], "counts": counts} if counts else None,
     }  # fmt: skip
 

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +23,7 @@ from deltaw.data.prompts import TokenizedPrompt
 from deltaw.data.report import quoted
 from deltaw.data.row_images import ImagePlacer
 from deltaw.data.rows import RowFolder
-from deltaw.decoding.generation import Progress, TextGenerator
+from deltaw.decoding.generation import Progress, TextGenerator, common_prefix_length
 from deltaw.errors import UserError
 from deltaw.settings.data import DataSettings
 from deltaw.training.evaluation.base import Evaluation
@@ -64,9 +64,19 @@ class EvaluatedAnswer:
         return self.output.strip() == self.expected.strip()
 
     @property
-    def display_text(self) -> str:
-        """Text of the answer in a table."""
-        return self.output if self.reward is None else f"{self.reward:.2f}  {self.output}"
+    def first_difference(self) -> int | None:
+        """Index of the first character that differs from the expected answer, apart from white space at the start.
+
+        None if the answer is correct, or no answer is expected.
+        """
+        if self.exact or not self.expected:
+            return None
+        return common_prefix_length(self.output.strip(), self.expected.strip())
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the generated answer for JSON."""
+        reward = {} if self.reward is None else {"reward": self.reward}
+        return {"text": self.output, "correct": self.exact, "first_difference": self.first_difference, **reward}
 
 
 @dataclass(frozen=True)
@@ -92,10 +102,11 @@ class ScoreOptions:
 
 @dataclass(frozen=True)
 class EvaluationScore:
-    """Evaluation of a model, and its answers to some of the examples."""
+    """Evaluation of a model, its answers to some of the examples, and a warning if they contradict the scores."""
 
     evaluation: Evaluation
     answers: list[EvaluatedAnswer] = field(default_factory=list)
+    warning: str | None = None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -127,6 +138,44 @@ def answers(
     completions = GreedyDecoder(model, tokenizer, None, writer, batch_tokens).complete(prompts, count, on_progress)
     pairs = zip(prompted, completions, strict=True)
     return [EvaluatedAnswer(e.row, question_of(tokenizer, e), e.answer or "", c.text) for e, c in pairs]
+
+
+# Rows whose exact match is verified by generation, and the maximum length of their answers in tokens.
+_MAX_VERIFIED, _MAX_VERIFIED_TOKENS = 8, 128
+
+
+def exact_match_warning(
+    rows: Sequence[Any], evaluation: Evaluation, tokenizer: PreTrainedTokenizerBase, complete: TextGenerator
+) -> str | None:
+    """Return a warning if rows count as exact matches, and the model generates other answers, on a sample of rows.
+
+    Args:
+        rows: Evaluated rows as the model receives them.
+        complete: Generates greedy completions.
+    """
+    if evaluation.main != "exact_match" or evaluation.per_row is None:
+        return None
+    answered = (row for item in rows for row in rows_of(item) if row.answer is not None)
+    exact = (row for row, share in zip(answered, evaluation.per_row, strict=True) if share == 1 and has_prompt(row))
+    short = (row for row in exact if len(row) - row.prompt_length <= _MAX_VERIFIED_TOKENS)
+    if not (sample := list(itertools.islice(short, _MAX_VERIFIED))):
+        return None
+    count = 1 + max(len(row) - row.prompt_length for row in sample)
+    completions = complete([row.tokens[: row.prompt_length] for row in sample], count, 4096, None)
+    different = []
+    for row, completion in zip(sample, completions or (), strict=False):
+        label = str(tokenizer.decode(row.tokens[row.prompt_length :], skip_special_tokens=True))
+        expected = label.rpartition("</think>")[2].strip()
+        is_complete = not row.answer.strip().startswith(expected) or expected == row.answer.strip()
+        is_answer = expected.startswith(row.answer.strip()) and completion.text.strip() == label.strip()
+        if is_complete and not is_answer:
+            different.append(f"row {row.row}: {quoted(completion.text, 60)} instead of {quoted(row.answer, 60)}")
+    if not different:
+        return None
+    return (
+        f"exact match is not confirmed: {len(different)} of {len(sample)} generated answers to rows that count as "
+        f"correct differ. {different[0]}"
+    )
 
 
 def has_prompt(row: Example) -> bool:

@@ -39,7 +39,7 @@ from deltaw.runtime.packed import packed_rows, padded_rows
 from deltaw.settings import task_registry
 from deltaw.settings.config import RunConfig
 from deltaw.settings.data import DataSettings, eval_sets, sampled_eval_set
-from deltaw.training.answers import EvaluationScore, Prompting, ScoreOptions, answers
+from deltaw.training.answers import EvaluationScore, Prompting, ScoreOptions, answers, exact_match_warning
 from deltaw.training.batchers import BatcherOptions
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.features.images import RowImages
@@ -430,12 +430,14 @@ class Task(abc.ABC, Generic[ObjectiveType]):
         objective = self.objective(model)  # may run the model on padded rows
         with self.model_context(model, batcher), track_progress("evaluating"):
             evaluation = self.evaluate(objective, rows, batcher, opened.classes)
+        warning = None
+        if generator is not None:
+            warning = exact_match_warning(rows, evaluation, opened.tokenizer, generator)
         if not options.num_answers or not self.answers_rows:
-            return EvaluationScore(evaluation)
+            return EvaluationScore(evaluation, warning=warning)
         answered, limit = rows[: options.num_answers], options.max_new_tokens
-        return EvaluationScore(
-            evaluation, answers(model, opened.tokenizer, answered, max_new_tokens=limit, writer=generator)
-        )
+        written = answers(model, opened.tokenizer, answered, max_new_tokens=limit, writer=generator)
+        return EvaluationScore(evaluation, written, warning)
 
     def model_context(self, model: PreTrainedModel, batcher: Batcher) -> AbstractContextManager[None]:
         """Return a context in which the model accepts the batches of ``batcher``."""

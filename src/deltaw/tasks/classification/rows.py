@@ -17,7 +17,7 @@ import numpy as np
 
 from deltaw.data.check import DataFinding, class_findings
 from deltaw.data.class_names import match_classes, merge_setting
-from deltaw.data.example import Example, LabeledExample, RowGroup, TokenSpan, token_spans
+from deltaw.data.example import MAX_TEXT_LENGTH, Example, LabeledExample, RowGroup, TokenSpan, token_spans
 from deltaw.data.formats import Pair, Record, check_columns
 from deltaw.data.messages import WRONG_TYPE, Conversation, cell_text, empty_text
 from deltaw.data.pixels import AnyExample, ImageExample, LabelColumns, image_rows, read_images
@@ -324,6 +324,8 @@ class LabelReader(RowReader[AnyExample]):
 
     def prepare(self, seed: int = 0) -> RunData:
         data = super().prepare(seed)
+        if not self._reads_images:  # reports show evaluation rows only
+            data = replace(data, train=[replace(example, text="") for example in data.train])
         self._check_variety(data.train)
         source = format_sources(self.settings.train)
         self._check_sizes(data.train, source)
@@ -445,7 +447,8 @@ class LabelReader(RowReader[AnyExample]):
         if len(ids) <= tokenize.special:  # tokenizers may remove characters
             self.skip(rows, index, empty_text("the text", location))
             return None
-        return LabeledExample(rows.number(index), ids, self._labels[index], segments)
+        shown = "\n".join(text)[:MAX_TEXT_LENGTH]
+        return LabeledExample(rows.number(index), ids, self._labels[index], segments, shown)
 
     def show(self, row: Any, item: AnyExample) -> ExamplePreview:
         label = self.classes[int(item.label)] if self.classes else f"{item.label:g}"

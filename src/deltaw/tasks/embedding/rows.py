@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from deltaw.data.check import DataFinding, class_findings
-from deltaw.data.example import LabeledExample, RowGroup, token_spans
+from deltaw.data.example import MAX_TEXT_LENGTH, LabeledExample, RowGroup, token_spans
 from deltaw.data.messages import WRONG_TYPE, cell_text, empty_text
 from deltaw.data.report import BadRowError, PreparationReport, count_of
 from deltaw.data.row_reader import ExamplePreview, RowReader
@@ -267,8 +267,11 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
         label = None if row_texts.name is None else self._names.setdefault(row_texts.name, len(self._names))
         number, scores = rows.number(index), row_texts.scores
         labels = scores if len(scores) == len(encoded) else (0.0,) * len(encoded)
-        pairs = zip(encoded, labels, strict=True)
-        texts = tuple(LabeledExample(number, ids, value, segments) for (ids, segments), value in pairs)
+        shown = (row_texts.query, *row_texts.passages)[-len(encoded) :]  # a reranker reads a query with each passage
+        texts = tuple(
+            LabeledExample(number, ids, value, segments, text[:MAX_TEXT_LENGTH])
+            for (ids, segments), value, text in zip(encoded, labels, shown, strict=True)
+        )
         query = hashlib.blake2b(row_texts.query.encode(), digest_size=16).digest()
         group = TextGroup(texts, scores, query, label, self._file_rows)
         self._file_rows.append(group)

@@ -207,8 +207,8 @@ def check_finite(subject: str, values: np.ndarray | float) -> None:
 MAX_MISTAKES, NUM_EXAMPLES = 20, 8
 # Up to this number of classes a report has the full confusion matrix, otherwise the top confusions.
 MAX_MATRIX_CLASSES, MAX_CONFUSIONS = 20, 100
-# Maximum number of characters of a text and of a class name in a report.
-MAX_TEXT_LENGTH, MAX_CLASS_NAME_LENGTH = 1000, 80
+# Maximum number of characters of a class name in a report.
+MAX_CLASS_NAME_LENGTH = 80
 
 
 # An example, its expected and predicted class, number or text, and the score of the prediction.

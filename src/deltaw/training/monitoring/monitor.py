@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from deltaw.data.example import Example
+from deltaw.data.example import MAX_TEXT_LENGTH, Example
 from deltaw.data.row_reader import RunData
 from deltaw.decoding.generation import GeneratedCompletion
 from deltaw.errors import UserError
@@ -26,9 +26,9 @@ from deltaw.machine.choices import Choice
 from deltaw.progress import Detail, track_progress
 from deltaw.settings import task_registry
 from deltaw.settings.config import RunConfig, duration_seconds
-from deltaw.training.answers import EvaluatedAnswer, answers
+from deltaw.training.answers import EvaluatedAnswer, answers, exact_match_warning
 from deltaw.training.callbacks import Callback, Sample
-from deltaw.training.evaluation.base import MAX_TEXT_LENGTH, Evaluation, wilson_interval
+from deltaw.training.evaluation.base import Evaluation, wilson_interval
 from deltaw.training.evaluation.general import NoGeneralAnswers, check_size
 from deltaw.training.monitoring.best import (
     BestParameters,
@@ -439,7 +439,24 @@ class Monitor:
         elif self._evaluation is None:  # it was evaluated and reported by an earlier process
             self._evaluation = self._evaluate_sets()
         self._write_outcomes(step)
+        self._verify_exact_match()
         return with_deciding_metric(self.evaluation, generates_text=self._session.task.generates_text)
+
+    def _verify_exact_match(self) -> None:
+        """Report if generated answers contradict the exact match of the first set."""
+        session = self._session
+        if not len(self._samples) or not isinstance(session.task.tokenizer, PreTrainedTokenizerBase):
+            return
+        rows = next(iter(session.data.sets.values()))
+
+        def complete(prompts: Sequence[np.ndarray], count: int, *_: object) -> list[GeneratedCompletion]:
+            return session.complete(prompts, count)
+
+        with track_progress("verifying answers"):
+            warning = exact_match_warning(rows, self.evaluation, session.task.tokenizer, complete)
+        if warning is not None:
+            session.notes.append(warning)
+            self._callback.on_line(warning)
 
     def save_best(self, step: int, save: Callable[[Path], None], *, evaluate: bool) -> None:
         """Save the best adapter as the run's adapter and the last one in ``last/``.
@@ -577,7 +594,9 @@ class Monitor:
             self._write({"step": step, "predictions": outcomes})
 
     def _text_of(self, value: Any) -> str:
-        """Return an example's text as the model reads it, or the name of its image file."""
+        """Return an example's text as written or else as the model reads it, or the name of its image file."""
+        if text := getattr(value, "text", ""):
+            return str(text)
         tokenizer, image = self._session.task.tokenizer, getattr(value, "image", value)
         if tokenizer is None or not hasattr(value, "tokens"):
             return image.name if isinstance(image, Path) else image if isinstance(image, str) else ""
