@@ -86,7 +86,7 @@ def convert(workspace: Workspace, file: Path, *, sheet: str = "", is_upload: boo
         output.unlink(missing_ok=True)
 
 
-def main(source: str, output: str, chosen: str) -> None:
+def main(source: str, output: str, chosen: str = "") -> None:
     """Write the rows of a sheet and print the other values of ConvertedRows, or exit with status 1 and a message."""
     from python_calamine import CalamineError, CalamineWorkbook, SheetTypeEnum, SheetVisibleEnum
 
