@@ -20,7 +20,7 @@ from deltaw.runtime.packed import packed_rows
 from deltaw.training import loop
 from deltaw.training.batchers import CausalMicroBatcher
 from deltaw.training.causal_objective import CausalObjective
-from deltaw.training.evaluation.general import GeneralRehearsal
+from deltaw.training.evaluation.general import GeneralRehearsal, base_log_probs
 from deltaw.training.features import prefix_cache
 from deltaw.training.features.prefix_cache import DeviceStore, with_device_copy
 from deltaw.training.features.store import MemoryStore, Shape, open_store
@@ -71,7 +71,9 @@ def test_step_synchronizes_once(kind, monkeypatch):
         rows = [RowGroup((rows[n], rows[n + 1])) for n in range(0, 8, 2)]
     elif kind == "general answers":  # their loss is read together with the others
         batcher = CausalMicroBatcher(40, True, False, "cuda")
-        options["add_gradients"] = GeneralRehearsal(objective, batcher, examples(3, seed=1), weight=0.5, seed=0)
+        answers = examples(3, seed=1)
+        base = base_log_probs(objective, batcher, answers)
+        options["add_gradients"] = GeneralRehearsal(objective, batcher, answers, base, weight=0.5, seed=0)
     read, reads = loop._read, []
 
     def allowed(*numbers):

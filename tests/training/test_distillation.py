@@ -13,12 +13,13 @@ from torch import Tensor
 from deltaw.lora.adapt import attach
 from deltaw.lora.config import LoRAConfig
 from deltaw.runtime.packed import packed_rows
-from deltaw.tasks.distill.loss import DistillObjective, divergence, with_remainder
+from deltaw.tasks.distill.loss import DistillObjective, divergence
 from deltaw.tasks.distill.rows import DistillExample
 from deltaw.tasks.distill.settings import DistillSettings
 from deltaw.tasks.distill.teachers import Teacher
 from deltaw.training.batchers import CausalMicroBatcher
 from deltaw.training.causal_objective import CausalObjective
+from deltaw.training.losses import with_remainder
 from tests.tiny_models import VOCABULARY, causal_model
 
 BETAS = (0.0, 0.1, 0.5, 1.0)

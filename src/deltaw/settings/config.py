@@ -71,7 +71,9 @@ class TrainSettings(BaseModel):
         "none",
         "sharding of frozen block weights over processes (FSDP2); base: each stores a shard; none: each stores all",
     )
-    keep_general: float = setting(0.0, "weight of a loss on the base model's general answers; 0: off", ge=0, le=1e3)
+    keep_general: float = setting(
+        0.0, "weight of the divergence from the base model on its general answers; 0: off", ge=0, le=1e3
+    )
     drift: bool | Auto = setting("auto", "measure the drift of general answers; auto: if the model is large enough")
     eval_every: int | None = setting(None, "number of steps between evaluations; null: only at the end", ge=1)
     eval_answers: int = setting(0, "number of held-out rows whose generated answers are compared with references", ge=0)

@@ -28,7 +28,7 @@ FOUR = {
     "lora.rank": ("Rank", "Size of the adapter. A higher rank can learn more, and needs more memory and time."),
     "train.keep_general": (
         "Keep general answers",
-        "Keeps answers to other questions as they are. 0: off; start with 1.",
+        "Keeps answers to other questions as they are. Steps take longer. 0: off; use 1.",
     ),
 }
 # Settings of other pages, and those that are not allowed in the studio.

@@ -152,3 +152,13 @@ def log1mexp(x: Tensor) -> Tensor:
     # Clamp the input of each branch to its range, so that the unused branch has no NaN gradient.
     near, far = torch.log(-torch.expm1(x.clamp(min=middle))), torch.log1p(-torch.exp(x.clamp(max=middle)))
     return torch.where(x > middle, near, far)
+
+
+def with_remainder(logprobs: Tensor) -> Tensor:
+    """Append the log-probability of all other tokens: (P, k) to (P, k + 1)."""
+    return torch.cat([logprobs, log1mexp(logprobs.logsumexp(-1, keepdim=True))], -1)
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return (P,) KL(p ‖ q) in nats of log-probabilities (P, tokens), differentiable in both arguments."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -12,7 +12,7 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -60,6 +60,8 @@ from deltaw.training.evaluation.general import (
     GeneralRehearsal,
     GreedyDecoder,
     NoGeneralAnswers,
+    TopLogProbs,
+    base_log_probs,
     general_answers,
     model_identity,
     quantized_identity,
@@ -114,6 +116,7 @@ class Session:
         notes: Messages about the training.
         identity: Identity of the base model's weights and precision, or None if it cannot be determined.
         general_examples: Answers of the base model that ``train.keep_general`` rehearses, as in ``data``.
+        general_log_probs: Log-probabilities of the base model for these answers, by row.
         processes: Communication between processes that train together.
         approximations: Approximations of the training.
         roundings: int8 calibration of the layers.
@@ -130,6 +133,7 @@ class Session:
     notes: list[str] = field(default_factory=list)
     identity: str | None = None
     general_examples: Sequence[Example] = ()
+    general_log_probs: Mapping[int, TopLogProbs] = field(default_factory=dict)
     processes: Reducer = SINGLE_PROCESS
     approximations: Approximations = field(default_factory=Approximations)
     roundings: Sequence[Rounding] = ()
@@ -319,7 +323,8 @@ class Session:
         if not self.general_examples:
             return None
         objective, train = self.task.token_objective(self.objective), self.config.train
-        return GeneralRehearsal(objective, self.batcher, self.general_examples, train.keep_general, train.seed)
+        answers, base = self.general_examples, self.general_log_probs
+        return GeneralRehearsal(objective, self.batcher, answers, base, train.keep_general, train.seed)
 
     def evaluate(self, examples: Sequence[Any] | None = None) -> Evaluation:
         """Evaluate the model on examples, by default the held-out ones. Call it inside :meth:`running`."""
@@ -369,13 +374,30 @@ class Session:
         """
         if self.task.tokenizer is None:
             raise NoGeneralAnswers("the model does not read text")
-        preserves_base = self.method.can_restore_base(self.model)
-        base = self.method.base_model_active(self.model) if preserves_base else contextlib.nullcontext()
         # Keys and values are a small part of a token's activations, unless blocks are checkpointed.
         batch_tokens = (1 if self.config.train.checkpointing else 4) * self.batcher.tokens_per_pass
         decoder = self._decoder(of_base=True, batch_tokens=batch_tokens)
-        with self.method.evaluating(self.model), base:
+        with self._base_active():
             return general_answers(decoder, prompts, self.config.data, reserved=self.method.virtual_tokens)
+
+    @contextlib.contextmanager
+    def _base_active(self) -> Iterator[None]:
+        """Evaluate the base model, or before training the model itself if the method does not preserve the base."""
+        preserves_base = self.method.can_restore_base(self.model)
+        base = self.method.base_model_active(self.model) if preserves_base else contextlib.nullcontext()
+        with self.method.evaluating(self.model), base:
+            yield
+
+    def rehearse(self, answers: Sequence[Example]) -> None:
+        """Set the general answers that the training rehearses. Call it before training.
+
+        Args:
+            answers: Answers of the base model, rendered for it (:meth:`general_answers`).
+        """
+        objective = self.task.token_objective(self.objective)
+        with self._base_active(), self.running():
+            self.general_log_probs = base_log_probs(objective, self.batcher, answers)
+        self.general_examples = [render_example(answer, self.method) for answer in answers]
 
 
 # Evaluates a microbatch.
@@ -714,7 +736,7 @@ def _generate_general_answers(session: Session) -> None:
     except NoGeneralAnswers as reason:
         message = f"general answers cannot be rehearsed: {reason}"
         raise UserError(message, location="train.keep_general", hint="set train.keep_general: 0") from reason
-    session.general_examples = [render_example(answer, session.method) for answer in answers]
+    session.rehearse(answers)
     rows = f"one of {len(answers)} general answers of the base model, which are not counted as rows"
     session.notes.append(f"keep_general {weight:g}: each step also trains on {rows}")
 

@@ -202,7 +202,7 @@ class Step:
         computed_tokens: Number of tokens that the model computed.
         label_tokens: Number of units of the objective.
         seconds: Duration of the step.
-        general_loss: Mean loss of the general answers, or None without ``train.keep_general``.
+        general_loss: Mean divergence from the base model on general answers, or None without ``train.keep_general``.
         metrics: Further metrics of the loss by name. :meth:`as_dict` merges them with the other values.
     """
 

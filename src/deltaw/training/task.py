@@ -391,8 +391,8 @@ class Task(abc.ABC, Generic[ObjectiveType]):
         """
         return list(dict.fromkeys([*head_modules(model), *new_modules])) if self.trains_head else []
 
-    def token_objective(self, objective: Objective) -> Objective:
-        """Return the objective for plain text, which the rehearsal of general answers uses."""
+    def token_objective(self, objective: Any) -> Any:
+        """Return the ``CausalObjective`` for plain text, which the rehearsal of general answers uses."""
         return objective
 
     def forward(self, objective: Any, batch: Any) -> None:

@@ -37,7 +37,7 @@ RANGE_TEST_HEIGHT = 1.5
 STEP = "step"
 
 
-_GENERAL = "Loss on the base model's answers to general prompts, which each step also trains on (train.keep_general)."
+_GENERAL = "Divergence from the base model on its answers to general prompts, which train.keep_general limits."
 _LENGTH = "Mean number of tokens in the completions of each step."
 _CUT = "Share of completions truncated at reward.max_new_tokens."
 _TEACHING = "Share of groups whose rewards differ. Only these groups have an advantage."
@@ -54,7 +54,7 @@ COLUMNS = {
     "mismatch": ("Mismatch of engine and training", _MISMATCH, "mean difference, nats", True),
     "learning_rate": ("Learning rate", "Learning rate of each step.", "learning rate", False),
     "gradient_norm": ("Gradient norm", "Gradient norm of each step before clipping.", "gradient norm", True),
-    "general_loss": ("General answers", _GENERAL, "loss, nats per token", True),
+    "general_loss": ("General answers", _GENERAL, "KL, nats per token", True),
 }
 
 

@@ -24,7 +24,7 @@ from deltaw.tasks.distill.rows import DistillExample
 from deltaw.tasks.distill.settings import DistillSettings
 from deltaw.tasks.distill.teachers import Teacher
 from deltaw.training.causal_objective import ROW_MULTIPLE, CausalObjective, Values, chunked_sum, loss_dtype
-from deltaw.training.losses import MetricAccumulator, label_indices, log1mexp
+from deltaw.training.losses import MetricAccumulator, kl_divergence, label_indices, with_remainder
 
 # Tokens (n, k) of n labels, or None for the full vocabulary, and their log-probabilities (n, k) from the teacher.
 TeacherLogProbs: TypeAlias = tuple[Tensor | None, Tensor]
@@ -33,20 +33,11 @@ TeacherLogProbs: TypeAlias = tuple[Tensor | None, Tensor]
 def divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     """Return (P,) divergences in nats of log-probabilities (P, tokens), differentiable in both arguments."""
     if beta == 0:
-        return _kl(teacher, student)
+        return kl_divergence(teacher, student)
     if beta == 1:
-        return _kl(student, teacher)
+        return kl_divergence(student, teacher)
     mixture = torch.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
-    return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def with_remainder(logprobs: Tensor) -> Tensor:
-    """Append the log-probability of all other tokens: (P, k) to (P, k + 1)."""
-    return torch.cat([logprobs, log1mexp(logprobs.logsumexp(-1, keepdim=True))], -1)
+    return beta * kl_divergence(teacher, mixture) + (1 - beta) * kl_divergence(student, mixture)
 
 
 class DistillMetrics(MetricAccumulator):

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -22,11 +22,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.cache import load_result, store_result
 from deltaw.data.example import Example
-from deltaw.data.packing import epoch_order
+from deltaw.data.packing import MicroBatch, epoch_order
 from deltaw.data.prepare import encode_prompt
 from deltaw.decoding.generation import GeneratedCompletion, Progress, TextGenerator, generate, position_limit
 from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
+from deltaw.kernels.layout import to_device
 from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.lora.stored import count_logical_parameters
 from deltaw.machine.choices import QUANTIZED
@@ -34,8 +35,9 @@ from deltaw.machine.kernel_choice import numerics_key
 from deltaw.progress import track_progress
 from deltaw.runtime.quantized_weights import Rounding
 from deltaw.settings.data import DataSettings, TemplateName
-from deltaw.training.losses import detach_wide
-from deltaw.training.microbatches import Batcher, Objective
+from deltaw.training.causal_objective import ROW_MULTIPLE, CausalObjective, chunked_sum
+from deltaw.training.losses import detach_wide, kl_divergence, label_indices, with_remainder
+from deltaw.training.microbatches import Batcher
 
 # Maximum number of tokens of an answer. Longer answers add little information, because drift shows in the first words.
 MAX_ANSWER_TOKENS = 40
@@ -45,6 +47,8 @@ NUM_STORED_ANSWERS = 4
 MIN_PARAMETERS = 16_000_000
 # With fewer answers, drift is not meaningful.
 MIN_ANSWERS = 8
+# Tokens whose probabilities are compared with the base model's. All others count as one token.
+TOP_TOKENS = 64
 CACHE_DEPENDENCIES = (
     *("torch", "transformers", "tokenizers"),
     *("deltaw.kernels", "deltaw.lora", "deltaw.runtime", "deltaw.decoding"),
@@ -176,25 +180,52 @@ def _example(index: int, prompt: np.ndarray, answer: Sequence[int], tokenizer: P
     return Example(index, tokens, is_label, len(prompt), str(tokenizer.decode(list(answer), skip_special_tokens=True)))
 
 
+# Log-probabilities of the base model at the labels of an answer: its most likely tokens (labels, k), and their
+# log-probabilities (labels, k).
+TopLogProbs: TypeAlias = tuple[Tensor, Tensor]
+
+
+@torch.no_grad()
+def base_log_probs(objective: CausalObjective, batcher: Batcher, answers: Sequence[Example]) -> dict[int, TopLogProbs]:
+    """Return the most likely tokens at the labels of each answer, by ``row``. The model must compute as the base model.
+
+    The answers of a whole vocabulary would need hundreds of megabytes.
+    """
+    count = min(TOP_TOKENS, objective.model.config.get_text_config().vocab_size - 1)
+    by_row = {}
+    for batch in batcher.batches(answers):
+        outputs = objective.label_outputs(batch)
+        indices, members = label_indices(batch)
+        for number, member in enumerate(batch.members):
+            index = to_device(torch.from_numpy(indices[members == number]), outputs.device)
+            top = objective.logits_of(outputs[index]).float().log_softmax(-1).topk(count)
+            by_row[member.example.row] = (top.indices, top.values)
+    return by_row
+
+
 @dataclass(frozen=True)
 class GeneralRehearsal:
-    """Adds the gradients of weight · (mean cross-entropy of general answers) to a step (``train.keep_general``).
+    """Adds the gradients of weight · (mean divergence of general answers) to a step (``train.keep_general``).
 
-    Self-distillation by rehearsal penalizes updates that change the general answers. The prompts differ from the
-    prompts that drift is measured on.
+    The divergence is KL(base model ‖ trained model) at the tokens of an answer, over the base model's most likely
+    tokens and the remainder. Its gradient is zero until the answers drift, and grows with the drift. The cross-entropy
+    of the same answers has a gradient at the base model, too, which competes with the gradient of the data. The
+    prompts differ from the prompts that drift is measured on.
 
     Attributes:
-        objective: Computes the summed loss of a microbatch.
+        objective: Computes the logits.
         batcher: Cuts rows into microbatches.
         rows: General answers in the form that the model receives.
-        weight: Weight of their mean loss, relative to weight 1 for the data's mean loss.
+        base: Log-probabilities of the base model, by ``row`` (:func:`base_log_probs`).
+        weight: Weight of their mean divergence, relative to weight 1 for the data's mean loss.
         seed: Seed of their order.
         per_step: Number of answers per step.
     """
 
-    objective: Objective
+    objective: CausalObjective
     batcher: Batcher
     rows: Sequence[Example]
+    base: Mapping[int, TopLogProbs]
     weight: float
     seed: int
     per_step: int = 1
@@ -210,13 +241,34 @@ class GeneralRehearsal:
         """Add the gradients for a step, multiplied by ``loss_scale``.
 
         Returns:
-            The unweighted mean loss in nats per token, a scalar on the model's device. The device is not synchronized.
+            The unweighted mean divergence in nats per token, a scalar on the model's device. The device is not
+            synchronized.
         """
         rows = self.rows_of(step)
-        units = self.objective.units(rows)
+        units = sum(row.label_count for row in rows)
         total = torch.zeros(())
         for batch in self.batcher.batches(rows):
-            loss = self.objective(batch)
-            (self.weight * loss / (units / loss_scale)).backward()
-            total = total + detach_wide(loss)
+            divergence = self._divergence(batch)
+            (self.weight * divergence / (units / loss_scale)).backward()
+            total = total + detach_wide(divergence)
         return total / units
+
+    def _divergence(self, batch: MicroBatch) -> Tensor:
+        """Return the summed divergence of a microbatch."""
+        objective = self.objective
+        outputs = objective.label_outputs(batch)
+        index = to_device(torch.from_numpy(label_indices(batch)[0]), outputs.device)
+        top = [self.base[member.example.row] for member in batch.members]
+        tokens = torch.cat([token_ids for token_ids, _ in top])
+        base = with_remainder(torch.cat([log_probs for _, log_probs in top]))
+
+        def divergence(part: Tensor, rows: slice) -> Tensor:
+            logits = objective.logits_of(part).float()
+            log_probs = logits.gather(-1, tokens[rows]) - logits.logsumexp(-1, keepdim=True)
+            return kl_divergence(base[rows], with_remainder(log_probs))
+
+        parameters = list(objective.head.parameters()) if objective.chunked else []
+        ones = torch.ones(len(index), device=outputs.device)
+        # Several tensors of the size of the logits are in memory at the same time.
+        chunk = max(ROW_MULTIPLE, objective.chunk // 4)
+        return chunked_sum(outputs.index_select(0, index), ones, divergence, parameters, chunk=chunk)
