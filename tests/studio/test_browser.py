@@ -32,6 +32,7 @@ from tests.conftest import write_rows  # noqa: E402
 from tests.reports.test_page_browser import AXE, BROWSER  # noqa: E402
 from tests.serving.encoder_models import write_bert  # noqa: E402
 from tests.studio.studio_process import StudioProcess, studio_process  # noqa: E402
+from tests.studio.test_data import open_document  # noqa: E402
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
 slow = pytest.mark.slow
@@ -164,6 +165,28 @@ def test_table_becomes_a_classifier(studio, page, tmp_path) -> None:
         frame.get_by_label("Text", exact=True).fill(text)
         frame.get_by_role("button", name="Try").click()
         expect(frame.get_by_role("region", name="Result").get_by_role("row").nth(0)).to_contain_text(label)
+
+
+@slow
+def test_sheet_and_column_are_used_although_only_continue_is_pressed(studio, page, tmp_path) -> None:
+    labels = ["Praise", "praise ", "Blame"]
+    rows: list[list[object]] = [["text", "topic", "urgent"]]
+    rows += [[f"a message of some words {n}", labels[n % 3], ("yes", "no")[n % 2]] for n in range(24)]
+    file = tmp_path / "tickets.ods"
+    file.write_bytes(open_document({"Notes": [["text", "who"], ["hello", "Ann"], ["bye", "Bob"]], "Tickets": rows}))
+    page.goto(studio.url)
+    page.get_by_label("Choose a file").set_input_files(file)
+    page.get_by_label("Sheet of the spreadsheet").select_option("Tickets")
+    expect(page.get_by_text("24 rows can be used.")).to_be_visible()
+    page.get_by_label("Column with the classes").select_option("topic")
+    page.get_by_role("link", name="Continue").click()
+    expect(page.get_by_text("“topic” the classes")).to_be_visible()
+    page.get_by_role("button", name="Merge the selected classes").click()
+    expect(page.get_by_text("There are 2 classes: Blame, Praise.")).to_be_visible()
+    tokens = page.get_by_role("link", name="Tokens of row 1", exact=True).bounding_box()
+    assert tokens is not None and tokens["x"] + tokens["width"] < 1280
+    page.get_by_role("link", name="Continue").click()
+    expect(page.get_by_role("heading", name="Choose a model")).to_be_visible()
 
 
 @slow
