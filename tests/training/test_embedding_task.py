@@ -17,6 +17,7 @@ from transformers import AutoModel
 from deltaw.errors import UserError
 from deltaw.hub.sentence_layout import SentenceLayout, write_layout
 from deltaw.machine.choices import Choice
+from deltaw.runs.checks import check_data, check_rows, with_refusal
 from deltaw.runs.fit import fit
 from deltaw.settings.config import RunConfig
 from deltaw.tasks.embedding.losses import step_loss
@@ -411,3 +412,43 @@ def test_incompatible_rows_and_settings_are_rejected_before_training(make_config
     assert read_data(RunConfig.read(make_config("bert", pairs(), **separate_eval)))[1].held_out
     with pytest.raises(UserError, match="'infonce' does not fit rows with 1 passages and 1 scores"):
         read_data(RunConfig.read(make_config("bert", pairs(), embedding={"loss": "infonce"}, **separate_eval)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "location"),
+    [
+        (pairs(), 1, "train.batch_size"),
+        (pairs()[:1], 8, "train.batch_size"),
+        (scored_pairs(), 1, "train.batch_size"),
+        (class_rows(), 1, "train.batch_size"),
+        ([{**row, "positive": "the same"} for row in pairs()], 8, "data.train"),
+        ([{**row, "score": 0.5} for row in scored_pairs()], 8, "data.train"),
+    ],
+    ids=["pairs", "one row", "scored pairs", "classes", "one passage", "equal scores"],
+)
+def test_constant_loss_is_rejected_before_loading_model(make_config, rows, batch_size, location):
+    config = RunConfig.read(make_config("bert", rows, train={"batch_size": batch_size}))
+    error = refusal(fit, config)
+    assert error.location == location
+    assert "did not move" not in error.message
+    refused = with_refusal(check_data(config), config, folder=False, dry_run=False)
+    assert error.message in refused.findings[0].text
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "options"),
+    [
+        (triplets(), 1, {}),
+        (pairs(), 2, {"temperature": 0.01}),
+        (pairs(), 2, {"similarity": "dot", "temperature": 0.01}),
+        (sorted(pairs() * 2, key=str), 2, {}),
+        (scored_pairs(), 2, {}),
+        (class_rows(), 4, {}),
+        (rows_with_teacher_scores(), 1, {}),
+    ],
+)
+def test_rows_with_gradient_are_accepted(make_config, rows, batch_size, options):
+    changes = {"data": {"duplicates": "keep"}, "embedding": options, "train": {"batch_size": batch_size}}
+    config = RunConfig.read(make_config("bert", rows, **changes))
+    task, data = read_data(config)
+    check_rows(config, task, data)

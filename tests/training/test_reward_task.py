@@ -7,10 +7,12 @@ import pytest
 
 import deltaw
 from deltaw.errors import UserError
+from deltaw.reports.page.run_view import notices, score_warnings
 from deltaw.runs.checks import check_data, with_refusal
+from deltaw.runs.folder import read_run
 from deltaw.settings.config import RunConfig
 from tests.conftest import refusal, write_rows
-from tests.training.runs import ADAPTER, metrics, stopped_run
+from tests.training.runs import ADAPTER, RecordingCallback, metrics, stopped_run
 
 LETTERS = """
 def letters(completions, **columns):
@@ -21,6 +23,10 @@ def early(completions, **columns):
     return [sum(c < "n" for c in text) / max(1, len(text)) for text in completions]
 def broken(completions, **columns):
     return [1 / 0 for _ in completions]
+def equal(completions, **columns):
+    return [0.3 for _ in completions]
+def absent(completions, **columns):
+    return [None for _ in completions]
 """
 REWARD = {"group": 4, "max_new_tokens": 8, "loss": "grpo"}
 
@@ -59,6 +65,40 @@ def test_run_resumed_between_updates_of_rollout_is_bit_identical(reward_run):
     # Every rollout changed the weights, so the completions of its second update cannot be sampled again.
     assert all(step["gradient_norm"] > 0 for step in metrics(uninterrupted.output, "loss"))
     assert sorted(path.name for path in (resumed.output / "rollouts").iterdir()) == ["1.json", "2.json"]
+
+
+@pytest.mark.parametrize(("name", "reward"), [("equal", {}), ("absent", {}), ("letters", {"mask_cut": True})])
+def test_rewards_without_advantage_are_reported_early_and_at_end(reward_run, name, reward):
+    """With ``mask_cut``, all completions reach the limit of tokens."""
+    reward = {"max_new_tokens": 1, **reward} if reward else reward
+    callback = RecordingCallback()
+    result = deltaw.fit(reward_run("run", name=name, steps=6, reward=reward), callback=callback)
+    early = next(line for line in callback.lines if "the rewards have trained nothing" in line)
+    assert early.startswith("step 5: ")
+    assert result.rewards_differed is False and result.as_dict()["rewards_differed"] is False
+    run = read_run(result.output)
+    assert run.result["rewards_differed"] is False
+    assert "The rewards trained nothing" in next(score_warnings(run))
+    assert any("The rewards trained nothing" in line for line in notices(run))
+
+
+def test_short_run_without_advantage_is_reported_at_end(reward_run):
+    callback = RecordingCallback()
+    result = deltaw.fit(reward_run("run", name="equal", steps=2), callback=callback)
+    assert "trained nothing" not in callback
+    assert result.rewards_differed is False and "trained nothing" in next(score_warnings(read_run(result.output)))
+
+
+def test_resumed_run_counts_advantages_of_all_steps(reward_run):
+    resumed = deltaw.fit(resume=stopped_run(reward_run("part", name="equal", steps=6), 3))
+    assert resumed.rewards_differed is False
+    assert [line["step"] for line in metrics(resumed.output, "warning")] == [5]
+
+
+def test_rewards_with_advantage_are_not_reported(reward_run):
+    callback = RecordingCallback()
+    result = deltaw.fit(reward_run("run", name="spread", steps=6), callback=callback)
+    assert result.rewards_differed is True and "trained nothing" not in callback
 
 
 def test_failing_reward_is_reported_with_name_and_row(reward_run):

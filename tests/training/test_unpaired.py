@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+from deltaw.cli import main
 from deltaw.data.example import RowGroup
+from deltaw.runs.checks import check_data
 from deltaw.runs.fit import fit
 from deltaw.runtime.packed import packed_rows
+from deltaw.settings.config import RunConfig
 from deltaw.tasks.preference.losses import UnpairedLoss
 from deltaw.tasks.preference.settings import PreferenceSettings
 from deltaw.tasks.preference.task import PreferenceTask, UnpairedMicroBatcher
@@ -16,7 +21,15 @@ from deltaw.training.losses import RowLogProbs
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import COLORS, refusal, write_rows
 from tests.training.loops import example
-from tests.training.runs import assert_same_run, load_eval_rows, losses, metrics, open_on_cpu, stopped_run
+from tests.training.runs import (
+    RecordingCallback,
+    assert_same_run,
+    load_eval_rows,
+    losses,
+    metrics,
+    open_on_cpu,
+    stopped_run,
+)
 from tests.training.test_losses import assert_gradients, gradients, log_prob
 from tests.training.test_preference import perturbed_copy, trl_rows, trl_step
 
@@ -125,3 +138,26 @@ def test_run_is_independent_of_microbatches_and_resumes_bit_identical(make_confi
 def test_rows_without_reference_are_rejected():
     logs = RowLogProbs(torch.zeros(1), torch.tensor([0]), torch.tensor([0]), (example(1, range(3), 2, desired=True),))
     refusal(UnpairedLoss(WEIGHTED).per_row_losses, logs, match="reference model")
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_single_kind_of_answers_is_reported_by_check_and_training(settings, tmp_path, label):
+    rows = write_rows(
+        tmp_path / "rows.jsonl", [{"prompt": f"paint {c}", "completion": c, "label": label} for c in COLORS]
+    )
+    config = RunConfig.read(settings(tmp_path / "run", task="kto", data={"train": str(rows)}, train={"max_steps": 1}))
+    (finding,) = [finding for finding in check_data(config).findings if finding.name == "one_label"]
+    callback = RecordingCallback()
+    fit(config, callback=callback)
+    assert finding.text in callback
+
+
+@pytest.mark.parametrize("task", ["kto", "KTO", "preference"])
+def test_data_check_knows_aliases_of_tasks(tmp_path, model_folder, capsys, task):
+    rows = write_rows(
+        tmp_path / "rows.jsonl", [{"prompt": f"paint {c}", "completion": c, "label": True} for c in COLORS]
+    )
+    with pytest.raises(SystemExit) as exit_info:
+        main(["data", "check", str(rows), "--task", task, "--model", str(model_folder), "--json"])
+    assert not exit_info.value.code
+    assert "one_label" in [finding["name"] for finding in json.loads(capsys.readouterr().out)["findings"]]

@@ -191,8 +191,10 @@ def _config(
     if settings is None:
         from deltaw.data.starter import default_model
         from deltaw.reports.starter import names_local_rows, settings_for_rows
+        from deltaw.settings import task_registry
 
-        task, has_columns = flags.get("task"), "columns" in flags["data"]
+        task = None if flags.get("task") is None else task_registry.name_of(str(flags["task"]))
+        has_columns = "columns" in flags["data"]
         detected: dict[str, Any] = {"task": task, "model": model} if (model := default_model(task)) else {}
         with contextlib.suppress(*([UserError] if has_columns else [])):  # detection may fail if flags give the columns
             detected = settings_for_rows(file, flags.get("model"), task) if names_local_rows(file) else detected

@@ -83,6 +83,7 @@ def check_rows(config: RunConfig, task: Task[Any], data: RunData) -> None:
     """
     check_evaluation_settings(config, task, data)
     method_for(task, config)
+    task.check_steps(data.train, config.train.batch_size)
     if (start := open_start(config)) is not None:
         start.require_classes(data.classes)
         start.require_tokenizer(task.tokenizer, has_template=config.data.chat_template is not None)

@@ -253,6 +253,7 @@ def _fit(start: Decision, output: Path, callback: Callback, processes: Reducer) 
         approximations=session.approximations.as_dict(),
         best=monitor.best.as_dict(),
         stopped_early=monitor.stopped,
+        rewards_differed=monitor.rewards_differed,
         resumed_from_step=start.step,
         checkpoints=list_checkpoints(output / CHECKPOINT_FOLDER),
         seconds_by_part=clock.parts(),

@@ -389,6 +389,7 @@ class Result:
         seconds_by_part: Time of this process by part, such as ``training``, ``loading`` or ``evaluating``.
         generation: Verdict on greedy answers before and after training
             (:func:`deltaw.training.monitoring.generation.verdict_of`), empty if they were not compared.
+        rewards_differed: False if the rewards never differed, so that they trained nothing. None without rewards.
         earlier: Stored result of a run that was already finished, else None.
     """
 
@@ -407,6 +408,7 @@ class Result:
     approximations: Mapping[str, object] = field(default_factory=dict)
     best: Mapping[str, object] | None = None
     stopped_early: str | None = None
+    rewards_differed: bool | None = None
     resumed_from_step: int | None = None
     checkpoints: Sequence[Path] = ()
     seconds_by_part: Mapping[str, float] = field(default_factory=dict)
@@ -460,6 +462,7 @@ class Result:
             "best_step": None if self.best is None else self.best["step"],
             "best": self.best,
             "stopped_early": self.stopped_early,
+            "rewards_differed": self.rewards_differed,
             "drift": None if self.drift is None else self.drift.as_dict(),
             "generation": dict(self.generation) or None,
             "peak_memory_bytes": self.peak_memory_bytes,

@@ -138,6 +138,12 @@ def aliases() -> dict[str, tuple[TaskEntry, Mapping[str, str]]]:
     return {alias: (entry, values) for entry in entries() for alias, values in entry.aliases.items()}
 
 
+def name_of(task: str) -> str:
+    """Return the name of a task that is given by its name or an alias. Unknown names are returned unchanged."""
+    entry, _ = aliases().get(task.lower(), (None, {}))
+    return task if entry is None or find(task) is not None else entry.name
+
+
 def name_of_adapter(task_type: object) -> str | None:
     """Return the task of an adapter with this ``task_type``, or None."""
     return next((e.name for e in entries() if e.peft_type is not None and e.peft_type == task_type), None)

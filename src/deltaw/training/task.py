@@ -356,6 +356,13 @@ class Task(abc.ABC, Generic[ObjectiveType]):
             call: True to also call user functions and other slow checks.
         """
 
+    def check_steps(self, rows: Rows, batch_size: int) -> None:
+        """Reject rows or a number of rows per step for which the loss has no gradient, before a model is loaded.
+
+        Raises:
+            UserError: if training on these rows has no effect.
+        """
+
     def generation_limits(self, data: RunData, batch_size: int) -> TaskGeneration:
         """Return the size of the generations of a run on these rows. Empty by default."""
         return TaskGeneration()

@@ -44,6 +44,7 @@ from deltaw.settings import task_registry
 from deltaw.settings.config import settings as all_settings
 from deltaw.training.drift import LARGE
 from deltaw.training.evaluation.base import MAX_MATRIX_CLASSES
+from deltaw.training.monitoring.monitor import EQUAL_REWARDS_ADVICE
 
 # Limits: prompts with answers, intermediate answers per prompt, characters of a text, and rows outside of details.
 PROMPTS, BETWEEN, TEXT, ROWS = 12, 20, 4000, 2
@@ -56,6 +57,7 @@ WARNINGS = {
     "gradient_norm": "the gradient norm was far above its usual value",
     "clipped": "nearly all gradients were clipped",
     "rising_loss": "the training loss was rising",
+    "equal_rewards": "all completions of a prompt had the same reward in every step",
 }
 STATE_TEXTS = {state: state for state in STATES} | {KILLED: "killed before it finished"}
 
@@ -277,7 +279,9 @@ def notices(record: Run) -> list[str]:
 
 
 def score_warnings(record: Run) -> Iterator[str]:
-    """Yield the reasons why the score may not be better than that of the base model."""
+    """Yield the reasons why the model may not be better than the base model."""
+    if record.result.get("rewards_differed") is False:
+        yield f"The rewards trained nothing: they were equal for all completions of a prompt. {EQUAL_REWARDS_ADVICE}."
     name, value = record.score or ("", 0.0)
     base, bounds = record.base.get(name), record.score_interval
     if base is None or not bounds:

@@ -56,6 +56,17 @@ _LOSS_ROWS = 64
 _RANKS = 10
 # Groups of passages per embedding pass.
 _GROUPS_AT_ONCE = 4096
+# Number of steps and width of the vectors of the check for constant losses.
+_CHECKED_STEPS, _MIN_WIDTH = 1000, 8
+# Reasons for a constant loss by the name of the loss.
+_CONSTANT = {
+    "infonce": "no row has a negative, because all rows of a step have the same passage",
+    "supcon": "no step has two rows of one class and a row of another one",
+    "cosent": "all pairs of a step have the same score",
+    "angle": "all pairs of a step have the same score",
+    "margin-mse": "the loss does not depend on the texts",
+    "kl": "the loss does not depend on the texts",
+}
 
 
 class EmbeddingTask(Task[EmbeddingObjective]):
@@ -128,6 +139,26 @@ class EmbeddingTask(Task[EmbeddingObjective]):
         for rows in (data.train, *data.sets.values()):
             select_loss(rows, self.settings)
         return data
+
+    def check_steps(self, rows: Rows, batch_size: int) -> None:
+        """Reject rows whose loss is constant, computed for random vectors."""
+        generator = torch.Generator().manual_seed(0)
+        width = max([_MIN_WIDTH, *self.settings.dimensions])
+        order = np.random.default_rng(0).permutation(len(rows))
+        for start in range(0, len(rows), batch_size)[:_CHECKED_STEPS]:
+            step_rows = [rows[index] for index in order[start : start + batch_size]]
+            shape = sum(len(row.rows) for row in step_rows), width
+            vectors = (0.01 * torch.randn(shape, generator=generator)).requires_grad_()  # short, against saturation
+            loss = step_loss(vectors, step_rows, self.settings, normalize=False)
+            (gradient,) = torch.autograd.grad(loss, vectors, allow_unused=True, materialize_grads=True)
+            if gradient.any():
+                return
+        loss_name = select_loss(rows[:1], self.settings)
+        if min(batch_size, len(rows)) == 1:
+            message = f"a step has 1 row, and the loss '{loss_name}' compares the rows of a step"
+            hint = "set train.batch_size to 16 or more, or add negatives to the rows"
+            raise UserError(message, location="train.batch_size", hint=hint)
+        raise UserError(f"training has no effect: {_CONSTANT[loss_name]}", location="data.train", hint="add other rows")
 
     def batcher(self, model: PreTrainedModel, examples: Rows, options: BatcherOptions) -> BatcherChoice:
         if options.virtual_tokens:

@@ -145,6 +145,9 @@ class UnpairedReader(AnswerReader):
         if len(data.train) < 2:
             message = "kto estimates the divergence with another row's answer, and the data has a single row"
             raise UserError(message, location=data.report.source, hint="add rows, or hold out fewer with data.eval")
+        for finding in self.findings(data.train, data.report):
+            if finding.level == "warning":
+                self._log(f"{finding.text}: {finding.hint}")
         return data
 
     def finalize(self, items: list[RowGroup], seed: int) -> list[RowGroup]:

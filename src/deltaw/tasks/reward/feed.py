@@ -316,11 +316,18 @@ class RewardFeed(RolloutFeed):
         is_truncated = np.array([not completion.ended for completion in completions])
         if settings.mask_cut:
             values = np.where(is_truncated, 0.0, values)
-        self._log(rewards, totals, rows, is_truncated)
+        self._log(rewards, totals, rows, is_truncated, values)
         self.extremes = self.scorer.extremes(prompts, completions, rewards)
         return [replace(row, advantage=float(value)) for row, value in zip(rows, values, strict=True)]
 
-    def _log(self, rewards: np.ndarray, totals: np.ndarray, rows: Sequence[Rollout], is_truncated: np.ndarray) -> None:
+    def _log(
+        self,
+        rewards: np.ndarray,
+        totals: np.ndarray,
+        rows: Sequence[Rollout],
+        is_truncated: np.ndarray,
+        advantages: np.ndarray,
+    ) -> None:
         """Add metrics of the completions to the step. Errors are half the width of the 95 % interval over groups."""
         groups, metrics = totals.reshape(-1, self.settings.group), {}
         for name, values in self.scorer.by_name(rewards).items():
@@ -328,7 +335,8 @@ class RewardFeed(RolloutFeed):
             if (bounds := mean_interval(values.reshape(groups.shape).mean(1))) is not None:
                 metrics[name.replace("reward", "reward_error", 1)] = bounds[1] - metrics[name]
         metrics["reward_std"] = float(groups.std(1).mean())
-        metrics["groups_with_advantage"] = float((np.ptp(groups, axis=1) > 0).mean())
+        differs = (np.ptp(groups, axis=1) > 0) & advantages.reshape(groups.shape).any(1)
+        metrics["groups_with_advantage"] = float(differs.mean())
         metrics["length"] = float(np.mean([row.label_count for row in rows]))
         metrics["truncated_share"] = float(is_truncated.mean())
         if self.settings.beta and self.settings.loss == "rloo":  # the other losses report it

@@ -62,6 +62,8 @@ CLIPPED_SHARE = 0.95
 # errors above the lowest previous mean. The lowest of several means is up to three standard errors low by chance. The
 # threshold is twice that.
 RISE_WINDOW, RISE_ERRORS = 50, 6.0
+# Number of steps without any advantage after which a run with rewards warns.
+STEPS_WITHOUT_ADVANTAGE = 5
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class StepWarning:
     """Warning about the steps of a run.
 
     Attributes:
-        kind: ``gradient_norm``, ``clipped`` or ``rising_loss``.
+        kind: ``gradient_norm``, ``clipped``, ``rising_loss`` or ``equal_rewards``.
         text: Message for the user.
         values: Values behind the warning.
     """
@@ -97,6 +99,8 @@ class StepMonitor:
     _losses: list[float] = field(default_factory=list)
     _lowest: Sequence[float] | None = None  # mean of the losses, and its squared standard error
     _risen: int = 0
+    _with_advantage: int = 0  # steps in which a group of completions has different rewards
+    _rewarded: int = 0  # steps with rewards
     _said: list[str] = field(default_factory=list)
 
     def check(self, step: Step) -> list[StepWarning]:
@@ -108,9 +112,16 @@ class StepMonitor:
         # The loss of rewarded completions is no measure of progress.
         if math.isfinite(step.loss) and "reward" not in step.metrics:
             warnings.append(self._rising(step))
+        if "groups_with_advantage" in step.metrics:
+            warnings.append(self._equal_rewards(step))
         new = [warning for warning in warnings if warning is not None and warning.kind not in self._said]
         self._said += [warning.kind for warning in new]
         return new
+
+    @property
+    def rewards_differed(self) -> bool | None:
+        """True if a step had an advantage, so that its rewards trained the model. None if no step had rewards."""
+        return self._with_advantage > 0 if self._rewarded else None
 
     def state(self) -> dict[str, Any]:
         return {name.removeprefix("_"): value for name, value in asdict(self).items() if name.startswith("_")}
@@ -118,6 +129,17 @@ class StepMonitor:
     def restore(self, state: Mapping[str, Any]) -> None:
         for name in self.state():
             setattr(self, f"_{name}", copy.copy(state[name]))
+
+    def _equal_rewards(self, step: Step) -> StepWarning | None:
+        """Warn if the completions of each prompt have had equal rewards since the first step."""
+        self._rewarded += 1
+        self._with_advantage += step.metrics["groups_with_advantage"] > 0
+        if self._with_advantage or self._rewarded < STEPS_WITHOUT_ADVANTAGE:
+            return None
+        reward = step.metrics.get("reward", math.nan)
+        problem = f"all completions of a prompt had the same reward in all {self._rewarded} steps (mean {reward:.3g})"
+        text = f"step {step.step}: {problem}, so the rewards have trained nothing. {EQUAL_REWARDS_ADVICE}"
+        return StepWarning("equal_rewards", text, {"value": reward, "steps": self._rewarded})
 
     def _jump(self, step: Step) -> StepWarning | None:
         """Warn about a norm far above those of the previous steps."""
@@ -167,6 +189,11 @@ class StepMonitor:
         means = f"{current[0]:.4f}, and was {self._lowest[0]:.4f} before. Lower train.learning_rate"
         text = f"step {step.step}: the training loss is rising: its mean of the last {RISE_WINDOW} steps is {means}"
         return StepWarning("rising_loss", text, {"value": current[0], "lowest": self._lowest[0]})
+
+
+EQUAL_REWARDS_ADVICE = (
+    "Check that the reward applies to the rows and can be reached, or raise reward.group or reward.temperature"
+)
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -492,6 +519,11 @@ class Monitor:
     def evaluation(self) -> Evaluation:
         """Evaluation of the saved adapter."""
         return self._evaluation or Evaluation()
+
+    @property
+    def rewards_differed(self) -> bool | None:
+        """See :attr:`StepMonitor.rewards_differed`."""
+        return self._step_monitor.rewards_differed
 
     def on_checkpoint(self) -> None:
         """The checkpoint with the last result of :meth:`state` is on disk."""
