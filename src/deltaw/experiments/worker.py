@@ -385,7 +385,7 @@ class TrialWorker:
         factors = [task_registry.entry_of(config.task).load().rate_factor(config.section)]
         with contextlib.suppress(UserError):  # the first training reports the error
             task, data = read_data(config, ignore_line)
-            factors = [*rate_factors(config, task, method)]
+            factors = rate_factors(config, task, method, len(data.train))
             seconds = with_time(plan_run(config, task, data), config, task, data).seconds
         return {"usual_rate": default_rate_of(method, architecture, *factors).value, "seconds": seconds}
 

@@ -41,7 +41,9 @@ class TrainSettings(BaseModel):
 
     # The bound prevents a single step from overflowing fp32 for any gradient.
     learning_rate: Annotated[float, Field(gt=0, le=1e6)] | Literal["auto", "search"] = setting(
-        "auto", "peak learning rate of AdamW; auto: default for method, task and loss; search: run a range test"
+        "auto",
+        "peak learning rate of AdamW; auto: default for method, task and loss, times 0.3 for preferences with fewer "
+        "than 200 training rows, to preserve facts; search: run a range test",
     )
     loraplus_lr_ratio: float = setting(1.0, "learning-rate multiplier of B (LoRA+)", gt=0, le=1e4)
     epochs: float = setting(1.0, "number of passes over the training rows; can be fractional", gt=0)

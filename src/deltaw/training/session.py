@@ -205,7 +205,8 @@ class Session:
     @property
     def default_learning_rate(self) -> Choice[float]:
         """Default learning rate of the method for this task and model."""
-        return default_rate_of(self.method, self.model.config, *rate_factors(self.config, self.task, self.method))
+        factors = rate_factors(self.config, self.task, self.method, len(self.data.train))
+        return default_rate_of(self.method, self.model.config, *factors)
 
     @property
     def total_steps(self) -> int:
@@ -231,6 +232,8 @@ class Session:
         """Return messages about batching, the code that the blocks run, and slow settings."""
         batcher, rows, num_steps = self.batcher, "padded rows", self.total_steps
         lines = [*loader.notes(), *gpu_attention.notes(), *compiled.notes()]
+        if RATE in self.chosen and self.task.few_rows_factor(len(self.data.train)) != SFT:
+            lines.append(f"{RATE}: {self.chosen[RATE]}")
         if not batcher.padded:
             rows = "padding-free packing"
             with packed_rows(self.model):
@@ -491,12 +494,14 @@ def read_data(
     return task, data
 
 
-def rate_factors(config: RunConfig, task: Task[Any], method: Method) -> tuple[RateFactor, RateFactor]:
-    """Return the factors of the task and of the trained inputs on the method's default learning rate."""
+def rate_factors(config: RunConfig, task: Task[Any], method: Method, num_rows: int) -> list[RateFactor]:
+    """Return the factors on the method's default learning rate: of the task, a small number of training rows, and the
+    trained inputs.
+    """
     images, is_new = task.images, config.start_from is None
     continues = images is not None and images.continues_connector(method.trained_modules, is_new=is_new)
     inputs = RateFactor(0.1, "the connector is trained already") if continues else SFT
-    return task.rate_factor(config.section), inputs
+    return [task.rate_factor(config.section), task.few_rows_factor(num_rows), inputs]
 
 
 def default_rate_of(method: Method, architecture: PretrainedConfig, *factors: RateFactor) -> Choice[float]:
@@ -620,7 +625,8 @@ def _resolved_choices(
     if data.report.date is not None and config.data.date is None:
         yield "data.date", Choice(data.report.date, "the chat template writes the date of the run's start")
     if config.train.learning_rate == "auto":
-        yield RATE, default_rate_of(method, model.config, *rate_factors(config, task, method))
+        factors = rate_factors(config, task, method, len(data.train))
+        yield RATE, default_rate_of(method, model.config, *factors)
 
 
 def _approximate(session: Session, candidates: Sequence[str], resumed: Sequence[str] | None) -> None:

@@ -238,6 +238,11 @@ class Task(abc.ABC, Generic[ObjectiveType]):
         """Return the factor on the method's usual learning rate for the settings ``section`` of this task."""
         return SFT
 
+    @classmethod
+    def few_rows_factor(cls, num_rows: int) -> RateFactor:
+        """Return the factor on the default learning rate for a small number of training rows."""
+        return SFT
+
     @abc.abstractmethod
     def reader(self, settings: DataSettings, classes: Classes = None) -> Reader:
         """Return the reader of ``settings.train``, for example a :class:`deltaw.data.row_reader.RowReader`.

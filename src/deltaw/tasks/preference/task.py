@@ -29,7 +29,7 @@ from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.evaluation.base import Evaluation, check_finite
 from deltaw.training.losses import RowLogProbs
 from deltaw.training.microbatches import SINGLE_PROCESS, Batcher, Objective, Reducer
-from deltaw.training.task import BatcherChoice, Classes, ModelFiles, RateFactor, Rows
+from deltaw.training.task import SFT, BatcherChoice, Classes, ModelFiles, RateFactor, Rows
 
 # Unpaired preferences: answers run with gradients. Before each step, mismatched answers run without gradients to
 # estimate the divergence from the reference model. An item is a group of two rows
@@ -139,6 +139,9 @@ PREFERENCE_RATES = {
     "orpo": RateFactor(0.4, "the ORPO paper"),
     "simpo": RateFactor(0.05, "the SimPO paper"),
 }
+# Number of training rows from which these rates apply, and the factor below. The model separates few pairs within about
+# 15 steps, and further steps at the full rate change facts in its answers (benchmarks/preference_facts.py).
+MANY_ROWS, FEW_ROWS_RATE = 200, 0.3
 
 
 class PreferenceTask(CausalTask):
@@ -172,6 +175,12 @@ class PreferenceTask(CausalTask):
     @classmethod
     def rate_factor(cls, section: PreferenceSettings | None) -> RateFactor:
         return PREFERENCE_RATES["dpo" if section is None else section.loss]
+
+    @classmethod
+    def few_rows_factor(cls, num_rows: int) -> RateFactor:
+        if num_rows >= MANY_ROWS:
+            return SFT
+        return RateFactor(FEW_ROWS_RATE, f"fewer than {MANY_ROWS} training rows")
 
     def reader(self, settings: DataSettings, classes: Classes = None) -> Reader:
         if not self.settings.is_unpaired:
