@@ -20,7 +20,7 @@ def evaluated(monkeypatch):
     def evaluate(task: str, truth, predictions, classes=()):
         monkeypatch.setattr(labels, "predict_rows", lambda *_: np.asarray(predictions, np.float32))
         rows = [LabeledExample(10 + n, np.array([n]), label) for n, label in enumerate(truth)]
-        return evaluate_labels(SimpleNamespace(task=task), rows, None, classes).outcomes
+        return evaluate_labels(SimpleNamespace(task=task, label_scale=(1.0,)), rows, None, classes).outcomes
 
     return evaluate
 

@@ -15,7 +15,7 @@ from deltaw.data.chunk import divides_image, example_of
 from deltaw.data.class_names import almost_equal_text, merge_setting, similar_text
 from deltaw.data.example import Example, special_tokens
 from deltaw.data.formats import Pair, Record, RowFormat, Text, choose_form, read_records, unused_columns, with_system
-from deltaw.data.report import BadRowError, BadRows, count_of
+from deltaw.data.report import BadRowError, BadRows, LabelNumbers, count_of
 from deltaw.data.row_images import COLUMNS, MARKER, ImagePlacer
 from deltaw.data.rows import NumberedRows
 from deltaw.data.sources import open_source
@@ -310,6 +310,7 @@ class DataCheck:
         lengths: Distribution of lengths, or None if examples have no length or no example exists.
         findings: Findings, errors first.
         class_counts: Number of examples of each class, for labeled rows.
+        label_numbers: Distribution of each target, for rows of a regression.
         ends: For each trained end token, the number of examples that it ends. None if rows have one label each.
     """
 
@@ -324,6 +325,7 @@ class DataCheck:
     findings: tuple[DataFinding, ...]
     class_counts: Mapping[str, int] = field(default_factory=dict)
     ends: Mapping[str, int] | None = None
+    label_numbers: Sequence[LabelNumbers] = ()
 
     @property
     def verdict(self) -> str:
@@ -344,6 +346,7 @@ class DataCheck:
             "lengths": None if self.lengths is None else self.lengths.as_dict(),
             "findings": [finding.as_dict() for finding in self.findings],
             "class_counts": dict(self.class_counts) or None,
+            "label_numbers": [vars(target) for target in self.label_numbers] or None,
             "ends": None if self.ends is None else dict(self.ends),
         }
 

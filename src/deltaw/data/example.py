@@ -135,7 +135,7 @@ class LabeledExample:
     Attributes:
         row: Row number in the file, from 1.
         tokens: (length,) int32 token ids.
-        label: Class index, or the target value of a regression.
+        label: Class index, or the target of a regression, or a tuple of several targets.
         segments: (length,) int8, the index of the text that each token belongs to. None for single texts, or if the
             tokenizer does not return segments.
         text: Start of the text as written in the row, for reports. Empty if unknown.
@@ -143,7 +143,7 @@ class LabeledExample:
 
     row: int
     tokens: np.ndarray
-    label: int | float
+    label: Any
     segments: np.ndarray | None = None
     text: str = field(default="", repr=False)
 

@@ -452,9 +452,9 @@ def _with_targets(
 
 
 def row_targets(rows: Sequence[Any], device: str | torch.device) -> Tensor:
-    """Return the labels (rows,) of rows: int64 class indices, or fp32 numbers."""
+    """Return the labels of rows: int64 (rows,) class indices, or fp32 (rows,) or (rows, targets) numbers."""
     labels = [row.label for row in rows]
-    dtype = torch.float32 if isinstance(labels[0], float) else torch.int64
+    dtype = torch.int64 if isinstance(labels[0], int) else torch.float32
     return to_device(torch.tensor(labels, dtype=dtype), device)
 
 

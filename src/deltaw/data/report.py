@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Literal
@@ -218,6 +218,25 @@ def class_counts_line(counts: Mapping[str, int]) -> str:
 
 
 @dataclass(frozen=True)
+class LabelNumbers:
+    """Distribution of the numbers of a target."""
+
+    mean: float
+    standard_deviation: float
+    minimum: float
+    maximum: float
+
+
+def label_number_lines(targets: Sequence[LabelNumbers]) -> list[str]:
+    """Return a line about the labels of each target."""
+    return [
+        f"labels{f' of target {index}' if len(targets) > 1 else ''}: mean {target.mean:.6g}, "
+        f"standard deviation {target.standard_deviation:.6g}, from {target.minimum:.6g} to {target.maximum:.6g}"
+        for index, target in enumerate(targets, 1)
+    ]
+
+
+@dataclass(frozen=True)
 class PreparationReport:
     """Row counts of a data preparation.
 
@@ -255,6 +274,7 @@ class PreparationReport:
         group: Column whose values are not divided between training and evaluation.
         groups: Groups in the training rows. ``held_out_groups`` other groups are held out.
         class_counts: Training rows per class, in the order of the classes. Empty without classes.
+        label_numbers: Distribution of each target of a regression. Empty for other tasks.
         other_classes: Rows dropped because their class is not in ``data.classes``.
         matched_labels: Class of each label of an evaluation file that is not a class but almost equal to one.
         image_sizes: Minimum height and width, then maximum height and width of the images. None if all sizes are equal.
@@ -298,6 +318,7 @@ class PreparationReport:
     groups: int = 0
     held_out_groups: int = 0
     class_counts: dict[str, int] = field(default_factory=dict)
+    label_numbers: tuple[LabelNumbers, ...] = ()
     other_classes: int = 0
     matched_labels: dict[str, str] = field(default_factory=dict)
     image_sizes: tuple[int, int, int, int] | None = None
@@ -378,6 +399,7 @@ class PreparationReport:
         if self.group:
             sides = f"{self.groups:,} groups to train on, {self.held_out_groups:,} held out"
             lines.append(Detail(f"rows with the same '{self.group}' stay together: {sides}"))
+        lines += map(Detail, label_number_lines(self.label_numbers))
         if self.class_counts:
             lines.append(Detail(class_counts_line(self.class_counts)))
             rare = [name for name, count in self.class_counts.items() if count < 2]

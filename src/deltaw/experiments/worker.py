@@ -37,7 +37,7 @@ from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.machine.memory import peak_resident_bytes, release_free_memory, retain_freed_memory
 from deltaw.memory.plan import Plan
 from deltaw.memory.simulation import fake_tensors
-from deltaw.methods.files import choose_method, read_classes
+from deltaw.methods.files import choose_method, read_classes, read_num_outputs
 from deltaw.progress import LogFunction, ignore_line
 from deltaw.runs.fit import load_model, plan_memory, save_adapter
 from deltaw.runs.folder import RunFolder, check_output
@@ -47,7 +47,7 @@ from deltaw.settings.config import RunConfig
 from deltaw.settings.data import DataSettings
 from deltaw.training.batchers import BatcherOptions
 from deltaw.training.callbacks import LineCallback
-from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.evaluation.base import Evaluation, format_numbers
 from deltaw.training.monitoring.generation import GenerationCheck
 from deltaw.training.planning.plan_run import plan_run, with_time
 from deltaw.training.process import preserved_process_state
@@ -74,8 +74,8 @@ def single_answer(result: Evaluation, examples: Sequence[Any], decode: Callable[
     if result.predictions is not None:
         truth = np.array([example.label for example in examples])
         if result.confusion is None:
-            close = np.ptp(result.predictions) <= MAX_RELATIVE_SPREAD * np.std(truth)
-            return f"{result.predictions.mean():.4g}" if close and np.ptp(truth) > 0 else None
+            close = (np.ptp(result.predictions, 0) <= MAX_RELATIVE_SPREAD * np.std(truth, 0)).all()
+            return format_numbers(result.predictions.mean(0), 4) if close and np.ptp(truth) > 0 else None
         chosen = result.predictions.argmax(1)
         is_constant = len(set(chosen.tolist())) == 1 < len(set(truth.tolist()))
         return str(result.classes[chosen[0]]) if is_constant else None
@@ -95,7 +95,7 @@ def best_constant_answer(evaluation: Evaluation, examples: Sequence[Any]) -> tup
     if evaluation.predictions is not None:
         truth = np.array([example.label for example in examples])
         if evaluation.confusion is None:
-            return f"{truth.mean():.4g}", (truth - truth.mean()) ** 2
+            return None if truth.ndim > 1 else (f"{truth.mean():.4g}", (truth - truth.mean()) ** 2)
         majority = int(np.bincount(truth).argmax())
         return str(evaluation.classes[majority]), (truth == majority).astype(np.float64)
     if not evaluation.predicted:
@@ -453,8 +453,9 @@ class TrialWorker:
         self._close()
         config = _config(request)
         result = final_run(config, self._log, plan=bool(request.get("plan", True)))
-        classes = read_classes(Path(str(result["output"])))
-        labels = len(classes) if classes is not None else task_registry.entry_of(config.task).outputs
+        folder = Path(str(result["output"]))
+        classes = read_classes(folder)
+        labels = len(classes) if classes is not None else read_num_outputs(folder)
         dtype = choose_precision(choose_device(config.device).value, config.precision).value
         named: Any = {"task": config.task, "num_labels": labels, "trust_remote_code": config.trust_remote_code}
         # Count the model's parameters with the run's head, without loading weights.

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -380,7 +380,10 @@ class _TensorPlan:
             if not isinstance(parameter_change.change, ReplacedTensor | BiasChange):
                 message = f"cannot combine '{parameter}', which the base model lacks and the adapters train in full"
                 raise UserError(message, location=parameter, hint="merge one of them")
-            outputs.append(new(parameter, parameter_change.shape, (parameter_change.change,)))
+            output = new(parameter, parameter_change.shape, (parameter_change.change,))
+            if self._dtype is None and isinstance(parameter_change.change, ReplacedTensor):
+                output = replace(output, dtype=torch.promote_types(output.dtype, parameter_change.change.values.dtype))
+            outputs.append(output)
         return outputs + [new(parameter, shape, ()) for parameter, shape in zeros.items()]
 
     def _changes(self, name: str) -> tuple[WeightChange, ...]:

@@ -29,7 +29,13 @@ if TYPE_CHECKING:
 
 
 # Endings of the weight names of classification heads.
-_HEAD_WEIGHTS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
+_HEAD_WEIGHTS = (
+    "classifier.weight",
+    "classifier.out_proj.weight",
+    "classification_head.out_proj.weight",
+    "logits_proj.weight",
+    "score.weight",
+)
 
 
 @dataclass(frozen=True)

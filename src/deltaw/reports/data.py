@@ -11,7 +11,7 @@ from rich.text import Text
 
 from deltaw.data.check import DataCheck, Lengths
 from deltaw.data.example import TokenSpan
-from deltaw.data.report import BadRows, class_counts_line, count_of, quoted
+from deltaw.data.report import BadRows, class_counts_line, count_of, label_number_lines, quoted
 from deltaw.data.row_reader import ExamplePreview, RowPreview
 from deltaw.reports.tables import wrap_line
 
@@ -38,6 +38,8 @@ def check_lines(check: DataCheck) -> Iterator[Text]:
         yield Text(f"{check.examples:,} examples: {check.tokens:,} tokens, {labels}")
     if check.class_counts:
         yield Text(wrap_line(class_counts_line(check.class_counts)))
+    for line in label_number_lines(check.label_numbers):
+        yield Text(wrap_line(line))
     if check.ends:
         endings = [f"{name} in {count:,} examples" for name, count in check.ends.items()]
         yield Text(wrap_line(f"examples end with {', '.join(endings)}"))

@@ -352,7 +352,7 @@ def _labeled_task(*, numbers: bool = False) -> str:
 
 
 def _predicts_number(task: str) -> bool:
-    return task_registry.entry_of(task).outputs == 1
+    return task_registry.entry_of(task).serves == "numbers"
 
 
 def _label_task(labels: Sequence[object]) -> str:

@@ -527,12 +527,13 @@ def save_adapter(session: Session, folder: Path) -> None:
     """
     classes = session.data.classes
     metadata = {} if classes is None else {CLASSES_KEY: json.dumps(list(classes))}
+    metadata |= session.task.adapter_metadata(session.model)
     folder.mkdir(parents=True, exist_ok=True)
     session.task.save_extra_files(session.model, folder)
     base = session.config.model
     if layout_files(folder) and is_package_reference(base):
         base = str(resolve(base).path)
-    with statistics_folded(session.model):
+    with statistics_folded(session.model), session.task.saved_form(session.model):
         session.method.save(session.model, folder, base_model=base, metadata=metadata)
     tokenizer, writes = session.task.tokenizer, session.task.generates_text
     prompting = prompting_of(tokenizer, session.data, session.config.data) if tokenizer and writes else Prompting()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -46,7 +46,7 @@ MAX_BATCH_ROWS = 256
 
 # Token ids, or a text pair with its segments.
 Row: TypeAlias = "np.ndarray | LabeledExample"
-OutputKind = Literal["text", "vectors", "classes", "scores"]
+OutputKind = Literal["text", "vectors", "classes", "numbers", "scores"]
 
 
 class RowModel:
@@ -202,6 +202,26 @@ class Reranker(SessionHead):
         return self._objective.predictions(batch).float().sigmoid()[:, None]
 
 
+class Regressor(SessionHead):
+    """Numbers of a regression, in the units of its labels."""
+
+    kind, output_name = "numbers", "numbers"
+
+    def __init__(self, session: OpenedRun) -> None:
+        super().__init__(session, session.model.config.num_labels or 1)
+
+    def batch_outputs(self, batch: MicroBatch) -> Tensor:
+        return self._objective.predictions(batch).float().view(-1, self.width)
+
+
+# Class of the models with a head, by their outputs.
+_HEADS: dict[OutputKind, Callable[[OpenedRun], SessionHead]] = {
+    "classes": Classifier,
+    "numbers": Regressor,
+    "scores": Reranker,
+}
+
+
 @dataclass
 class _QueuedRows:
     name: str
@@ -320,7 +340,7 @@ class EncoderOptions(TypedDict, total=False):
 
 
 def detect_output_kind(reference: str, **options: Unpack[EncoderOptions]) -> OutputKind:
-    """Return the kind of outputs of a run or a model: text, vectors, classes or scores.
+    """Return the kind of outputs of a run or a model: text, vectors, classes, numbers or scores.
 
     Runs and adapters declare their task. A model is identified by the sentence-transformers files in its folder,
     otherwise by its architecture: models without a head, or with a head for masked words, return vectors.
@@ -331,9 +351,10 @@ def detect_output_kind(reference: str, **options: Unpack[EncoderOptions]) -> Out
         return task_registry.entry_of(adapter_folder.task).output_kind or "classes"
     if (declared := detect_use(_folder(reference, **options))) is not None:
         return declared
-    architecture = str((getattr(_config(reference, **options), "architectures", None) or [""])[0])
+    config = _config(reference, **options)
+    architecture = str((getattr(config, "architectures", None) or [""])[0])
     if architecture.endswith("ForSequenceClassification"):
-        return "classes"
+        return "numbers" if getattr(config, "problem_type", None) == "regression" else "classes"
     return "vectors" if architecture.endswith(("Model", "ForMaskedLM", "ForPreTraining")) else "text"
 
 
@@ -394,15 +415,14 @@ def open_classifiers(
     folders, model = ({name: base, **adapters}, model) if is_run else (dict(adapters), base)
     models: dict[str, RowModel] = {}
     opened = {name: open_run(folder, model=model, log=log, **options) for name, folder in folders.items()}
-    kind: OutputKind | None = None if is_run else detect_use(_folder(base, **options))
-    scores = (task_registry.entry_of(opened[name].task.name).serves if is_run else kind) == "scores"
+    kind = detect_output_kind(base, **options)
+    kind = kind if kind in _HEADS else "classes"
     for adapter, session in opened.items():
-        models[adapter] = Reranker(session) if scores else Classifier(session)
-        log(f"{adapter}: {'scores of passages' if scores else ', '.join(session.classes or ())}")
+        models[adapter] = head = _HEADS[kind](session)
+        log(f"{adapter}: {', '.join(session.classes or (head.output_name,))}")
     if not is_run and head_outputs(_config(base, **options)) is not None:
-        task = task_registry.task_serving("scores" if scores else "classes")
-        opened[name] = open_run(base, task=task, log=log, **options)
-        models[name] = Reranker(opened[name]) if scores else Classifier(opened[name])
+        opened[name] = open_run(base, task=task_registry.task_serving(kind), log=log, **options)
+        models[name] = _HEADS[kind](opened[name])
     if not models:
         raise UserError("the model has no head for classes", location=base, hint="add an --adapter name=folder")
     if saved := share_weights([session.model for session in opened.values()]):

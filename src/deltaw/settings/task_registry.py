@@ -41,8 +41,9 @@ class TaskEntry:
         supports_range_test: True if a learning rate can be searched before training, which needs labeled rows.
         pipeline: Tag of the task on the Hugging Face hub.
         layout_use: Use of model folders that other tools save for this task (:mod:`deltaw.hub.sentence_layout`).
-        serves: Output of ``deltaw serve`` for a task that does not generate text: "classes", "vectors" (requires
-            :meth:`deltaw.training.task.Task.layout`) or "scores" (requires ``encode_pair``). None if it is not served.
+        serves: Output of ``deltaw serve`` for a task that does not generate text: "classes", "numbers", "vectors"
+            (requires :meth:`deltaw.training.task.Task.layout`) or "scores" (requires ``encode_pair``). None if it is
+            not served.
         scores_against_base: True if evaluations compare the model with its base model.
         trains_on_answers: True if the labels are the expected answer, so that a generated answer is right or wrong.
         starter: Subclass of :class:`deltaw.data.starter.TaskStarter`, which writes the parts of a settings file that
@@ -67,7 +68,7 @@ class TaskEntry:
     supports_range_test: bool = True
     pipeline: str | None = None
     layout_use: str | None = None
-    serves: Literal["vectors", "classes", "scores"] | None = None
+    serves: Literal["vectors", "classes", "numbers", "scores"] | None = None
     scores_against_base: bool = False
     trains_on_answers: bool = False
     starter: Any = None
@@ -79,7 +80,7 @@ class TaskEntry:
         return self.auto_model == "AutoModelForCausalLM"
 
     @property
-    def output_kind(self) -> Literal["text", "vectors", "classes", "scores"] | None:
+    def output_kind(self) -> Literal["text", "vectors", "classes", "numbers", "scores"] | None:
         """Output of ``deltaw serve``, or None if it rejects models of this task."""
         return "text" if self.generates_text else self.serves
 

@@ -92,9 +92,9 @@ for _entry in (
         "regression",
         auto_model=_CLASSES,
         capability="score text",
-        outputs=1,
-        config={"num_labels": 1, "problem_type": "regression"},
+        config={"problem_type": "regression"},
         row_kinds=row_kinds.LABELED_ROWS,
+        serves="numbers",
     ),
     _label_task(
         "image-classification",

@@ -77,7 +77,8 @@ def open_run(
     task_object.initialize_head(loaded.model, loaded.new_modules, ())  # the part that needs no rows
     task_object.attach_inputs(loaded.model, stored_names(folder) if adapter else ())
     identity = _quantize(loaded, precision, opened_folder, log)
-    if classes is None and task_object.trains_head and fixed_outputs is None:
+    predicts_numbers = task_registry.entry_of(task_name).serves == "numbers"
+    if classes is None and task_object.trains_head and fixed_outputs is None and not predicts_numbers:
         numbers = range(loaded.model.config.num_labels or 0)
         classes = getattr(task_object, "class_names", None) or tuple(str(number) for number in numbers)
     method = None

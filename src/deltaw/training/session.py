@@ -575,6 +575,8 @@ def assemble(
             notes += [method.prepare(model, seed=settings.seed, extra_modules=extra_modules, calibrate=calibrate)]
         else:
             notes += [method.prepare_from(model, start, seed=settings.seed, extra_modules=extra_modules)]
+        notes += task.prepare_head(model, data.train, start and start.folder, calibrate)
+        if start is not None:
             method.record_start(model)
     if settings.checkpointing:
         checkpoint_blocks(model, settings.checkpointing, [p for _, p in method.parameters(model)])

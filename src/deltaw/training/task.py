@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import abc
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
@@ -330,6 +330,28 @@ class Task(abc.ABC, Generic[ObjectiveType]):
 
     def initialize_head(self, model: PreTrainedModel, new_modules: Sequence[str], rows: Rows) -> None:
         """Initialize modules that the model's files do not contain, using the rows."""
+
+    def prepare_head(
+        self, model: PreTrainedModel, rows: Rows, start: Path | None, calibrate: Callable[[], None]
+    ) -> list[str]:
+        """Prepare the trained head of a model for the rows, after the method is attached.
+
+        Args:
+            start: Adapter that the training starts from, if any.
+            calibrate: Runs the model on a sample of the rows.
+
+        Returns:
+            Messages about the head.
+        """
+        return []
+
+    def adapter_metadata(self, model: PreTrainedModel) -> dict[str, str]:
+        """Return entries for the metadata of the adapter's weights."""
+        return {}
+
+    def saved_form(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """Context manager in which the parameters have the values to save, if they differ during training."""
+        return nullcontext()
 
     def trainable_parameters(self, parameters: NamedParameters, rows: Rows) -> NamedParameters:
         """Return the parameters of a method that the loss of these rows depends on. By default all of them."""

@@ -1,4 +1,8 @@
-"""Routes of models without generation: ``/v1/embeddings`` (OpenAI API), ``/v1/classify`` and ``/v1/rerank`` (vLLM)."""
+"""Routes of models without generation.
+
+``/v1/embeddings`` is from the OpenAI API, ``/v1/classify`` and ``/v1/rerank`` are from vLLM. ``/v1/predict`` returns the
+numbers of a regression.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from deltaw.errors import UserError
-from deltaw.serving.encoders import Classifier, Embedder, Encoders, Reranker, Row, RowModel
+from deltaw.serving.encoders import Classifier, Embedder, Encoders, Regressor, Reranker, Row, RowModel
 from deltaw.serving.http.errors import (
     ApiError,
     blame_field,
@@ -62,6 +66,10 @@ class ClassifyRequest(InputRequest):
     """Body of ``/v1/classify``."""
 
 
+class PredictRequest(InputRequest):
+    """Body of ``/v1/predict``."""
+
+
 class RerankDocument(Fields):
     """Document in object form."""
 
@@ -85,10 +93,11 @@ class RerankRequest(Fields):
 
 
 # Route, class of the request body, and name of the outputs, by class of the model.
-_ROUTES: dict[type[RowModel], tuple[str, type[EmbeddingRequest | ClassifyRequest | RerankRequest], str]] = {
+_ROUTES: dict[type[RowModel], tuple[str, type[InputRequest | RerankRequest], str]] = {
     Reranker: ("/v1/rerank", RerankRequest, "scores"),
     Embedder: ("/v1/embeddings", EmbeddingRequest, "vectors"),
     Classifier: ("/v1/classify", ClassifyRequest, "classes"),
+    Regressor: ("/v1/predict", PredictRequest, "numbers"),
 }
 
 
@@ -128,6 +137,10 @@ def serve_encoders(encoders: Encoders, name: str, reference: str, limits: Limits
                 embedding = text if body.encoding_format == "base64" else vector.tolist()
                 data.append({"object": "embedding", "index": index, "embedding": embedding})
             return await asyncio.get_running_loop().run_in_executor(None, json_response, response)
+        if isinstance(body, PredictRequest):
+            for index, row in enumerate(outputs.tolist()):
+                data.append({"object": "prediction", "index": index, "prediction": row if len(row) > 1 else row[0]})
+            return json_response(response)
         assert isinstance(model, Classifier)
         for index, row in enumerate(outputs):
             label, probs = model.classes[int(row.argmax())], row.tolist()

@@ -21,6 +21,7 @@ from deltaw.hub.loading import has_values
 from deltaw.kernels.layout import to_device
 from deltaw.runtime.packed import without_cache
 from deltaw.runtime.recognition import TOLERANCE, measure_once
+from deltaw.tasks.classification.regression_head import regression_head
 from deltaw.tasks.preference.losses import PairLosses, StepMetrics
 from deltaw.training.microbatches import Objective, enter_batch
 
@@ -33,14 +34,14 @@ class LabelObjective(Objective):
 
     Args:
         model: Model of transformers with a head for the task, with or without an adapter.
-        task: ``regression`` uses the squared error of one output, the other tasks the cross-entropy of classes.
+        task: ``regression`` uses the squared error, relative to the scale of the labels, averaged over the targets. The
+            other tasks use the cross-entropy of classes.
 
     Attributes:
         pooled: True if the head is applied here to each row's last token, as for decoders.
 
     Raises:
-        UserError: if the model's output for a row depends on trailing padding, or a regression head has more than one
-            output.
+        UserError: if the model's output for a row depends on trailing padding.
     """
 
     accumulator: StepMetrics
@@ -49,8 +50,6 @@ class LabelObjective(Objective):
         self.model = model
         self.task = task
         self.accumulator = StepMetrics()
-        if task == "regression":
-            check_one_output(model.config.num_labels, "regression")
         self.head = None if task == "image-classification" else head_of_last_token(model)
         self.pooled = self.head is not None
         if not self.pooled and task != "image-classification":
@@ -64,8 +63,16 @@ class LabelObjective(Objective):
             self.accumulator.add(losses)
             return losses.losses.sum()
         if self.task == "regression":
-            return (predictions - batch.targets.to(predictions.dtype)).square().sum()
+            errors = (predictions - batch.targets.to(predictions.dtype)).reshape(len(batch.targets), -1)
+            columns = zip(errors.unbind(1), self.label_scale, strict=True)
+            return torch.stack([(column / scale).square() for column, scale in columns]).mean(0).sum()
         return nn.functional.cross_entropy(predictions, batch.targets, reduction="sum")
+
+    @property
+    def label_scale(self) -> tuple[float, ...]:
+        """Scale of each target of a regression, by which the loss divides errors. 1 for models in other use."""
+        head = regression_head(self.model)
+        return (1.0,) * self.model.config.num_labels if head is None else head.units.scale
 
     def units(self, rows: Sequence[AnyExample]) -> int:
         """Return the number of labels: one per row or pair."""
@@ -76,7 +83,7 @@ class LabelObjective(Objective):
         return pair_losses(self.predictions(batch), batch.targets)
 
     def predictions(self, batch: MicroBatch) -> Tensor:
-        """Return logits (rows, classes), or numbers (rows,) for regression, in fp32 (fp64 for an fp64 model)."""
+        """Return logits (rows, classes), or numbers (rows,) or (rows, targets), in fp32 (fp64 for an fp64 model)."""
         with enter_batch(batch) as run:
             inputs = dict(run.inputs)
             if "pixel_values" in inputs:
@@ -88,7 +95,7 @@ class LabelObjective(Objective):
             else:
                 logits = self.model(**inputs).logits
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        return logits.squeeze(-1) if self.task == "regression" else logits
+        return logits.squeeze(-1) if self.task == "regression" and logits.shape[-1] == 1 else logits
 
     def _token_vectors(self, batch: MicroBatch, index: int) -> Tensor:
         """Return the last hidden states (rows, width) at the token of each row with this index."""
@@ -97,16 +104,18 @@ class LabelObjective(Objective):
         return hidden.flatten(0, 1).index_select(0, to_device(token_indices, hidden.device))
 
 
-def check_one_output(outputs: int | None, kind: str, model: str = "model") -> None:
-    """Reject a head with more than one output.
+def check_outputs(outputs: int | None, required: int, kind: str, model: str = "model") -> None:
+    """Reject a head with another number of outputs.
 
     Args:
-        kind: Kind of the output, for the message.
+        required: Required number.
+        kind: Kind of the outputs, for the message.
         model: Model reference, for the message.
     """
-    if outputs != 1:
-        hint = "take a model without a head, or with one output; for classes set task: sequence-classification"
-        raise UserError(f"the model's head has {outputs} outputs, but a {kind} has one", location=model, hint=hint)
+    if outputs != required:
+        hint = f"take a model without a head, or with {required}; for classes set task: sequence-classification"
+        message = f"the model's head has {outputs} outputs, but a {kind} has {required}"
+        raise UserError(message, location=model, hint=hint)
 
 
 def pair_losses(rewards: Tensor, margins: Tensor) -> PairLosses:
@@ -122,33 +131,11 @@ def pair_losses(rewards: Tensor, margins: Tensor) -> PairLosses:
     Raises:
         UserError: if the head has more than one output.
     """
-    check_one_output(rewards.shape[-1], "reward")
+    check_outputs(rewards.shape[-1], 1, "reward")
     rewards = rewards.view(-1, 2)
     margins = margins.view(-1, 2)[:, 0].to(rewards.dtype)
     losses = -nn.functional.logsigmoid(rewards[:, 0] - rewards[:, 1] - margins)
     return PairLosses(losses, rewards.detach())
-
-
-def start_at_mean(model: nn.Module, new_modules: Sequence[str], labels: Sequence[float]) -> bool:
-    """Set the bias of a new regression head to the mean of the training labels.
-
-    Labels are not normalized, so predictions and errors have the user's unit. Without this bias, the first steps would
-    only move all outputs from about 0 to the mean of the labels.
-
-    Args:
-        new_modules: Names of the modules that the model's files do not contain.
-        labels: Labels of the training rows.
-
-    Returns:
-        True if the head has a bias, unlike heads of decoders.
-    """
-    for module in map(model.get_submodule, reversed(new_modules)):
-        bias = getattr(module, "bias", None)
-        if getattr(module, "out_features", None) == 1 and isinstance(bias, Tensor):
-            with torch.no_grad():
-                bias.fill_(sum(labels) / len(labels))
-            return True
-    return False
 
 
 def head_of_last_token(model: PreTrainedModel) -> nn.Module | None:
@@ -170,7 +157,7 @@ def head_of_last_token(model: PreTrainedModel) -> nn.Module | None:
         return None
     nearest = (outputs - logits[:, None]).float().norm(dim=-1).argmin(1)
     at_last = not has_values(model) or bool((nearest == ids.shape[1] - 1).all())
-    return head if at_last and _close(logits, outputs[:, -1]) else None
+    return head if at_last and _close(logits, outputs[:, -1], model.dtype) else None
 
 
 def _hidden(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
@@ -194,7 +181,7 @@ def _check_padding(model: PreTrainedModel) -> None:
         unpadded_logits = model(input_ids=short, attention_mask=torch.ones_like(short)).logits
         padded_logits = model(input_ids=ids, attention_mask=padded).logits
         unmasked_logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    if not _close(unpadded_logits, padded_logits, moved=unmasked_logits):
+    if not _close(unpadded_logits, padded_logits, model.dtype, moved=unmasked_logits):
         message = f"the outputs of {type(model).__name__} change when padding follows a row"
         hint = "choose another model: this one cannot batch rows of different lengths"
         raise UserError(message, location="model", hint=hint)
@@ -209,15 +196,16 @@ def _trial_ids(model: PreTrainedModel, rows: int = 4, count: int = 8) -> Tensor:
     return ids if pad is None else torch.where(ids == pad, (pad + 1) % config.vocab_size, ids)
 
 
-def _close(left: Tensor, right: Tensor, moved: Tensor | None = None) -> bool:
+def _close(left: Tensor, right: Tensor, dtype: torch.dtype, moved: Tensor | None = None) -> bool:
     """True if outputs of the same rows are equal except for rounding.
 
     Args:
+        dtype: Type of the model. Its head may compute in another one.
         moved: For 16-bit models, outputs of changed rows. A tenth of their difference counts as rounding.
     """
     if left.shape != right.shape:
         return False
-    exact = left.dtype in (torch.float32, torch.float64)
+    exact = dtype in (torch.float32, torch.float64)
     left, right = left.float(), right.float()
     bound = (1e-4 if exact else 4e-2) * left.norm() + 1e-6
     if moved is not None and not exact:

@@ -7,7 +7,9 @@ texts of a pair, with the special tokens of the tokenizer.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +24,7 @@ from deltaw.data.formats import Pair, Record, check_columns
 from deltaw.data.messages import WRONG_TYPE, Conversation, cell_text, empty_text
 from deltaw.data.pixels import AnyExample, ImageExample, LabelColumns, image_rows, read_images
 from deltaw.data.prompts import read_prompt_row
-from deltaw.data.report import BadRowError, BadRows, OnBadRow, PreparationReport
+from deltaw.data.report import BadRowError, BadRows, LabelNumbers, OnBadRow, PreparationReport
 from deltaw.data.row_files import OnBad
 from deltaw.data.row_reader import ExamplePreview, RowReader, RunData
 from deltaw.data.rows import NumberedRows, Row
@@ -37,6 +39,8 @@ from deltaw.settings.row_kinds import IMAGES, LABELED_TEXTS, LABELS, PAIR_COLUMN
 from deltaw.tasks.preference.rows import PairReader, are_preferences
 
 NO_LABEL = "a label that is no class or number"
+# Distance of an outlier from the median, in median distances.
+_OUTLIER = 20.0
 # Maximum number of inferred classes, if at least half of the rows have a distinct value.
 _MAX_CLASSES = 50
 
@@ -106,22 +110,72 @@ def class_name(value: object, column: str, location: str) -> str | None:
     raise BadRowError(message, reason=NO_LABEL, location=location, hint="give each row one class, text or an integer")
 
 
-def regression_label(value: object, column: str, location: str) -> float:
-    """Return the label of a regression row.
+def regression_label(value: object, column: str, location: str) -> float | tuple[float, ...]:
+    """Return the label of a regression row: a number, or a tuple for a list of several targets.
 
     Raises:
-        BadRowError: if it is not a finite number.
+        BadRowError: if a number is not finite in fp32.
     """
+    if isinstance(value, str) and value.lstrip().startswith("["):  # a list in a table
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    if isinstance(value, list) and value and not any(isinstance(part, list | tuple) for part in value):
+        numbers = [regression_label(part, column, location) for part in value]
+        return tuple(number for number in numbers if isinstance(number, float)) if len(numbers) > 1 else numbers[0]
     try:
         result = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):
         result = math.nan
-    if not math.isfinite(result):
+    if not abs(result) <= float(np.finfo(np.float32).max):
         description = "empty" if value is None or value == "" else repr(value)
         hint = "write a number, remove the row, or name the right column in data.columns: {label: …}"
         message = f"'{column}' must be a finite number but is {description}"
         raise BadRowError(message, reason=NO_LABEL, location=location, hint=hint)
     return result
+
+
+def other_targets(count: int, expected: int, location: str) -> BadRowError:
+    """Return the error for a row with another number of targets than the first one."""
+    message = f"the row has {count} numbers as label, and the first row has {expected}"
+    return BadRowError(message, reason=NO_LABEL, location=location, hint="write the same targets in each row")
+
+
+def format_label(label: float | tuple[float, ...]) -> str:
+    """Return the target or targets of a row as text."""
+    return ", ".join(f"{value:g}" for value in np.atleast_1d(label))
+
+
+def label_numbers(labels: Sequence[float | tuple[float, ...]]) -> tuple[LabelNumbers, ...]:
+    """Return a description of each target. Empty without labels."""
+    columns = np.asarray(labels, np.float64).reshape(len(labels), -1).T if labels else ()
+    return tuple(LabelNumbers(*map(float, (c.mean(), c.std(), c.min(), c.max()))) for c in columns)
+
+
+def constant_target(labels: Sequence[float | tuple[float, ...]]) -> str:
+    """Return a message if a target has the same number in all rows, rounded to fp32. Otherwise an empty string."""
+    for index, numbers in enumerate(described := label_numbers(labels), 1):
+        if np.float32(numbers.minimum) == np.float32(numbers.maximum):
+            target = "" if len(described) == 1 else f" as target {index}"
+            return f"all rows have the number {numbers.minimum:g}{target}"
+    return ""
+
+
+def number_findings(items: Sequence[AnyExample]) -> list[DataFinding]:
+    """Return findings about the numbers of a regression."""
+    labels = [item.label for item in items]
+    values = np.asarray(labels, np.float64).reshape(len(labels), -1)
+    distances = np.abs(values - np.median(values, 0))
+    typical = np.median(distances, 0)
+    is_outlier = (distances > _OUTLIER * typical) & (typical > 0)
+    outliers = [items[index] for index in np.flatnonzero(is_outlier.any(1)).tolist()]
+    examples = "; ".join(f"row {item.row}: {format_label(item.label)}" for item in outliers[:5])
+    text = f"labels very far from the others: {examples}"
+    hint = "squared errors of such rows dominate the loss; check them, or train on the logarithm of the labels"
+    message = constant_target(labels)
+    return [
+        DataFinding("constant_labels", "error", int(bool(message)), message, "add rows with other labels"),
+        DataFinding("outliers", "warning", len(outliers), text, hint),
+    ]
 
 
 def class_numbers(
@@ -303,7 +357,7 @@ class LabelReader(RowReader[AnyExample]):
         self._num_other_files = self._num_other_classes = 0
         self._matched_labels: dict[str, str] = {}
         self._columns = LabelColumns("label")
-        self._labels: dict[int, int | float] = {}
+        self._labels: dict[int, Any] = {}
 
     def read_source(self, reference: str, on_bad: OnBad | None) -> NumberedRows:
         if not self._reads_images:
@@ -342,12 +396,15 @@ class LabelReader(RowReader[AnyExample]):
             self._encoder.check(examples, source)
 
     def _check_variety(self, train: Sequence[AnyExample]) -> None:
-        """Raise a UserError if all training rows have the same label."""
-        label = train[0].label
-        if all(example.label == label for example in train):
-            description = f"the number {label:g}" if self.classes is None else f"the class '{self.classes[int(label)]}'"
+        """Raise a UserError if all training rows have the same class, or the same number for a target."""
+        message = ""
+        if self.classes is None:
+            message = constant_target([example.label for example in train])
+        elif all(example.label == train[0].label for example in train):
+            message = f"all rows have the class '{self.classes[int(train[0].label)]}'"
+        if message:
             hint = "add rows with other labels, or hold out fewer rows with data.eval"
-            raise UserError(f"all rows have {description}", location=format_sources(self.settings.train), hint=hint)
+            raise UserError(message, location=format_sources(self.settings.train), hint=hint)
 
     def _read(self, train: Train, seed: int | None = None) -> tuple[list[AnyExample], list[Any], PreparationReport]:
         self._num_other_files = 0
@@ -366,7 +423,7 @@ class LabelReader(RowReader[AnyExample]):
 
     def add_counts(self, report: PreparationReport, items: Sequence[AnyExample]) -> PreparationReport:
         if self.classes is None:
-            return report
+            return replace(report, label_numbers=label_numbers([example.label for example in items]))
         counts = np.bincount([int(example.label) for example in items], minlength=len(self.classes)).tolist()
         return replace(report, class_counts=dict(zip(self.classes, counts, strict=True)))
 
@@ -388,7 +445,10 @@ class LabelReader(RowReader[AnyExample]):
             value, location = rows[index][1].get(columns.label), rows.row_location(index)
             try:
                 if self.task == "regression":
-                    labels.append(regression_label(value, columns.label, location))
+                    label = regression_label(value, columns.label, location)
+                    if labels and np.size(label) != np.size(labels[0]):
+                        raise other_targets(np.size(label), np.size(labels[0]), location)
+                    labels.append(label)
                 else:
                     name = class_name(value, columns.label, location)
                     if name is None and self.bad.mode == "skip" and not drop:
@@ -451,7 +511,7 @@ class LabelReader(RowReader[AnyExample]):
         return LabeledExample(rows.number(index), ids, self._labels[index], segments, shown)
 
     def show(self, row: Any, item: AnyExample) -> ExamplePreview:
-        label = self.classes[int(item.label)] if self.classes else f"{item.label:g}"
+        label = format_label(item.label) if self.classes is None else self.classes[int(item.label)]
         if isinstance(item, ImageExample):
             height, width = item.size
             return ExamplePreview(1, 1, (TokenSpan(f"an image of {height}×{width} pixels", False, False, 1),), label)
@@ -459,7 +519,9 @@ class LabelReader(RowReader[AnyExample]):
         return ExamplePreview(len(item), 1, tuple(token_spans(item.tokens, [False] * len(item), self.tokenizer)), label)
 
     def findings(self, items: Sequence[AnyExample], report: PreparationReport) -> list[DataFinding]:
-        """Report classes with few rows."""
+        """Report classes with few rows, and numbers that are constant or far from the others."""
+        if self.classes is None and items:
+            return number_findings(items)
         counts = report.class_counts
         largest = max(counts.values(), default=0)
         rare = [f"{name} ({count:,})" for name, count in counts.items() if 2 <= count < largest * _RARE]

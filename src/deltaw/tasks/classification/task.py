@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data.chat_template import with_chat_template
 from deltaw.data.example import RowGroup, rows_of
 from deltaw.data.images import ImageEncoder
 from deltaw.data.row_reader import Reader, RowReader, RunData
-from deltaw.hub.loading import head_outputs, read_config
+from deltaw.errors import UserError
+from deltaw.hub.checkpoint import read_checkpoint
+from deltaw.hub.loading import has_values, head_outputs
 from deltaw.runtime.packed import can_pack
 from deltaw.settings.data import DataSettings
 from deltaw.settings.row_kinds import PAIR_COLUMNS
-from deltaw.tasks.classification.objective import (
-    LabelObjective,
-    check_one_output,
-    head_of_last_token,
-    start_at_mean,
-    uses_first_token,
+from deltaw.tasks.classification.objective import LabelObjective, check_outputs, head_of_last_token, uses_first_token
+from deltaw.tasks.classification.regression_head import (
+    LABELS_KEY,
+    LabelUnits,
+    RegressionHead,
+    find_head,
+    regression_head,
 )
 from deltaw.tasks.classification.rows import (
     AnswerScoreReader,
@@ -42,6 +49,7 @@ from deltaw.training.evaluation.base import (
     check_finite,
     classification_metrics,
     confusion_matrix,
+    format_numbers,
     regression_metrics,
 )
 from deltaw.training.microbatches import Batcher
@@ -62,8 +70,11 @@ def evaluate_labels(
     predictions = predict_rows(objective, examples, batcher)
     truth = np.array([example.label for example in examples])
     if objective.task == "regression":
-        result, confidence, name = _evaluate_numbers(truth, predictions), np.abs(predictions - truth), "error"
-        errors, format_value = confidence, lambda number: f"{number:.6g}"
+        if truth.shape != predictions.shape:
+            model, rows = (np.size(array[0]) for array in (predictions, truth))
+            raise UserError(f"the model predicts {model} numbers per row, and the rows have {rows}", location="label")
+        result, confidence, name = evaluate_numbers(truth, predictions, objective.label_scale)
+        errors, format_value = confidence, lambda numbers: format_numbers(numbers)
     else:
         result, name = _evaluate_classes(truth, predictions, tuple(classes)), "confidence"
         probabilities = np.exp(predictions - predictions.max(1, keepdims=True).astype(np.float64))
@@ -95,9 +106,32 @@ def predict_rows(objective: LabelObjective, items: Rows, batcher: Batcher) -> np
     return predictions
 
 
-def _evaluate_numbers(truth: np.ndarray, predictions: np.ndarray) -> Evaluation:
-    metrics, squared = regression_metrics(truth, predictions), (predictions.astype(np.float64) - truth) ** 2
-    return replace(Evaluation.of_rows(metrics, "mse", squared, higher_is_better=False), predictions=predictions)
+def evaluate_numbers(
+    truth: np.ndarray, predictions: np.ndarray, scale: Sequence[float]
+) -> tuple[Evaluation, np.ndarray, str]:
+    """Evaluate numbers, in the units of the labels.
+
+    Several targets are compared by their errors relative to the scale of the labels.
+
+    Args:
+        truth: (rows,) or (rows, targets) labels.
+        predictions: Predictions of the same shape.
+        scale: (targets,) scale of the labels.
+
+    Returns:
+        The evaluation, the error (rows,) of each row, and the name of this error.
+    """
+    squared, main = (predictions.astype(np.float64) - truth) ** 2, "mse"
+    if truth.ndim == 1:
+        metrics, errors, name = regression_metrics(truth, predictions), np.sqrt(squared), "error"
+    else:
+        squared, main, name = (squared / np.square(scale)).mean(1), "relative_mse", "relative error"
+        errors = np.sqrt(squared)
+        metrics = {main: float(squared.mean())}
+        for index, columns in enumerate(zip(truth.T, predictions.T, strict=True), 1):
+            metrics |= {f"{metric}_{index}": value for metric, value in regression_metrics(*columns).items()}
+    evaluation = Evaluation.of_rows(metrics, main, squared, higher_is_better=False)
+    return replace(evaluation, predictions=predictions), errors, name
 
 
 def _evaluate_classes(truth: np.ndarray, logits: np.ndarray, classes: tuple[str, ...]) -> Evaluation:
@@ -122,12 +156,14 @@ class LabelTask(Task[LabelObjective]):
         class_names: Classes of the model's existing head, in the order of its outputs.
         head_outputs: Number of outputs of the head in the model's files, or None without a head.
         model: Model reference, for messages.
+        folder: Folder of the model's files.
     """
 
     trains_head = True
     uses_chat_template = False
     shares_evaluation = True
     evaluation_method = "predictions"
+    _is_new_head = False
 
     name: str
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -135,6 +171,7 @@ class LabelTask(Task[LabelObjective]):
     class_names: tuple[str, ...] | None = None
     head_outputs: int | None = None
     model: str = ""
+    folder: Path | None = None
 
     @classmethod
     def open(cls, name: str, files: ModelFiles) -> LabelTask:
@@ -142,9 +179,7 @@ class LabelTask(Task[LabelObjective]):
         if name == "image-classification":
             encoder = ImageEncoder(files.folder, trust_remote_code=trust_remote_code)
             return cls(name, None, encoder, class_names, head_outputs(files.config), model)
-        # For a regression the loaded configuration always has one output, so read the configuration of the files.
-        config = read_config(files.folder, "sequence-classification", None, trust_remote_code)
-        return cls(name, files.tokenizer(), None, class_names, head_outputs(config), model)
+        return cls(name, files.tokenizer(), None, class_names, head_outputs(files.config), model, files.folder)
 
     def reader(self, settings: DataSettings, classes: Classes = None) -> Reader:
         if self.name == "sequence-classification" and are_pairs(settings.train, settings):
@@ -188,12 +223,12 @@ class LabelTask(Task[LabelObjective]):
         if self.head_outputs is not None and data.classes is not None:
             check_classes(self.head_outputs, data.classes, self.model)
         elif self.head_outputs is not None:
-            kind = "reward" if isinstance(reader, RewardReader) else "regression"
-            check_one_output(self.head_outputs, kind, self.model)
+            kind = "reward" if isinstance(reader, RewardReader) else "regression of these labels"
+            check_outputs(self.head_outputs, self.num_outputs(data), kind, self.model)
         return data
 
-    def num_outputs(self, data: RunData) -> int | None:
-        return 1 if data.classes is None else len(data.classes)
+    def num_outputs(self, data: RunData) -> int:
+        return np.size(data.train[0].label) if self.name == "regression" else len(data.classes or ("reward",))
 
     def batcher(self, model: PreTrainedModel, examples: Rows, options: BatcherOptions) -> BatcherChoice:
         if isinstance(examples[0], RowGroup) and not options.virtual_tokens:
@@ -205,9 +240,52 @@ class LabelTask(Task[LabelObjective]):
         return choose_label_batcher(model, examples, options, self.tokenizer, self.encoder)
 
     def initialize_head(self, model: PreTrainedModel, new_modules: Sequence[str], rows: Sequence[Any]) -> None:
-        """Initialize the bias of a regression head with the mean of the labels."""
-        if self.name == "regression" and len(rows):
-            start_at_mean(model, new_modules, [row.label for row in rows])
+        """Convert the head of a regression, and scale a new one to the labels."""
+        if self.name != "regression" or (linear := find_head(model)) is None:
+            return
+        head = RegressionHead.convert(linear)
+        self._is_new_head = any(head in model.get_submodule(name).modules() for name in new_modules)
+        if not self._is_new_head and self.folder is not None and has_values(head):
+            stored = read_checkpoint(self.folder).tensors  # in fp32, if the model was loaded in 16 bits
+            names = {id(parameter): name for name, parameter in model.named_parameters()}
+            for parameter in head.parameters():
+                if (tensor := stored.get(names[id(parameter)])) is not None:
+                    parameter.data.copy_(tensor.rows(0, len(parameter)))
+        if self._is_new_head and len(rows):
+            identity, head.units = head.units, LabelUnits.of_labels([row.label for row in rows])
+            head.load_state_dict(head.folded())
+            head.units = identity
+
+    def prepare_head(
+        self, model: PreTrainedModel, rows: Rows, start: Path | None, calibrate: Callable[[], None]
+    ) -> list[str]:
+        """Convert the trained head of a regression to standardized labels.
+
+        The head of an adapter for another quantity retains its weights for standardized labels.
+        """
+        if (head := regression_head(model)) is None:
+            return []
+        units = LabelUnits.of_labels([row.label for row in rows])
+        stored = None if start is None else LabelUnits.of_adapter(start, head.out_features)
+        if stored is None or stored.is_similar(units):
+            head.standardize(units)
+        else:
+            head.standardize(stored)
+            head.units = units
+        if start is None and self._is_new_head and head.bias is None and has_values(head):
+            inputs: list[Tensor] = []
+            with head.register_forward_pre_hook(lambda _, args: inputs.append(args[0])):
+                calibrate()
+            head.predict_mean(inputs)
+        return [f"labels are standardized: {units}"]
+
+    def adapter_metadata(self, model: PreTrainedModel) -> dict[str, str]:
+        head = regression_head(model)
+        return {} if head is None else {LABELS_KEY: json.dumps(asdict(head.units))}
+
+    def saved_form(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        head = regression_head(model)
+        return nullcontext() if head is None else head.saved_form()
 
     def trainable_parameters(self, parameters: NamedParameters, rows: Rows) -> NamedParameters:
         """Exclude the bias of a reward head, because rewards enter the loss only as differences."""

@@ -35,7 +35,7 @@ from deltaw.hub.loading import has_values, head_outputs, read_config
 from deltaw.hub.sentence_layout import write_cross_encoder
 from deltaw.machine.choices import Choice
 from deltaw.settings.data import DataSettings
-from deltaw.tasks.classification.objective import LabelObjective, check_one_output
+from deltaw.tasks.classification.objective import LabelObjective, check_outputs
 from deltaw.tasks.classification.task import LabelTask, predict_rows
 from deltaw.tasks.embedding.rows import TextGroup
 from deltaw.tasks.reranking.rows import PairEncoder, RerankReader, as_chat_template, prompt_of
@@ -124,7 +124,7 @@ class RerankingObjective(LabelObjective):
     """
 
     def __init__(self, model: PreTrainedModel, settings: RerankingSettings, loss: Name) -> None:
-        check_one_output(model.config.num_labels, "reranker")
+        check_outputs(model.config.num_labels, 1, "reranker")
         super().__init__(model, "regression")
         self.loss = loss
         self._low, high = settings.score_range
@@ -219,7 +219,7 @@ class RerankingTask(LabelTask):
 
     def read(self, settings: DataSettings, *, seed: int) -> RunData:
         if self.head_outputs is not None:
-            check_one_output(self.head_outputs, "reranker", self.model)
+            check_outputs(self.head_outputs, "reranker", self.model)
         reader = self.reader(settings)
         data = reader.prepare(seed)
         self.loss = cast(Name, reader.loss)

@@ -78,6 +78,11 @@ def regression_metrics(truth: np.ndarray, predicted: np.ndarray) -> dict[str, fl
     return metrics | {"pearson": pearson(truth, predicted), "spearman": spearman(truth, predicted)}
 
 
+def format_numbers(values: Any, digits: int = 6) -> str:
+    """Return one number or several as text."""
+    return ", ".join(f"{value:.{digits}g}" for value in np.atleast_1d(values))
+
+
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
     """Return the linear correlation, or nan if a side is constant or has fewer than two rows."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)

@@ -61,7 +61,7 @@ def trial_page(kind: str) -> HTMLPage:
     """Return the page to try texts with a classifier, an embedding model or a reranker.
 
     Args:
-        kind: "classes", "vectors" or "scores".
+        kind: "classes", "numbers", "vectors" or "scores".
     """
     return _document("try.html", ("style.css", "try.css"), ("stream.js", "try.js"), kind)
 

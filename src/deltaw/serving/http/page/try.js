@@ -35,6 +35,14 @@ const KINDS = {
       return { title: prediction.label, rows: rows.sort((a, b) => b[1] - a[1]) };
     },
   },
+  numbers: {
+    about: "Number that the model predicts for a text.",
+    first: "Text",
+    async result(text) {
+      const [{ prediction }] = (await post("v1/predict", { input: text })).data;
+      return { title: [prediction].flat().map((number) => number.toPrecision(6)).join(", "), rows: [] };
+    },
+  },
   vectors: {
     about: "Similarity of texts: cosine of their embeddings.",
     first: "Text",
