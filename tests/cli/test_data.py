@@ -295,3 +295,14 @@ def test_misspelled_classes_and_empty_texts_are_reported(call, qwen_model, tmp_p
     out = " ".join(call("data", "check", path, "--model", qwen_model, status=2).out.split())
     assert "'acount' (1 row) is almost 'account' (10 rows)" in out
     assert "row 22 (line 22): 'text' is empty" in out
+
+
+def test_check_describes_numbers_of_regression(call, qwen_model, tmp_path):
+    rows = [{"text": f"row {n}", "label": [float(n), 2.0]} for n in range(20)] + [{"text": "far", "label": [1e6, 2.0]}]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    flags = ("--model", qwen_model, "--task", "regression")
+    assert "of target 2: mean 2, standard deviation 0, from 2 to 2" in call("data", "check", file, *flags, status=2).out
+    check = json.loads(call("data", "check", file, *flags, "--json", status=2).out)
+    assert check["label_numbers"][0]["maximum"] == 1e6
+    findings = {finding["name"]: finding["text"] for finding in check["findings"]}
+    assert "target 2" in findings["constant_labels"] and "row 21: 1e+06" in findings["outliers"]

@@ -531,8 +531,8 @@ class RowReader(abc.ABC, Generic[Item]):
         label_tokens = report.label_tokens if report.template else None
         counts = report.rows_read, len(lengths) or len(items), int(lengths.sum()), label_tokens
         results = summarize_lengths(lengths), sort_findings(findings), report.class_counts
-        form = report.form, report.template
-        return DataCheck(source, *form, *counts, *results, label_numbers=report.label_numbers)
+        check = DataCheck(source, report.form, report.template, *counts, *results)
+        return replace(check, label_numbers=report.label_numbers)
 
     def rows(self, bad: BadRows) -> Iterator[RowPreview]:
         reader, limit, source = self._without_limits(), self.settings.max_length, format_sources(self.settings.train)

@@ -27,6 +27,7 @@ from torch import Tensor
 from deltaw.experiments.comparison import duration
 from deltaw.experiments.folder import Budget
 from deltaw.progress import LogFunction
+from deltaw.runs.folder import LOSSES
 from deltaw.training.optimizer import Schedule, warmup_steps
 from deltaw.training.session import Session
 from deltaw.training.state import Outcome, Step, TrainState
@@ -195,7 +196,7 @@ def validation_loss(session: Session, rows: Sequence[Any]) -> float:
     metrics = session.evaluate(rows).metrics
     if "reward" in metrics:
         return -metrics["reward"]
-    return metrics["loss"] if "loss" in metrics else metrics["mse"]
+    return next(metrics[name] for name in LOSSES if name in metrics)
 
 
 def until_flat(

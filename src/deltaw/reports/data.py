@@ -38,8 +38,7 @@ def check_lines(check: DataCheck) -> Iterator[Text]:
         yield Text(f"{check.examples:,} examples: {check.tokens:,} tokens, {labels}")
     if check.class_counts:
         yield Text(wrap_line(class_counts_line(check.class_counts)))
-    for line in label_number_lines(check.label_numbers):
-        yield Text(wrap_line(line))
+    yield from map(Text, map(wrap_line, label_number_lines(check.label_numbers)))
     if check.ends:
         endings = [f"{name} in {count:,} examples" for name, count in check.ends.items()]
         yield Text(wrap_line(f"examples end with {', '.join(endings)}"))

@@ -49,7 +49,7 @@ STATES = (RUNNING, INTERRUPTED, FAILED, DIVERGED, FINISHED)
 # Derived states: the process of a running run has disappeared, or the state is unknown.
 KILLED, UNKNOWN = "killed", "unknown"
 # Names of metrics that are losses.
-LOSSES = ("loss", "mse")
+LOSSES = ("loss", "mse", "relative_mse")
 # Suffix of incomplete files, as in deltaw.atomic_files.
 PARTIAL = ".part"
 # The C implementation if it is available. Its output is identical.

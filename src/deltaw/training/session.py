@@ -575,7 +575,7 @@ def assemble(
             notes += [method.prepare(model, seed=settings.seed, extra_modules=extra_modules, calibrate=calibrate)]
         else:
             notes += [method.prepare_from(model, start, seed=settings.seed, extra_modules=extra_modules)]
-        notes += task.prepare_head(model, data.train, start and start.folder, calibrate)
+        notes += task.prepare_head(model, data.train, None if start is None else start.folder, calibrate)
         if start is not None:
             method.record_start(model)
     if settings.checkpointing:

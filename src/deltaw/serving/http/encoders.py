@@ -1,7 +1,7 @@
 """Routes of models without generation.
 
-``/v1/embeddings`` is from the OpenAI API, ``/v1/classify`` and ``/v1/rerank`` are from vLLM. ``/v1/predict`` returns the
-numbers of a regression.
+``/v1/embeddings`` is from the OpenAI API, ``/v1/classify`` and ``/v1/rerank`` are from vLLM. ``/v1/predict`` returns
+the numbers of a regression.
 """
 
 from __future__ import annotations

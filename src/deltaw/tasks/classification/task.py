@@ -171,7 +171,7 @@ class LabelTask(Task[LabelObjective]):
     class_names: tuple[str, ...] | None = None
     head_outputs: int | None = None
     model: str = ""
-    folder: Path | None = None
+    folder: Path = Path()
 
     @classmethod
     def open(cls, name: str, files: ModelFiles) -> LabelTask:
@@ -245,7 +245,7 @@ class LabelTask(Task[LabelObjective]):
             return
         head = RegressionHead.convert(linear)
         self._is_new_head = any(head in model.get_submodule(name).modules() for name in new_modules)
-        if not self._is_new_head and self.folder is not None and has_values(head):
+        if not self._is_new_head and has_values(head):
             stored = read_checkpoint(self.folder).tensors  # in fp32, if the model was loaded in 16 bits
             names = {id(parameter): name for name, parameter in model.named_parameters()}
             for parameter in head.parameters():

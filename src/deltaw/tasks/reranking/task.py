@@ -164,7 +164,6 @@ class RerankingTask(LabelTask):
 
     Args:
         settings: The ``reranking:`` section.
-        folder: Folder of the model.
         answers: True for a language model. Its head is initialized from the answers yes and no.
 
     Attributes:
@@ -175,7 +174,6 @@ class RerankingTask(LabelTask):
     """
 
     settings: RerankingSettings = field(default_factory=RerankingSettings)
-    folder: Path = Path()
     answers: bool = False
     loss: Name | None = None
     max_length: int | None = None
@@ -192,7 +190,7 @@ class RerankingTask(LabelTask):
             tokenizer.chat_template = as_chat_template(prompt)
         config = read_config(files.folder, "sequence-classification", None, files.trust_remote_code)
         outputs = head_outputs(config)
-        return cls(name, tokenizer, None, None, outputs, files.reference, settings, files.folder, answers)
+        return cls(name, tokenizer, None, None, outputs, files.reference, files.folder, settings, answers)
 
     def reader(self, settings: DataSettings, classes: Classes = None, *, labeled: bool = True) -> RerankReader:
         self.max_length, loss = settings.max_length, self.loss or self.settings.loss
@@ -219,7 +217,7 @@ class RerankingTask(LabelTask):
 
     def read(self, settings: DataSettings, *, seed: int) -> RunData:
         if self.head_outputs is not None:
-            check_outputs(self.head_outputs, "reranker", self.model)
+            check_outputs(self.head_outputs, 1, "reranker", self.model)
         reader = self.reader(settings)
         data = reader.prepare(seed)
         self.loss = cast(Name, reader.loss)
