@@ -354,7 +354,8 @@ def detect_output_kind(reference: str, **options: Unpack[EncoderOptions]) -> Out
     config = _config(reference, **options)
     architecture = str((getattr(config, "architectures", None) or [""])[0])
     if architecture.endswith("ForSequenceClassification"):
-        return "numbers" if getattr(config, "problem_type", None) == "regression" else "classes"
+        problem = task_registry.entry_of(task_registry.task_serving("numbers")).config["problem_type"]
+        return "numbers" if getattr(config, "problem_type", None) == problem else "classes"
     return "vectors" if architecture.endswith(("Model", "ForMaskedLM", "ForPreTraining")) else "text"
 
 
