@@ -183,7 +183,7 @@ def test_eval_shows_best_and_worst_completions(finished_run_and_config, call):
     result, _ = finished_run_and_config
     output = call("eval", result.output, "--no-drift", "--answers", 2, status=0).out
     assert "95 % interval" in output
-    best, worst = (float(re.findall(r"\d\.\d\d", line)[0]) for line in output.splitlines() if "say " in line)
+    best, worst = map(float, re.findall(r"(?m)^\S* *adapter +(\d\.\d\d)", output))
     mean = result.evaluation.metrics["reward"]
     assert best >= mean >= worst and best > worst
 

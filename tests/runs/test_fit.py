@@ -28,7 +28,14 @@ from tests.training.test_losses import METHODS, adapted, assert_gradients, gradi
 def test_fit_writes_all_files(settings, tmp_path):
     result, output = fit_with_output(settings(tmp_path / "run", train={"epochs": 2}))
     file_names = {"README.md", ADAPTER, "adapter_config.json", "chat_template.jinja", "checkpoints", "metrics.jsonl"}
-    file_names |= {"prompts.json", "run.yaml", "run.json", "tokenizer.json", "tokenizer_config.json"}
+    file_names |= {
+        "prompts.json",
+        "trained_rows.bin",
+        "run.yaml",
+        "run.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert {path.name for path in result.output.iterdir()} == file_names
     assert (result.outcome.steps, result.outcome.rows) == (6, 16)
     assert {"loss", "perplexity", "exact_match"} == result.evaluation.metrics.keys()
