@@ -396,6 +396,19 @@ def test_number_that_would_be_changed_is_rejected(grammars, number, make_schema)
         start_matcher(grammars, make_schema(number), "json_schema")
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        '{"type": "integer", "exclusiveMinimum": 9007199254740992}',
+        '{"const": {"maximum": 9223372036854775807}}',
+        '{"enum": [{"exclusiveMaximum": 18446744073709551617}]}',
+    ],
+)
+def test_limit_whose_neighbor_is_inexact_and_value_named_maximum_are_rejected(grammars, schema):
+    with pytest.raises(UserError, match="cannot be represented exactly"):
+        start_matcher(grammars, schema, "json_schema")
+
+
 @pytest.mark.parametrize("number", EXACT)
 def test_number_is_written_exactly(grammars, number):
     matcher = start_matcher(grammars, f'{{"enum": [{number}]}}', "json_schema")

@@ -249,6 +249,14 @@ def test_paths_leaving_the_folder_are_rejected(agent_folder: Path, path: str) ->
             FolderPermissions([agent_folder], allow_remote).config(None, run_settings(data={"train": path}))
 
 
+def test_rejection_does_not_tell_whether_a_file_outside_exists(agent_folder: Path) -> None:
+    for allow_remote in (False, True):
+        permissions = FolderPermissions([agent_folder], allow_remote)
+        for path in ("away/secret.jsonl", "away/absent.jsonl"):
+            with pytest.raises(UserError, match="outside of the folders"):
+                permissions.config(None, run_settings(data={"train": path}))
+
+
 def test_parts_of_a_model_are_checked(agent_folder: Path) -> None:
     permissions = FolderPermissions([agent_folder], allow_remote=True)
     model = permissions.config(None, run_settings(model={"language": "owner/name", "vision": "encoder"}))["model"]

@@ -47,6 +47,12 @@ json_schema: Callable[..., float | None] = partial(reward_of, "json-schema")
         ("1e400", "1e399"),
         ("1e999999999", "1"),
         ("5 or 6", "5"),
+        ("2^3", "3"),
+        ("10^{-3}", "-3"),
+        ("5\u00b2", "5"),
+        ("5\u00bd", "5"),
+        ("\\frac{1}{2}", "2"),
+        ("\u201342", "42"),
         ("", "0"),
         ("five", "5"),
         ("9" * 5000, "1"),
@@ -78,6 +84,11 @@ def test_other_number_is_not_rewarded(text, answer):
         ("0.1", "0.10"),
         ("007", "7"),
         ("Result: 5...", "5"),
+        ("\u201342", "-42"),
+        ("pages 3\u20135", "5"),
+        ("x^2 = 9", "9"),
+        ("**42**", "42"),
+        ("42 m\u00b2", "42"),
     ],
 )
 def test_same_number_is_rewarded(text, answer):
@@ -117,6 +128,9 @@ def test_rows_with_blank_answers_only_are_rejected():
         ("1,5", "5"),
         ("-5", "5"),
         ("\u22125", "5"),
+        ("1/5", "5"),
+        ("5/2", "5"),
+        ("\u20135", "5"),
         ("cats", "cat"),
         ("caf\u0065\u0301", "cafe"),
     ],
@@ -135,10 +149,23 @@ def test_part_of_word_or_number_does_not_contain_answer(text, answer):
         ("caf\u0065\u0301 au lait", "caf\u00e9"),
         ("a cat.", "cat"),
         ("C++!", "C++"),
+        ("答案是北京。", "北京"),
+        ("答えは東京です", "東京"),
+        ("คำตอบคือกรุงเทพครับ", "กรุงเทพ"),
+        ("一共5个", "5"),
+        ("我用Python写", "Python"),
     ],
 )
 def test_word_contains_answer(text, answer):
     assert contains(text, answer) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "step", "expected"),
+    [("0.3", 0.1, 1), ("19.99", 0.01, 1), ("19.995", 0.01, 0.5), ("1e3", 0.5, 1), ("9", 3, 1), ("10", 3, 0.5)],
+)
+def test_multiples_are_exact(text, step, expected):
+    assert json_schema(text, schema={"type": "number", "multipleOf": step}) == expected
 
 
 NUMBER = {"type": "number", "minimum": 3}

@@ -287,7 +287,7 @@ def grammar_of(kind: str, value: str) -> str:
     return LLMatcher.grammar_from_json_schema(text, overrides=_JSON)
 
 
-def _require_exact(schema: object, key: str = "") -> None:
+def _require_exact(schema: object, key: str = "", *, is_value: bool = False) -> None:
     """Reject numbers that llguidance replaces by other numbers, because it reads them in double precision.
 
     Upper limits above the largest int64 are allowed: llguidance lowers them to it.
@@ -295,20 +295,23 @@ def _require_exact(schema: object, key: str = "") -> None:
     Args:
         schema: Part of a schema, with Decimal instead of float.
         key: Key of the part.
+        is_value: The part is in a ``const`` or ``enum``, where ``maximum`` is an ordinary key.
 
     Raises:
         UserError: if a number has too many digits.
     """
     if isinstance(schema, dict):
         for name, value in schema.items():
-            _require_exact(value, name)
+            _require_exact(value, name, is_value=is_value or name in ("const", "enum"))
     elif isinstance(schema, list):
         for value in schema:
-            _require_exact(value)
+            _require_exact(value, is_value=is_value)
     elif isinstance(schema, int | Decimal):
         is_clamped = key == "maximum" and schema >= _MAX_INT64
         is_clamped |= key == "exclusiveMaximum" and schema > _MAX_INT64
-        if not is_clamped and not _is_exact(Decimal(schema)):
+        # The next integer after an exclusive limit must be exact, too.
+        is_exact = _is_exact(Decimal(schema)) and not (key.startswith("exclusive") and abs(schema) >= 2**53)
+        if not (is_clamped and not is_value) and not is_exact:
             limit = "write integers up to 2^53, or up to 15 digits"
             raise UserError(f"the number {str(schema)[:50]} cannot be represented exactly: {limit}")
 

@@ -83,7 +83,9 @@ class FolderPermissions:
             raise UserError("this is not a text", location=location)
         if (parts := parse_parts(text)) is not None:
             return parts.replace_references(lambda part: self.reference(part, location)).reference
-        is_local = not text.startswith("pypi:") and os.path.lexists(self.folders[0] / text.replace("\0", ""))
+        path = self.folders[0] / text.replace("\0", "")
+        # A path that leads out of the folders is not a hub id, whether or not its file exists.
+        is_local = not text.startswith("pypi:") and (os.path.lexists(path) or self._allowed.find(path) is None)
         if is_local or ".." in re.split("[/:@]", text) or not _REMOTE_REFERENCE.fullmatch(text):
             return self.path(text, location)
         if not self.allow_remote:

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -96,13 +96,15 @@ def load_function(reference: str, location: str) -> Callable[..., Any]:
 
 
 # Everything that looks like a number, with all digits, points and separators that touch each other, and a denominator.
-# A sign after a letter or a digit is a hyphen.
+# A sign after a letter or a digit is a hyphen. Exponents, denominators of LaTeX and superscripts are included, so that
+# they are not read as numbers of their own.
 _NUMBER_LIKE = re.compile(
-    r"(?:(?<!\w)[-+\u2212])?\.?\d[\d.,\u00a0\u202f]*(?:(?<=\d)[eE][-+\u2212]?\d+)?(?:/\d[\d.,/]*)?"
+    r"(?:\^\{?|\}\{)?(?:(?<!\w)[-+\u2212\u2013])?\.?\d[\d.,\u00a0\u202f]*(?:(?<=\d)[eE][-+\u2212]?\d+)?(?:/\d[\d.,/]*)?"
+    r"[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u207e\u2150-\u215f]*"
 )
 # Digits in groups of three after the first group, or without separators.
 _NUMBER = re.compile(
-    r"(?P<sign>[-+\u2212]?)"
+    r"(?P<sign>[-+\u2212\u2013]?)"
     r"(?P<digits>(?!0)\d{1,3}(?P<separator>[,\u00a0\u202f])\d{3}(?:(?P=separator)\d{3})*|\d*)"
     r"(?P<decimals>(?:\.\d+)?)(?:[eE](?P<exponent>[-+\u2212]?\d{1,3}))?(?:/(?P<denominator>\d+))?"
 )
@@ -120,16 +122,31 @@ def _text(completion: Completion) -> str:
     return unicodedata.normalize("NFC", completion.text).strip()
 
 
+# Scripts without spaces between words: Thai, Lao, Burmese, Khmer, and Chinese and Japanese characters.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+# Character of a word in another script.
+_WORD = rf"[^\W{_UNSPACED.pattern[1:-1]}]"
+
+
 def contains(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
-    """Return 1 if a completion contains the expected answer as a word, not as a part of a number."""
+    """Return 1 if a completion contains the expected answer as a word, not as a part of a number.
+
+    In scripts without spaces between words, it may also be a part of a word.
+    """
     rewards: list[float | None] = []
     for completion in completions:
         if (answer := expected_answer(settings, completion)) is None:
             rewards.append(None)
             continue
-        before = r"(?<!\d[.,])(?<!(?<!\w)[-\u2212.])" if answer[0].isdigit() else ""
-        after = r"(?![.,]\d)" if answer[-1].isdigit() else ""
-        pattern = rf"(?<!\w){before}{re.escape(answer)}(?!\w){after}"
+        before = "" if _UNSPACED.match(answer[0]) else rf"(?<!{_WORD})"
+        after = "" if _UNSPACED.match(answer[-1]) else rf"(?!{_WORD})"
+        if answer[0].isdigit():
+            before += r"(?<!\d[.,/])(?<!(?<!\w)[-\u2212\u2013.])"
+        if answer[-1].isdigit():
+            after += r"(?![.,/]\d)"
+        pattern = before + re.escape(answer) + after
         rewards.append(float(re.search(pattern, _text(completion)) is not None))
     return rewards
 
@@ -203,7 +220,7 @@ def schema_validator(settings: RewardFunction) -> Any:
     """
     try:
         from jsonschema import Draft202012Validator, SchemaError
-        from jsonschema.validators import validator_for
+        from jsonschema.validators import extend, validator_for
         from referencing import Registry
         from referencing.exceptions import Unresolvable
     except ImportError as error:
@@ -216,6 +233,7 @@ def schema_validator(settings: RewardFunction) -> Any:
     except SchemaError as error:
         message = f"the schema is not valid at {error.json_path}: {error.message[:200]}"
         raise UserError(message, location=settings_location(settings), hint="correct the schema") from error
+    validator_class = extend(validator_class, {"multipleOf": _multiple_of})
     validator = validator_class(schema, registry=Registry(), format_checker=validator_class.FORMAT_CHECKER)
     try:
         examples: tuple[object, ...] = (None, True, 0, "", [], {})
@@ -227,6 +245,14 @@ def schema_validator(settings: RewardFunction) -> Any:
     return validator
 
 
+def _multiple_of(validator: Any, divisor: float, value: Any, schema: object) -> Iterator[Exception]:
+    """Yield an error if a number is not a multiple of another as both are written, so that 0.3 is one of 0.1."""
+    from jsonschema import ValidationError
+
+    if validator.is_type(value, "number") and Fraction(str(value)) % Fraction(str(divisor)):
+        yield ValidationError(f"{value} is not a multiple of {divisor}")
+
+
 def length(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
     """Return the number of words as a share of ``target``. Beyond the target, the reward decreases to 0."""
     target = settings.target or 1
@@ -236,14 +262,14 @@ def length(settings: RewardFunction, completions: Sequence[Completion]) -> list[
 def last_number(text: str | None) -> Fraction | None:
     """Return the exact value of the last number of a text, or None if there is none or it is ambiguous.
 
-    Ambiguous are for example ``1,2,3``, ``1.5.2`` and ``1.234,5``.
+    Ambiguous are for example ``1,2,3``, ``1.5.2``, ``1.234,5``, ``2^3`` and ``5²``.
     """
     candidates = _NUMBER_LIKE.findall(text or "")
     match = _NUMBER.fullmatch(candidates[-1].rstrip(".,/\u00a0\u202f")) if candidates else None
     if match is None:
         return None
     digits = match["digits"].replace(match["separator"] or ",", "")
-    sign, exponent = (match[name].replace("\u2212", "-") if match[name] else "" for name in ("sign", "exponent"))
+    sign, exponent = (re.sub("[\u2212\u2013]", "-", match[name] or "") for name in ("sign", "exponent"))
     try:
         return Fraction(f"{sign}{digits}{match['decimals']}e{exponent or 0}") / int(match["denominator"] or 1)
     except (ValueError, ZeroDivisionError):  # too many digits, or a denominator of 0
