@@ -3,6 +3,7 @@
     python benchmarks/general.py                                   # about 40 minutes of CPU time
     python benchmarks/general.py --model smollm2 --set shop        # a part of it
     python benchmarks/general.py --weight greedy:1 kl:1            # other weights
+    python benchmarks/general.py --set shop --steps 100            # a longer training
     python benchmarks/general.py --table general.jsonl             # the results of a file as a table
 
 Rows: film reviews as JSON, questions to the assistant of a made-up shop, sarcastic headlines, and pronunciations.
@@ -58,8 +59,8 @@ TOPICS = (
     "movies",
     "science",
 )
-BATCH, STEPS, HELD_OUT = 8, 40, 100
-WEIGHTS = ("kl:0", "greedy:0.05", "greedy:0.2", "greedy:1", "kl:1")
+BATCH, MAX_TRAIN, HELD_OUT = 8, 300, 100
+WEIGHTS = ("kl:0", "greedy:0.2", "greedy:1", "kl:0.3", "kl:1")
 
 
 @dataclass(frozen=True)
@@ -191,9 +192,9 @@ def talkative_model(folder: Path) -> str:
     return str(folder)
 
 
-def open_session(model: str, rows: str) -> Session:
+def open_session(model: str, rows: str, steps: int) -> Session:
     """Return a session with the default settings."""
-    train = {"batch_size": BATCH, "max_steps": STEPS, "keep_general": 1, "samples": 0}
+    train = {"batch_size": BATCH, "max_steps": steps, "keep_general": 1, "samples": 0}
     config = RunConfig.read(
         {"model": model, "data": {"train": rows, "eval": HELD_OUT}, "train": train, "output": "unused"}
     )
@@ -226,14 +227,14 @@ def run(session: Session, initial: Sequence[Tensor], weight: str) -> dict[str, f
 
 
 def print_table(results: Sequence[dict]) -> None:
-    """Print a Markdown table. The last result of a model, set and weight counts."""
-    latest = {(result["model"], result["set"], result["weight"]): result for result in results}
-    print("| model, rows | loss and weight | exact match | held-out loss | drift | KL | CPU seconds |")
+    """Print a Markdown table. The last result of a model, set, number of steps and weight counts."""
+    latest = {tuple(result[key] for key in ("model", "set", "steps", "weight")): result for result in results}
+    print("| model, rows, steps | loss and weight | exact match | held-out loss | drift | KL | CPU seconds |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
-    for (model, name, weight), result in sorted(latest.items()):
+    for (model, name, steps, weight), result in sorted(latest.items()):
         score = f"{result['eval_exact_match']:.0%} | {result['eval_loss']:.3f}"
         drift = f"{result['drift']:+.2f} | {result['kl']:.2f}"
-        print(f"| {model}, {name} | {weight} | {score} | {drift} | {result['cpu_seconds']:.0f} |")
+        print(f"| {model}, {name}, {steps} | {weight} | {score} | {drift} | {result['cpu_seconds']:.0f} |")
 
 
 def main() -> None:
@@ -241,6 +242,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=["smollm2", "talkative"], choices=["smollm2", "talkative"])
     parser.add_argument("--set", nargs="+", default=list(SETS), choices=list(SETS))
     parser.add_argument("--weight", nargs="+", default=list(WEIGHTS), help="kl:W or greedy:W; W 0: off")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of 8 rows")
     parser.add_argument("--output", default="general.jsonl", help="file to which results are appended")
     parser.add_argument("--table", help="print the results of this file and stop")
     parser.add_argument("--folder", help="folder of rows and of the second model; the default is temporary")
@@ -253,8 +255,9 @@ def main() -> None:
     for model in args.model:
         source = SMOLLM2 if model == "smollm2" else talkative_model(folder / "talkative")
         for name in args.set:
-            rows = write_rows(folder / f"{model}-{name}.jsonl", SETS[name](), STEPS * BATCH // 2 + HELD_OUT)
-            session = open_session(source, rows)
+            num_train = min(MAX_TRAIN, args.steps * BATCH // 2)
+            rows = write_rows(folder / f"{model}-{name}.jsonl", SETS[name](), num_train + HELD_OUT)
+            session = open_session(source, rows, args.steps)
             initial = [parameter.detach().clone() for _, parameter in session.trainable_parameters]
             for weight in args.weight:
                 result = {"model": model, "set": name, "weight": weight, **run(session, initial, weight)}
