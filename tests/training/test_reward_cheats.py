@@ -168,6 +168,11 @@ def test_multiples_are_exact(text, step, expected):
     assert json_schema(text, schema={"type": "number", "multipleOf": step}) == expected
 
 
+def test_invalid_pattern_is_rejected_with_the_settings():
+    error = refusal(RewardFunction, name="regex", pattern="(")
+    assert "not a regular expression" in error.message
+
+
 NUMBER = {"type": "number", "minimum": 3}
 
 

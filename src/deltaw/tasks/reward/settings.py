@@ -68,6 +68,12 @@ class RewardFunction(BaseModel):
                 raise UserError(f"the reward '{self.name}' needs '{required}'", location="reward.functions", hint=hint)
         if isinstance(self.schema_, dict):
             refuse_remote_references(self.schema_, "reward.functions")
+        try:
+            re.compile(self.pattern or "")
+        except (re.error, OverflowError) as error:
+            message = f"the pattern is not a regular expression: {error}"
+            hint = "write a backslash before characters such as ( and +"
+            raise UserError(message, location="reward.functions", hint=hint) from error
         if self.scale[0] >= self.scale[1]:
             raise UserError("the judge's scale is empty", location="reward.functions", hint="write scale: [0, 10]")
         return self
