@@ -39,7 +39,15 @@ from tests.caches import fake_version, modify_source
 from tests.conftest import write_rows
 from tests.tiny_models import VOCABULARY, causal_model
 from tests.training.loops import example, randomize_lora_b
-from tests.training.runs import METHODS, RecordingCallback, metrics, open_on_cpu, slow_except
+from tests.training.runs import (
+    METHODS,
+    RecordingCallback,
+    assert_same_run,
+    metrics,
+    open_on_cpu,
+    slow_except,
+    stopped_run,
+)
 from tests.training.test_losses import assert_gradients, gradients
 
 PROMPTS = DRIFT_PROMPTS[:12]
@@ -297,3 +305,17 @@ def test_rehearsal_has_no_gradient_until_answers_drift():
     with packed_rows(model):
         assert rehearsal(0).item() == pytest.approx(0, abs=1e-6)
     assert max(p.grad.abs().max() for p in model.parameters() if p.requires_grad) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_resumed_rehearsal_is_bit_identical(method, settings, long_context_folder, tmp_path):
+    train = {"max_steps": 4, "checkpoint_every": 1, "keep_general": 1, "drift": False, "learning_rate": 1e-2}
+    common = {"model": str(long_context_folder), "method": method, "train": train}
+    fit(settings(tmp_path / "whole", **common))
+    run = stopped_run(settings(tmp_path / "resumed", **common), 2)
+    assert fit(settings(run, **common)).resumed_from_step == 2
+    general_losses = [
+        [line["general_loss"] for line in metrics(folder, "learning_rate")] for folder in (run, tmp_path / "whole")
+    ]
+    assert general_losses[0] == general_losses[1] and general_losses[0][3] > 0
+    assert_same_run(run, tmp_path / "whole")

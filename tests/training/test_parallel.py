@@ -105,6 +105,14 @@ def test_several_processes_match_one(make_config, tmp_path, name):
 
 
 @pytest.mark.slow
+def test_several_processes_rehearse_each_general_answer_once(make_config, long_context_folder, tmp_path):
+    train = {"keep_general": 1, "tokens_per_pass": 64, "learning_rate": 1e-2}
+    changes = {"model": str(long_context_folder), "train": train}
+    assert_same_as_one_process(*(make_config(tmp_path / output, **changes) for output in ("one", "two")))
+    assert metrics(tmp_path / "two", "learning_rate")[-1]["general_loss"] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 2**-8), ("int8", 2e-2)])
 def test_low_precision_runs_agree_up_to_rounding(make_config, tmp_path, precision, tolerance):
     """Different microbatches round differently: by about 2^-8 of a value in bf16 and about 2 % in int8 gradients
