@@ -262,8 +262,8 @@ def prompt_tokens(tokenizer: Any, question: str) -> np.ndarray:
     return np.array(tokens, np.int32)
 
 
-def answers(run: str, facts: FactSet, held_out: str | None = None) -> dict[str, Any]:
-    """Return the shares of facts in the run's greedy answers, and its accuracy on held-out pairs."""
+def answers(run: str, facts: FactSet) -> dict[str, Any]:
+    """Return the shares of facts in the run's greedy answers."""
     opened = open_run(run, log=lambda line: None)
     questions = [fact.questions[phrasing] for phrasing in (0, 3) for fact in facts.facts]
     prompts = [prompt_tokens(opened.tokenizer, question) for question in questions]
@@ -272,7 +272,7 @@ def answers(run: str, facts: FactSet, held_out: str | None = None) -> dict[str, 
     right = [fact.is_in(text) for fact, text in zip(facts.facts * 2, texts, strict=True)]
     count = len(facts.facts)
     not_in_pairs = right[NUM_IN_PAIRS:count] + right[count + NUM_IN_PAIRS :]
-    result: dict[str, Any] = {
+    return {
         "right": sum(right) / len(right),
         "right_trained_phrasing": sum(right[:count]) / count,
         "right_not_in_pairs": sum(not_in_pairs) / len(not_in_pairs),
@@ -280,10 +280,6 @@ def answers(run: str, facts: FactSet, held_out: str | None = None) -> dict[str, 
         "is_right": right,
         "texts": texts,
     }
-    if held_out is not None:
-        rows = opened.task.read_file(held_out, opened.config.data, None)[0]
-        result["held_out"] = dict(opened.score(rows).evaluation.metrics)
-    return result
 
 
 def sft(folder: Path, name: str) -> None:
@@ -320,16 +316,15 @@ def prefer(folder: Path, name: str, count: int, variant: str, settings: dict[str
         "force": True,
     }
     start = time.monotonic()
-    steps = deltaw.fit(merge_settings(config, settings)).steps
+    result = deltaw.fit(merge_settings(config, settings))
     seconds = time.monotonic() - start
     before = json.loads((folder / f"{name}-before.json").read_text())
-    after = answers(str(run), facts, held_out)
-    metrics = json.loads((run / "result.json").read_text())
+    after = answers(str(run), facts)
     lost = sum(was and not now for was, now in zip(before["is_right"], after["is_right"], strict=True))
-    record = {"set": name, "pairs": count, "variant": variant, "settings": settings, "steps": steps}
-    record |= {"seconds": seconds, "lost": lost, "verdict": metrics.get("generation", {}).get("verdict")}
+    record = {"set": name, "pairs": count, "variant": variant, "settings": settings, "steps": result.outcome.steps}
+    record |= {"seconds": seconds, "lost": lost, "verdict": result.generation.get("verdict")}
     record |= {f"{key}_before": before[key] for key in SHARES} | {key: after[key] for key in SHARES}
-    record |= {"held_out": after["held_out"], "examples": after["texts"][:6]}
+    record |= {"held_out": dict(result.evaluation.metrics), "examples": after["texts"][:6]}
     with (folder / "results.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
     print(line(record), flush=True)
