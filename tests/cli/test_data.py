@@ -130,7 +130,7 @@ def test_show_rejects_missing_rows_and_files(call, qwen_model, file, tmp_path):
     result = call("data", "show", broken, "--model", qwen_model, "--data.bad_rows", "skip", status=0)
     positions = [result.out.index(text) for text in ("row 1", "skipped: line 2", 'it reads: {"prompt":', "row 3")]
     assert positions == sorted(positions)
-    assert_refused(call("data", "show", file.parent / "none.jsonl"), "'model' is missing")
+    assert_refused(call("data", "show", file.parent / "none.jsonl"), "there is no file", "did you mean")
     result = call("data", "check", file.parent / "none.jsonl", "--model", qwen_model)
     assert_refused(result, "none.jsonl")
     assert result.out == ""
