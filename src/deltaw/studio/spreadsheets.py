@@ -12,9 +12,10 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from xml.parsers import expat
 
 from deltaw.data.sources import open_source
 from deltaw.errors import UserError
@@ -100,17 +101,25 @@ def main(source: str, output: str, chosen: str = "") -> None:
                 if sum(entry.file_size for entry in archive.infolist()) > MAX_UNZIPPED_BYTES:
                     raise ValueError("the file is too large when it is unpacked")
         workbook = CalamineWorkbook.from_path(source)
-        tables = (SheetTypeEnum.WorkSheet, SheetVisibleEnum.Visible)
-        names = [sheet.name for sheet in workbook.sheets_metadata if (sheet.typ, sheet.visible) == tables]
+        visible = (SheetTypeEnum.WorkSheet, SheetVisibleEnum.Visible)
+        names = [sheet.name for sheet in workbook.sheets_metadata if (sheet.typ, sheet.visible) == visible]
         if chosen and chosen not in names:
-            raise ValueError(f"the file has no visible sheet “{chosen[:80]}”")
-        sheets = ((name, workbook.get_sheet_by_name(name).to_python()) for name in names if chosen in ("", name))
-        name, cells = next((sheet for sheet in sheets if sheet[1]), ("", []))
-        lines, num_empty = _lines(cells)
+            problem = "is hidden" if chosen in workbook.sheet_names else "does not exist"
+            raise ValueError(f"the sheet “{chosen[:80]}” {problem}")
+        sheets = (workbook.get_sheet_by_name(name) for name in names if chosen in ("", name))
+        tables = ((sheet.name, sheet.start, sheet.to_python()) for sheet in sheets)
+        name, start, cells = next((table for table in tables if table[2]), ("", None, []))
+        lines, numbers, used = _lines(cells)
+        num_empty = numbers[-1] - numbers[0] + 1 - len(numbers)
+        hidden_rows, hidden_columns = 0, 0
+        if start and Path(source).suffix.lower() == ".xlsx":
+            rows = {start[0] + number + 1 for number in numbers[1:]}
+            columns = {start[1] + index + 1 for index in used}
+            hidden_rows, hidden_columns = _count_hidden(source, name, rows, columns)
         content = "".join(lines).encode()
         if shutil.disk_usage(Path(output).parent).free - len(content) < MIN_FREE_BYTES:
             raise ValueError(f"the disk is almost full, and the rows need {len(content) / 1e6:,.0f} MB")
-    except (CalamineError, MemoryError, ValueError, zipfile.BadZipFile) as error:
+    except (CalamineError, MemoryError, ValueError, KeyError, expat.ExpatError, zipfile.BadZipFile) as error:
         damaged = "the file is damaged, protected with a password, or not a spreadsheet of the type of its name"
         print(error if isinstance(error, ValueError) else damaged)
         sys.exit(1)
@@ -120,11 +129,13 @@ def main(source: str, output: str, chosen: str = "") -> None:
         text += f" Other sheets are not used: {', '.join(others[:5])}{', …' * (len(others) > 5)}."
     if num_empty:
         text += f" {num_empty:,} empty row{'s were' if num_empty > 1 else ' was'} skipped, so later row numbers differ."
+    if hidden_rows or hidden_columns:
+        text += f" Hidden rows: {hidden_rows:,}, hidden columns: {hidden_columns:,}. They are used like the others."
     print(json.dumps({"note": text, "sheet": name, "sheets": names}))
 
 
-def _lines(sheet: Sequence[Sequence[object]]) -> tuple[list[str], int]:
-    """Return JSON lines with the rows below the titles, and the number of empty rows between them.
+def _lines(sheet: Sequence[Sequence[object]]) -> tuple[list[str], list[int], list[int]]:
+    """Return JSON lines with the rows below the titles, and the indices of rows and of columns that are not empty.
 
     Raises:
         ValueError: if a column has no title, two have the same, or the sheet has no rows.
@@ -141,7 +152,54 @@ def _lines(sheet: Sequence[Sequence[object]]) -> tuple[list[str], int]:
         raise ValueError(f"two columns have the title '{repeated[0][:80]}'")
     records = (dict(zip(titles, (_plain(row[index]) for index in used), strict=True)) for row in rows[1:])
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    return lines, numbers[-1] - numbers[0] + 1 - len(rows)
+    return lines, numbers, used
+
+
+def _count_hidden(source: str, sheet: str, rows: Collection[int], columns: Collection[int]) -> tuple[int, int]:
+    """Return how many of these rows and columns of a sheet of an .xlsx file are hidden. Numbers start at 1."""
+    relations: dict[str, str] = {}
+    targets: dict[str, str] = {}
+    hidden_rows: set[int] = set()
+    hidden_columns: set[int] = set()
+    row = 0
+
+    def read_workbook(tag: str, attributes: dict[str, str]) -> None:
+        if tag == "sheet":
+            relations[attributes["name"]] = next(attributes[key] for key in attributes if key.endswith(" id"))
+        elif tag == "Relationship":
+            targets[attributes["Id"]] = attributes["Target"]
+
+    def read_sheet(tag: str, attributes: dict[str, str]) -> None:
+        nonlocal row
+        is_hidden = attributes.get("hidden") in ("1", "true")
+        if tag == "row":
+            row = int(attributes.get("r", row + 1))
+            if is_hidden and row in rows:
+                hidden_rows.add(row)
+        elif tag == "col" and is_hidden:
+            first, last = int(attributes["min"]), int(attributes["max"])
+            hidden_columns.update(column for column in columns if first <= column <= last)
+
+    with zipfile.ZipFile(source) as archive:
+        entries = {entry.filename.replace("\\", "/").lower(): entry for entry in archive.infolist()}
+
+        def parse(path: str, handler: Callable[[str, dict[str, str]], None]) -> None:
+            parser = expat.ParserCreate(namespace_separator=" ")
+            parser.StartElementHandler = lambda name, attributes: handler(name.rpartition(" ")[2], attributes)
+            parser.StartDoctypeDeclHandler = _reject_doctype
+            with archive.open(entries[path.lower()]) as stream:
+                parser.ParseFile(stream)
+
+        parse("xl/workbook.xml", read_workbook)
+        parse("xl/_rels/workbook.xml.rels", read_workbook)
+        target = targets[relations[sheet]].removeprefix("/").removeprefix("xl/")
+        parse(f"xl/{target}", read_sheet)
+    return len(hidden_rows), len(hidden_columns)
+
+
+def _reject_doctype(*declaration: object) -> None:
+    """Reject declarations of entities, which can expand to any size. Spreadsheets do not have them."""
+    raise ValueError("the file has a document type declaration, which spreadsheets do not have")
 
 
 def _plain(cell: object) -> object:
