@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.parsers import expat
@@ -95,6 +95,7 @@ def main(source: str, output: str, chosen: str = "") -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    unreadable = (CalamineError, zipfile.BadZipFile, expat.ExpatError, KeyError, StopIteration)
     try:
         if zipfile.is_zipfile(source):
             with zipfile.ZipFile(source) as archive:
@@ -111,7 +112,8 @@ def main(source: str, output: str, chosen: str = "") -> None:
         name, start, cells = next((table for table in tables if table[2]), ("", None, []))
         lines, numbers, used = _lines(cells)
         num_empty = numbers[-1] - numbers[0] + 1 - len(numbers)
-        hidden_rows, hidden_columns = 0, 0
+        hidden_rows = 0
+        hidden_columns = 0
         if start and Path(source).suffix.lower() == ".xlsx":
             rows = {start[0] + number + 1 for number in numbers[1:]}
             columns = {start[1] + index + 1 for index in used}
@@ -119,7 +121,7 @@ def main(source: str, output: str, chosen: str = "") -> None:
         content = "".join(lines).encode()
         if shutil.disk_usage(Path(output).parent).free - len(content) < MIN_FREE_BYTES:
             raise ValueError(f"the disk is almost full, and the rows need {len(content) / 1e6:,.0f} MB")
-    except (CalamineError, MemoryError, ValueError, KeyError, expat.ExpatError, zipfile.BadZipFile) as error:
+    except (*unreadable, MemoryError, ValueError) as error:
         damaged = "the file is damaged, protected with a password, or not a spreadsheet of the type of its name"
         print(error if isinstance(error, ValueError) else damaged)
         sys.exit(1)
@@ -157,44 +159,39 @@ def _lines(sheet: Sequence[Sequence[object]]) -> tuple[list[str], list[int], lis
 
 def _count_hidden(source: str, sheet: str, rows: Collection[int], columns: Collection[int]) -> tuple[int, int]:
     """Return how many of these rows and columns of a sheet of an .xlsx file are hidden. Numbers start at 1."""
-    relations: dict[str, str] = {}
-    targets: dict[str, str] = {}
-    hidden_rows: set[int] = set()
-    hidden_columns: set[int] = set()
+    hidden_rows = 0
+    hidden_columns = 0
     row = 0
-
-    def read_workbook(tag: str, attributes: dict[str, str]) -> None:
-        if tag == "sheet":
-            relations[attributes["name"]] = next(attributes[key] for key in attributes if key.endswith(" id"))
-        elif tag == "Relationship":
-            targets[attributes["Id"]] = attributes["Target"]
-
-    def read_sheet(tag: str, attributes: dict[str, str]) -> None:
-        nonlocal row
-        is_hidden = attributes.get("hidden") in ("1", "true")
-        if tag == "row":
-            row = int(attributes.get("r", row + 1))
-            if is_hidden and row in rows:
-                hidden_rows.add(row)
-        elif tag == "col" and is_hidden:
-            first, last = int(attributes["min"]), int(attributes["max"])
-            hidden_columns.update(column for column in columns if first <= column <= last)
-
     with zipfile.ZipFile(source) as archive:
-        entries = {entry.filename.replace("\\", "/").lower(): entry for entry in archive.infolist()}
+        sheets = (attributes for tag, attributes in _elements(archive, "xl/workbook.xml") if tag == "sheet")
+        entry = next(attributes for attributes in sheets if attributes["name"] == sheet)
+        relation = next(value for key, value in entry.items() if key.endswith(" id"))
+        links = _elements(archive, "xl/_rels/workbook.xml.rels")
+        target = next(attributes["Target"] for _, attributes in links if attributes.get("Id") == relation)
+        path = "xl/" + target.removeprefix("/").removeprefix("xl/")
+        for tag, attributes in _elements(archive, path):
+            is_hidden = attributes.get("hidden") in ("1", "true")
+            if tag == "row":
+                row = int(attributes.get("r", row + 1))
+                hidden_rows += is_hidden and row in rows
+            elif tag == "col" and is_hidden:
+                hidden = range(int(attributes["min"]), int(attributes["max"]) + 1)
+                hidden_columns += sum(column in hidden for column in columns)
+    return hidden_rows, hidden_columns
 
-        def parse(path: str, handler: Callable[[str, dict[str, str]], None]) -> None:
-            parser = expat.ParserCreate(namespace_separator=" ")
-            parser.StartElementHandler = lambda name, attributes: handler(name.rpartition(" ")[2], attributes)
-            parser.StartDoctypeDeclHandler = _reject_doctype
-            with archive.open(entries[path.lower()]) as stream:
-                parser.ParseFile(stream)
 
-        parse("xl/workbook.xml", read_workbook)
-        parse("xl/_rels/workbook.xml.rels", read_workbook)
-        target = targets[relations[sheet]].removeprefix("/").removeprefix("xl/")
-        parse(f"xl/{target}", read_sheet)
-    return len(hidden_rows), len(hidden_columns)
+def _elements(archive: zipfile.ZipFile, path: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield tag and attributes of each element of an XML file, which is read in pieces."""
+    entries = {entry.filename.replace("\\", "/").lower(): entry for entry in archive.infolist()}
+    elements: list[tuple[str, dict[str, str]]] = []
+    parser = expat.ParserCreate(namespace_separator=" ")
+    parser.StartElementHandler = lambda name, attributes: elements.append((name.split(" ")[-1], attributes))
+    parser.StartDoctypeDeclHandler = _reject_doctype
+    with archive.open(entries[path.lower()]) as stream:
+        while piece := stream.read(2**16):
+            parser.Parse(piece)
+            yield from elements
+            elements.clear()
 
 
 def _reject_doctype(*declaration: object) -> None:
