@@ -158,6 +158,67 @@ def test_page_names_spreadsheet_sheet_and_empty_rows(pages, kind):
     assert f"table.{kind}</a>" in pages.get("/").text
 
 
+def replace_in_archive(content: bytes, name: str, changes: dict[str, str]) -> bytes:
+    """Return the zip file with these texts of an entry replaced."""
+    import io
+
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(buffer, "w") as target:
+        for entry in source.namelist():
+            text = source.read(entry).decode()
+            if entry == name:
+                for old, new in changes.items():
+                    assert old in text
+                    text = text.replace(old, new, 1)
+            target.writestr(entry, text)
+    return buffer.getvalue()
+
+
+FILTERED = '<row r="3" hidden="1"><c t="inlineStr"><is><t>b'
+HIDDEN_COLUMNS = '<cols><col min="2" max="16384" hidden="true"/></cols><sheetData>'
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({'<row><c t="inlineStr"><is><t>b': FILTERED, "</sheetData>": '</sheetData><autoFilter ref="A1:B4"/>'}, (1, 0)),
+        ({"<sheetData>": HIDDEN_COLUMNS}, (0, 1)),
+        ({"<row></row>": '<row hidden="1"></row>'}, None),
+        ({}, None),
+    ],
+    ids=["filter", "column", "empty row", "none"],
+)
+def test_hidden_rows_and_columns_are_reported_and_used(client, changes, note):
+    table = [["text", "label"], ["a", 1], ["b", 2], [], ["c", 3]]
+    file = client.studio.workspace.folder / "table.xlsx"
+    file.write_bytes(replace_in_archive(workbook([], table), "xl/s2.xml", changes))
+    rows = spreadsheets.convert(client.studio.workspace, file)
+    assert [json.loads(line)["text"] for line in rows.file.read_text().splitlines()] == ["a", "b", "c"]
+    if note:
+        assert f"Hidden rows: {note[0]}, hidden columns: {note[1]}. They are used like the others." in rows.note
+    else:
+        assert "idden" not in rows.note
+
+
+def test_hidden_sheet_cannot_be_chosen(client):
+    file = client.studio.workspace.folder / "table.xlsx"
+    changes = {'sheetId="2"': 'sheetId="2" state="hidden"'}
+    file.write_bytes(replace_in_archive(workbook(TABLE, TABLE), "xl/workbook.xml", changes))
+    for sheet, message in {"S2": "the sheet “S2” is hidden", "S3": "the sheet “S3” does not exist"}.items():
+        with pytest.raises(UserError, match=message):
+            spreadsheets.convert(client.studio.workspace, file, sheet=sheet)
+
+
+def test_sheet_with_entities_is_rejected(client):
+    file = client.studio.workspace.folder / "table.xlsx"
+    entities = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' for n in range(1, 10))
+    declaration = f'<!DOCTYPE worksheet [<!ENTITY e0 "{"a" * 100}">{entities}]><worksheet'
+    file.write_bytes(replace_in_archive(workbook(TABLE), "xl/s1.xml", {"<worksheet": declaration}))
+    with pytest.raises(UserError, match="document type declaration"):
+        spreadsheets.convert(client.studio.workspace, file)
+    assert not [*client.studio.workspace.folder.glob(".*.part")]
+
+
 def test_sheet_of_a_spreadsheet_can_be_chosen(pages):
     sheets = {
         "Notes": [["a", "b"], ["x", "y"]],

@@ -12,9 +12,10 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from xml.parsers import expat
 
 from deltaw.data.sources import open_source
 from deltaw.errors import UserError
@@ -94,23 +95,33 @@ def main(source: str, output: str, chosen: str = "") -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    unreadable = (CalamineError, zipfile.BadZipFile, expat.ExpatError, KeyError, StopIteration)
     try:
         if zipfile.is_zipfile(source):
             with zipfile.ZipFile(source) as archive:
                 if sum(entry.file_size for entry in archive.infolist()) > MAX_UNZIPPED_BYTES:
                     raise ValueError("the file is too large when it is unpacked")
         workbook = CalamineWorkbook.from_path(source)
-        tables = (SheetTypeEnum.WorkSheet, SheetVisibleEnum.Visible)
-        names = [sheet.name for sheet in workbook.sheets_metadata if (sheet.typ, sheet.visible) == tables]
+        visible = (SheetTypeEnum.WorkSheet, SheetVisibleEnum.Visible)
+        names = [sheet.name for sheet in workbook.sheets_metadata if (sheet.typ, sheet.visible) == visible]
         if chosen and chosen not in names:
-            raise ValueError(f"the file has no visible sheet “{chosen[:80]}”")
-        sheets = ((name, workbook.get_sheet_by_name(name).to_python()) for name in names if chosen in ("", name))
-        name, cells = next((sheet for sheet in sheets if sheet[1]), ("", []))
-        lines, num_empty = _lines(cells)
+            problem = "is hidden" if chosen in workbook.sheet_names else "does not exist"
+            raise ValueError(f"the sheet “{chosen[:80]}” {problem}")
+        sheets = (workbook.get_sheet_by_name(name) for name in names if chosen in ("", name))
+        tables = ((sheet.name, sheet.start, sheet.to_python()) for sheet in sheets)
+        name, start, cells = next((table for table in tables if table[2]), ("", None, []))
+        lines, numbers, used = _lines(cells)
+        num_empty = numbers[-1] - numbers[0] + 1 - len(numbers)
+        hidden_rows = 0
+        hidden_columns = 0
+        if start and Path(source).suffix.lower() == ".xlsx":
+            rows = {start[0] + number + 1 for number in numbers[1:]}
+            columns = {start[1] + index + 1 for index in used}
+            hidden_rows, hidden_columns = _count_hidden(source, name, rows, columns)
         content = "".join(lines).encode()
         if shutil.disk_usage(Path(output).parent).free - len(content) < MIN_FREE_BYTES:
             raise ValueError(f"the disk is almost full, and the rows need {len(content) / 1e6:,.0f} MB")
-    except (CalamineError, MemoryError, ValueError, zipfile.BadZipFile) as error:
+    except (*unreadable, MemoryError, ValueError) as error:
         damaged = "the file is damaged, protected with a password, or not a spreadsheet of the type of its name"
         print(error if isinstance(error, ValueError) else damaged)
         sys.exit(1)
@@ -120,11 +131,13 @@ def main(source: str, output: str, chosen: str = "") -> None:
         text += f" Other sheets are not used: {', '.join(others[:5])}{', …' * (len(others) > 5)}."
     if num_empty:
         text += f" {num_empty:,} empty row{'s were' if num_empty > 1 else ' was'} skipped, so later row numbers differ."
+    if hidden_rows or hidden_columns:
+        text += f" Hidden rows: {hidden_rows:,}, hidden columns: {hidden_columns:,}. They are used like the others."
     print(json.dumps({"note": text, "sheet": name, "sheets": names}))
 
 
-def _lines(sheet: Sequence[Sequence[object]]) -> tuple[list[str], int]:
-    """Return JSON lines with the rows below the titles, and the number of empty rows between them.
+def _lines(sheet: Sequence[Sequence[object]]) -> tuple[list[str], list[int], list[int]]:
+    """Return JSON lines with the rows below the titles, and the indices of rows and of columns that are not empty.
 
     Raises:
         ValueError: if a column has no title, two have the same, or the sheet has no rows.
@@ -141,7 +154,49 @@ def _lines(sheet: Sequence[Sequence[object]]) -> tuple[list[str], int]:
         raise ValueError(f"two columns have the title '{repeated[0][:80]}'")
     records = (dict(zip(titles, (_plain(row[index]) for index in used), strict=True)) for row in rows[1:])
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    return lines, numbers[-1] - numbers[0] + 1 - len(rows)
+    return lines, numbers, used
+
+
+def _count_hidden(source: str, sheet: str, rows: Collection[int], columns: Collection[int]) -> tuple[int, int]:
+    """Return how many of these rows and columns of a sheet of an .xlsx file are hidden. Numbers start at 1."""
+    hidden_rows = 0
+    hidden_columns = 0
+    row = 0
+    with zipfile.ZipFile(source) as archive:
+        sheets = (attributes for tag, attributes in _elements(archive, "xl/workbook.xml") if tag == "sheet")
+        entry = next(attributes for attributes in sheets if attributes["name"] == sheet)
+        relation = next(value for key, value in entry.items() if key.endswith(" id"))
+        links = _elements(archive, "xl/_rels/workbook.xml.rels")
+        target = next(attributes["Target"] for _, attributes in links if attributes.get("Id") == relation)
+        path = "xl/" + target.removeprefix("/").removeprefix("xl/")
+        for tag, attributes in _elements(archive, path):
+            is_hidden = attributes.get("hidden") in ("1", "true")
+            if tag == "row":
+                row = int(attributes.get("r", row + 1))
+                hidden_rows += is_hidden and row in rows
+            elif tag == "col" and is_hidden:
+                hidden = range(int(attributes["min"]), int(attributes["max"]) + 1)
+                hidden_columns += sum(column in hidden for column in columns)
+    return hidden_rows, hidden_columns
+
+
+def _elements(archive: zipfile.ZipFile, path: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield tag and attributes of each element of an XML file, which is read in pieces."""
+    entries = {entry.filename.replace("\\", "/").lower(): entry for entry in archive.infolist()}
+    elements: list[tuple[str, dict[str, str]]] = []
+    parser = expat.ParserCreate(namespace_separator=" ")
+    parser.StartElementHandler = lambda name, attributes: elements.append((name.split(" ")[-1], attributes))
+    parser.StartDoctypeDeclHandler = _reject_doctype
+    with archive.open(entries[path.lower()]) as stream:
+        while piece := stream.read(2**16):
+            parser.Parse(piece)
+            yield from elements
+            elements.clear()
+
+
+def _reject_doctype(*declaration: object) -> None:
+    """Reject declarations of entities, which can expand to any size. Spreadsheets do not have them."""
+    raise ValueError("the file has a document type declaration, which spreadsheets do not have")
 
 
 def _plain(cell: object) -> object:
