@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -93,13 +94,16 @@ def test_targets_of_other_scales_in_merged_model_and_peft(kind, train, bert, mod
     np.testing.assert_allclose(outputs_of(PeftModel.from_pretrained(base, result.output), rows), predictions, rtol=1e-3)
 
 
-def test_merged_run_and_its_server_return_units_of_labels_in_bf16(train, tmp_path):
+def test_merged_run_and_its_server_return_units_of_labels_in_bf16(train, bert, tmp_path):
     pytest.importorskip("httpx", reason="the server tests require httpx (extra 'dev')")
     from deltaw.serving.http.opening import OpenOptions, open_any
     from deltaw.serving.http.settings import Limits, ServerSettings
     from tests.serving.http.server_thread import run_server
 
-    result = train(lambda z: 45000 + 10 * z, precision="bf16")
+    embedder = shutil.copytree(bert, tmp_path / "embedder")  # its files for embeddings must not decide how it is served
+    pooling = [{"idx": 0, "name": "0", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]
+    (embedder / "modules.json").write_text(json.dumps(pooling))
+    result = train(lambda z: 45000 + 10 * z, model=embedder, precision="bf16")
     assert result.evaluation.metrics["rmse"] < 20  # numbers of bf16 near 45,000 have a distance of 256
     merge_run(result.output, tmp_path / "merged")
     for folder in (result.output, tmp_path / "merged"):

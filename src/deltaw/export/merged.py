@@ -32,7 +32,7 @@ from deltaw.hub.checkpoint import (
     match_names,
     read_checkpoint,
 )
-from deltaw.hub.sentence_layout import copy_layout
+from deltaw.hub.sentence_layout import LAYOUT_FILES, copy_layout
 from deltaw.hub.terminators import terminators_in
 from deltaw.hub.tokenizers import CONFIG_FILES, TOKENIZER_FILES, tokenizer_in
 from deltaw.hub.transformers_private import FOLLOWS_MODEL
@@ -497,6 +497,8 @@ def write_metadata_files(model: MergedModel, folder: Path) -> None:
     patterns = [*_COPIED, "*.py"] if base.trust_remote_code else _COPIED
     for source in {path for pattern in patterns for path in base.folder.glob(pattern) if path.is_file()}:
         is_replaced = has_tokenizer and source.name in RUN_TOKENIZER_FILES
+        if base.outputs is not None and source.name in LAYOUT_FILES:
+            continue  # they describe the vectors of the base model, which the merged model with a head does not return
         if not is_replaced and not any(source.match(pattern) for pattern in _NOT_COPIED):
             shutil.copyfile(source, folder / source.name)
     copy_system(run, folder)
