@@ -287,7 +287,7 @@ def write_tensors(file: Writable, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Atomically write a safetensors file. In a dry run, the tensors without values are holes, which read as zeros.
+    """Atomically write a safetensors file. In a dry run, tensors that have no values are holes, which read as zeros.
 
     Raises:
         UserError: if the folder is not writable.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deltaw.experiments.worker import best_constant_answer, single_answer
-from deltaw.tasks.classification.task import _evaluate_classes, _evaluate_numbers
+from deltaw.tasks.classification.task import _evaluate_classes, evaluate_numbers
 from deltaw.training.evaluation.base import Evaluation
 
 
@@ -20,7 +20,8 @@ def make_classified(truth, predicted):
 
 def make_measured(truth, predicted):
     rows = [SimpleNamespace(label=label) for label in truth]
-    return _evaluate_numbers(np.array(truth, float), np.array(predicted, float)), rows
+    evaluation, _, _ = evaluate_numbers(np.array(truth, float), np.array(predicted, float), scale=[1.0])
+    return evaluation, rows
 
 
 def make_generated(expected, predicted):

@@ -151,7 +151,7 @@ class _ChainChecks:
         return task, data
 
     def _save_placeholder(self, stage: Stage, config: RunConfig, task: Task[Any], data: RunData) -> Path | None:
-        """Assemble a stage on fake tensors, and save its adapter without values.
+        """Assemble a stage on fake tensors, and save its adapter, whose values are missing.
 
         Returns:
             Folder of the adapter, or None if the model cannot run on fake tensors.

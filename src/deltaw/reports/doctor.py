@@ -415,6 +415,7 @@ VARIABLES = {
     APPROXIMATION_SWITCHES["int8_logits"]: "0: training does not compute logits with int8 products",
     APPROXIMATION_SWITCHES["summed_classes"]: "0: a head's gradient is computed with every class of every row",
     "DELTAW_CACHE": "cache folder for models, features and measurements",
+    "DELTAW_ALLOWED_FOLDERS": "folders that rows may read images from; set by deltaw mcp and deltaw studio",
     "DELTAW_API_KEY": "API key that requests to deltaw serve must send",
     "DELTAW_PEER_SECONDS": "timeout of processes that train together, in seconds",
     "DELTAW_TRACEBACK": "1: unexpected errors print a traceback",

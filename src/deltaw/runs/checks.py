@@ -105,7 +105,7 @@ def _check_start_base(config: RunConfig, task: Task[Any], data: RunData, start: 
 
 
 def record_file_digests(model: PreTrainedModel, config: RunConfig) -> bool:
-    """Record the digests of the base model's files on a model without values.
+    """Record the digests of the base model's files on a model whose values are missing.
 
     Returns:
         False if the weights are not in safetensors files, or are converted when they are loaded.
