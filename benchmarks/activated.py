@@ -30,7 +30,8 @@ import torch
 
 from deltaw.hub.packages import member
 from deltaw.kernels.processor import processor_flags, processor_name
-from deltaw.runs.fit import fit, load_model
+from deltaw.runs.fit import fit
+from deltaw.runs.load_model import load_model
 from deltaw.settings.config import RunConfig
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.state import rows_of_step

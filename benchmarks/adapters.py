@@ -28,7 +28,8 @@ import torch
 from machine import kernels_text, print_machine
 from transformers import PreTrainedModel
 
-from deltaw.decoding.bank import AdapterBank, Packer
+from deltaw.decoding.attached_adapter import Packer
+from deltaw.decoding.bank import AdapterBank
 from deltaw.decoding.decodable import build_decodable
 from deltaw.decoding.engine import Engine
 from deltaw.decoding.opening import build_engine

@@ -26,7 +26,8 @@ from deltaw.kernels import loader
 from deltaw.kernels.layout import Layout
 from deltaw.lora import LoRAConfig, attach
 from deltaw.machine.choices import choose_threads
-from deltaw.runtime.packed import packed_rows, padded_rows
+from deltaw.runtime.packed import packed_rows
+from deltaw.runtime.padded import padded_rows
 from deltaw.training.causal_objective import CausalObjective
 
 RANK, ALPHA = 16, 32

@@ -52,7 +52,7 @@ def main() -> None:
 
 def start(model: str, precision: str, mode: str) -> list[float]:
     """Return the seconds and CPU seconds of loading a model with its fingerprint."""
-    from deltaw import cache
+    from deltaw.cache import keys
     from deltaw.hub import loading
     from deltaw.lora.fingerprint import base_fingerprint
 
@@ -64,7 +64,7 @@ def start(model: str, precision: str, mode: str) -> list[float]:
     if mode == "none":
         loading.hash_in_background = without_hashing  # type: ignore[assignment]
     elif mode == "first":
-        shutil.rmtree(cache.root() / "remembered" / "weights", ignore_errors=True)
+        shutil.rmtree(keys.root() / "remembered" / "weights", ignore_errors=True)
     wall, processor = time.perf_counter(), time.process_time()
     loaded = loading.load(model, precision=precision, device="cpu")
     if mode != "none":

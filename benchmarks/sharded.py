@@ -137,13 +137,14 @@ def train_in_worker(settings: str) -> None:
     """
     from deltaw.cli import main as command
     from deltaw.memory.plan import Plan
-    from deltaw.runs import fit
+    from deltaw.runs import memory_check, training_run
     from deltaw.training import process  #  noqa: F401
 
     path = Path(json.loads(settings)["output"]).parent / f"run-{os.environ['RANK']}.json"
     path.write_text(settings)
     measurements: dict[str, float] = {}
-    load, plan = fit.load_model, fit.plan_run
+    load = training_run.load_model
+    plan = memory_check.plan_run
 
     def load_for(*args: object, **kwargs: object) -> object:
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak
@@ -155,8 +156,8 @@ def train_in_worker(settings: str) -> None:
         measurements.update(planned=memory_plan.peak_resident_bytes / 1e6, trained=memory_plan.trained_parameters)
         return memory_plan
 
-    fit.load_model = load_for
-    fit.plan_run = plan_run
+    training_run.load_model = load_for
+    memory_check.plan_run = plan_run
     try:
         command(["train", str(path), "--fresh"])
     except SystemExit as exit:

@@ -153,7 +153,8 @@ def tokens_of_step(job: dict[str, Any]) -> Any:
 
 def deltaw_side(job: dict[str, Any]) -> dict[str, Any]:
     from deltaw.hub.loading import load
-    from deltaw.runtime.quantized_weights import quantize_int8, quantize_nf4
+    from deltaw.runtime.nf4 import quantize_nf4
+    from deltaw.runtime.quantized_weights import quantize_int8
 
     tokens = tokens_of_step(job)
     loaded = load(job["reference"], precision=job["precision"], device="cpu", log=lambda line: None)
@@ -174,8 +175,8 @@ def train_deltaw(model: Any, job: dict[str, Any], tokens: Any, candidates: tuple
     from deltaw.data.example import Example
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
     from deltaw.machine.memory import retain_freed_memory
+    from deltaw.runtime.huge_pages import use_large_pages
     from deltaw.runtime.packed import packed_rows
-    from deltaw.runtime.quantized_weights import use_large_pages
     from deltaw.training.approximations import Approximations, GradientCheck, applicable
     from deltaw.training.batchers import BatcherOptions, choose_causal_batcher
     from deltaw.training.causal_objective import CausalObjective

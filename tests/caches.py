@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deltaw import cache
+from deltaw.cache import keys
 
 
 def fake_version(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
@@ -24,10 +24,10 @@ def modify_source(monkeypatch: pytest.MonkeyPatch, copy: Path, module: str) -> N
         copy: Folder for the copy.
         module: Path of the module, relative to the package.
     """
-    shutil.copytree(cache.SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__", "csrc"))
+    shutil.copytree(keys.SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__", "csrc"))
     with (copy / module).open("a", encoding="utf-8") as file:
         file.write("# changed\n")
-    monkeypatch.setattr(cache, "SOURCE", copy)
+    monkeypatch.setattr(keys, "SOURCE", copy)
 
 
 def invalidate(monkeypatch: pytest.MonkeyPatch, copy: Path, dependency: str) -> None:

@@ -95,7 +95,7 @@ def _isolated_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         monkeypatch.setenv("OMP_NUM_THREADS", str(THREADS))
         monkeypatch.setenv("DELTAW_MEASURED", json.dumps({"*": RATES}))
-        monkeypatch.setattr("deltaw.runs.fit.plan_run", shared_plan)
+        monkeypatch.setattr("deltaw.runs.memory_check.plan_run", shared_plan)
         monkeypatch.setattr(os, "fsync", lambda handle: None)
         # Freezing excludes the objects of torch and pytest from each run's garbage collection. Counting frozen
         # objects would be slow too, so that is disabled.
@@ -108,12 +108,12 @@ def _isolated_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.fixture(autouse=True)
 def _fresh_plans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.node.get_closest_marker("planned"):
-        monkeypatch.setattr("deltaw.runs.fit.plan_run", plan_run)
+        monkeypatch.setattr("deltaw.runs.memory_check.plan_run", plan_run)
 
 
 # Functions that predict the time of a plan, by the modules that use them.
 TIME_FUNCTIONS = {
-    "deltaw.runs.fit.with_time": with_time,
+    "deltaw.runs.memory_check.with_time": with_time,
     "deltaw.training.planning.plan_run.with_time": with_time,
     "deltaw.training.planning.budget.with_time": with_time,
     "deltaw.training.planning.plan_cache.plan_with_cached_time": plan_with_cached_time,

@@ -14,8 +14,10 @@ from unittest.mock import Mock
 
 import pytest
 
-from deltaw import cache
-from deltaw.cache import Cache, compute_for_files, file_digest, key, load_result, result_digest, store_result, versions
+from deltaw.cache import keys, results
+from deltaw.cache.entries import Cache
+from deltaw.cache.keys import key, versions
+from deltaw.cache.results import compute_for_files, file_digest, load_result, result_digest, store_result
 from deltaw.errors import UserError
 from tests.caches import fake_version, modify_source
 from tests.test_structure import SOURCE, all_imports
@@ -49,7 +51,7 @@ def test_key_includes_compiled_libraries(tmp_path, monkeypatch):
     modify_source(monkeypatch, tmp_path / "source", "version.py")
     before = key("kind", [], ["deltaw.kernels"])
     (tmp_path / "source" / "kernels" / "_native_new.so").write_bytes(b"another")
-    cache._hash_of_module.cache_clear()
+    keys._hash_of_module.cache_clear()
     assert key("kind", [], ["deltaw.kernels"]) != before
 
 
@@ -65,10 +67,10 @@ def test_key_depends_on_kind_parts_and_listed_dependencies_only(tmp_path, monkey
 
 def test_every_listed_dependency_exists():
     """A misspelled name would never change."""
-    paths = [path for path in cache.SOURCE.rglob("*.py") if re.search(r"(?m)^CACHE_DEPENDENCIES = ", path.read_text())]
+    paths = [path for path in keys.SOURCE.rglob("*.py") if re.search(r"(?m)^CACHE_DEPENDENCIES = ", path.read_text())]
     assert len(paths) > 6
     for path in paths:
-        name = ".".join(["deltaw", *path.relative_to(cache.SOURCE).with_suffix("").parts])
+        name = ".".join(["deltaw", *path.relative_to(keys.SOURCE).with_suffix("").parts])
         for dependency, state in versions(importlib.import_module(name).CACHE_DEPENDENCIES).items():
             assert state != "absent", f"{path}: {dependency}"
 
@@ -92,7 +94,7 @@ def test_row_dependencies_include_all_modules_that_read_rows():
 
 
 def test_file_result_is_cached_until_change_and_rejects_concurrent_change(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "MIN_FILE_AGE", -1.0)
+    monkeypatch.setattr(results, "MIN_FILE_AGE", -1.0)
     file = tmp_path / "file"
     file.write_text("one")
     times = file.stat()
@@ -112,10 +114,10 @@ def test_digest_covers_the_full_file_at_any_size(tmp_path, monkeypatch):
     file.write_bytes(b"abc")
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert file_digest(file) == expected
-    monkeypatch.setattr(cache, "MIN_CACHED_BYTES", 0)
-    monkeypatch.setattr(cache, "MIN_FILE_AGE", -1.0)
+    monkeypatch.setattr(results, "MIN_CACHED_BYTES", 0)
+    monkeypatch.setattr(results, "MIN_FILE_AGE", -1.0)
     assert file_digest(file) == file_digest(file) == expected
-    assert len(list((cache.root() / "remembered" / "files").glob("*.json"))) == 1
+    assert len(list((keys.root() / "remembered" / "files").glob("*.json"))) == 1
 
 
 def test_unwritable_folder_disables_the_cache(folder):

@@ -76,6 +76,16 @@ def test_unusable_numbers_are_rejected():
         assert f"'train.{key}'" in refusal({**MINIMAL, "train": {key: value}}).message
 
 
+# Settings whose value follows from the job.
+NO_ADVICE = {"model", "task", "method", "input.modules", "prompt.text", "train.keep_general"}
+
+
+def test_settings_say_when_to_change_them():
+    listed = {setting.key: setting.when for setting in settings()}
+    assert {key for key, when in listed.items() if not when} == NO_ADVICE
+    assert all(when[0].isupper() and when.endswith(".") for when in listed.values() if when)
+
+
 def test_every_setting_has_a_description_and_its_default():
     described = list(settings())
     assert all(setting.description for setting in described)

@@ -27,7 +27,7 @@ from deltaw.cli import group
 from deltaw.data.example import Example, RowGroup
 from deltaw.methods.files import choose_method
 from deltaw.runs.fit import fit
-from deltaw.runs.record import Result
+from deltaw.runs.result import Result
 from deltaw.runtime.packed import packed_rows
 from deltaw.settings import method_registry
 from deltaw.settings.config import RunConfig, parse_yaml, settings

@@ -18,7 +18,7 @@ from torch import nn
 
 from deltaw import errors as private_apis
 from deltaw.errors import UserError
-from deltaw.kernels import torch_private
+from deltaw.kernels import torch_modules, torch_private
 from deltaw.lora import LoRALinear
 from deltaw.lora.layers import DoRALinear, LoRABiasLinear
 from tests.test_structure import tree_of
@@ -250,7 +250,7 @@ def test_module_tables_match_public_apis(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_copy_with_other_tensors_does_not_change_the_module() -> None:
     module = nn.BatchNorm1d(3)
     weight = nn.Parameter(torch.zeros(3))
-    copy = torch_private.with_tensors(module, {"weight": weight})
+    copy = torch_modules.with_tensors(module, {"weight": weight})
     assert copy.weight is weight and module.weight is not weight
     assert copy.running_mean is module.running_mean and "bias" not in dict(copy.named_parameters())
 
@@ -258,11 +258,11 @@ def test_copy_with_other_tensors_does_not_change_the_module() -> None:
 def test_hooks_are_detected_and_removed_by_id(monkeypatch: pytest.MonkeyPatch) -> None:
     other = _without(monkeypatch, "_backward_hooks")
     module = nn.Linear(2, 2)
-    assert not torch_private.are_hooked([vars(module)]) and other.are_hooked([vars(module)])
+    assert not torch_modules.are_hooked([vars(module)]) and other.are_hooked([vars(module)])
     handles = [module.register_forward_pre_hook(print), module.register_forward_hook(print, always_call=True)]
-    assert torch_private.are_hooked([vars(module)])
-    torch_private.remove_forward_hooks(module, [handle.id for handle in handles])
-    assert not torch_private.are_hooked([vars(module)])
+    assert torch_modules.are_hooked([vars(module)])
+    torch_modules.remove_forward_hooks(module, [handle.id for handle in handles])
+    assert not torch_modules.are_hooked([vars(module)])
 
 
 def test_overridden_convolution_forward_is_detected_without_private_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,12 +25,15 @@ from deltaw.data.example import Example
 from deltaw.kernels import loader
 from deltaw.lora import LoRAConfig
 from deltaw.methods.lora import LoRA
-from deltaw.runtime.fused import _MLP, FusedBlock
-from deltaw.runtime.packed import fused_blocks, packed_rows, padded_rows
+from deltaw.runtime.fused import FusedBlock
+from deltaw.runtime.halves import _MLP
+from deltaw.runtime.packed import fused_blocks, packed_rows
+from deltaw.runtime.padded import padded_rows
 from deltaw.training.batchers import CausalMicroBatcher
 from deltaw.training.causal_objective import CausalObjective
-from deltaw.training.loop import UntrainedParameterError, train
+from deltaw.training.loop import train
 from deltaw.training.state import rows_of_step
+from deltaw.training.trained_check import UntrainedParameterError
 from tests.runtime.families import FALCON, PACKED, VOCABULARY, model_of
 from tests.runtime.test_fused import count_runs
 

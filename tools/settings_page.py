@@ -59,10 +59,16 @@ def row(setting: Setting, kind: str, schema: Mapping[str, Any]) -> tuple[str, st
     short = [f"`--{flag}`" for flag in SHORT.get(setting.key, ())]
     values = ", ".join([kind.replace("|", r"\|"), *bounds(setting.key, schema)])
     default = "required" if setting.default is ... else f"`{json_value(setting.default)}`"
-    meaning = setting.description.replace("|", r"\|").replace("<", "&lt;")
+    meaning = cell(setting.description)
     unit_text = unit(setting)
     values = f"{values} {unit_text}" if unit_text and not {"N", "NUMBER"}.isdisjoint(kind.split("|")) else values
-    return ", ".join([name, *short]), values, default, meaning[:1].upper() + meaning[1:] + "."
+    sentences = [f"{meaning[:1].upper()}{meaning[1:]}.", cell(setting.when)]
+    return ", ".join([name, *short]), values, default, " ".join(filter(None, sentences))
+
+
+def cell(text: str) -> str:
+    """Return a text with the characters escaped that Markdown tables and HTML interpret."""
+    return text.replace("|", r"\|").replace("<", "&lt;")
 
 
 def unit(setting: Setting) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltaw import cache
+from deltaw.cache import keys
 from deltaw.errors import UserError
 
 # Subfolders that transformers reads with a tokenizer.
@@ -161,7 +161,7 @@ def was_referenced(kind: str, value: object) -> bool:
 
 
 def _record_path() -> Path:
-    return cache.root() / "named"
+    return keys.root() / "named"
 
 
 def _lines(file: Path) -> set[str]:

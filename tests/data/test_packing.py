@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.data.example import Example
-from deltaw.data.packing import MIN_SHARED_TOKENS, epoch_order, pack, packed_length, pad, split_into_microbatches
+from deltaw.data.packing import epoch_order, pack, packed_length, pad, split_into_microbatches
+from deltaw.data.prefix_tree import MIN_SHARED_TOKENS
 
 
 def example(tokens, labels=None, row=1):

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from deltaw.experiments.worker import Trial, TrialWorker
+from deltaw.experiments.trial import Trial
+from deltaw.experiments.worker import TrialWorker
 from deltaw.progress import ignore_line
 from deltaw.settings.config import RunConfig
 from tests.conftest import COLORS, Settings, deep_merge, write_rows

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from deltaw.experiments.worker import best_constant_answer, single_answer
+from deltaw.experiments.constant_answers import best_constant_answer, single_answer
 from deltaw.tasks.classification.task import _evaluate_classes, evaluate_numbers
 from deltaw.training.evaluation.base import Evaluation
 

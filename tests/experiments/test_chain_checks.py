@@ -19,7 +19,7 @@ from deltaw.experiments import chain_checks
 from deltaw.experiments.chain import planned_stages, train_stages
 from deltaw.methods.start import StartAdapter
 from deltaw.settings.stages import Chain, read_chain
-from deltaw.training.planning.plan_run import FakeModel
+from deltaw.training.planning.fake_model import FakeModel
 from tests.byte_models import save_model, tiny_gpt2, tiny_llama
 from tests.conftest import COLORS, deep_merge, refusal, write_rows
 from tests.training.runs import ADAPTER

@@ -9,8 +9,9 @@ from importlib.util import find_spec
 import pytest
 
 from deltaw.errors import UserError
+from deltaw.experiments.cluster import Cluster, run_on_cluster
 from deltaw.experiments.compare import compare
-from deltaw.experiments.jobs import Cluster, Job, WorkerExited, run_on_cluster
+from deltaw.experiments.jobs import Job, WorkerExited
 from deltaw.experiments.tune import tune
 from deltaw.settings.config import RunConfig
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deltaw.experiments.comparison import difference_interval, mean_squares, random_effects_interval
+from deltaw.experiments.intervals import difference_interval, mean_squares, random_effects_interval
 
 
 def width(interval):

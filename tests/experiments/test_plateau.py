@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from deltaw.experiments.until_flat import MIN_EVALUATIONS, has_flattened, steps_between
+from deltaw.experiments.flattening import MIN_EVALUATIONS, has_flattened
+from deltaw.experiments.until_flat import steps_between
 
 
 def evaluations_until_flat(losses, untrained=4.0) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deltaw.errors import UserError
-from deltaw.experiments.tune import (
+from deltaw.experiments.search_space import (
     CategoricalValues,
     Range,
     apply_values,

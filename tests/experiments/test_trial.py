@@ -7,7 +7,7 @@ import math
 import pytest
 
 from deltaw.errors import UserError
-from deltaw.experiments.worker import TrainingStopped, split_validation
+from deltaw.experiments.trial import TrainingStopped, split_validation
 
 
 @pytest.mark.parametrize("method", ["lora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("random", "prompt"))])

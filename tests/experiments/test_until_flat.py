@@ -11,8 +11,8 @@ import torch
 
 from deltaw.errors import UserError
 from deltaw.experiments.folder import Budget
+from deltaw.experiments.trial import TrainingStopped
 from deltaw.experiments.until_flat import BestPoint, Cooldown
-from deltaw.experiments.worker import TrainingStopped
 
 
 def validation_loss(trial):

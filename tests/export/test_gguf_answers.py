@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from deltaw.export.gguf_model import export_gguf, export_gguf_adapter
+from deltaw.export.gguf_adapter import export_gguf_adapter
+from deltaw.export.gguf_model import export_gguf
 from deltaw.hub.folders import resolve
 from deltaw.hub.loading import load
 from deltaw.lora import LoRAConfig, attach, disabled, save_adapter

@@ -20,7 +20,8 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrain
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from deltaw.export.formats import export
-from deltaw.export.gguf_model import export_gguf, export_gguf_adapter
+from deltaw.export.gguf_adapter import export_gguf_adapter
+from deltaw.export.gguf_model import export_gguf
 from deltaw.hub.processors import ModelProcessor
 from deltaw.hub.vision import VisionLanguageModel, text_view
 from deltaw.lora import LoRAConfig, attach, save_adapter

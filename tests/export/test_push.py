@@ -12,8 +12,9 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from deltaw.export.hub_card import PublicBase, path_in, public_name, remove_secrets
+from deltaw.export.hub_card import PublicBase, public_name
 from deltaw.export.push import collect_files, push
+from deltaw.export.secrets import path_in, remove_secrets
 from deltaw.methods.trust import read_folder
 from deltaw.runs.fit import fit
 from deltaw.runs.folder import read_run

@@ -20,8 +20,8 @@ from deltaw.hub.loading import load
 from deltaw.kernels import operators
 from deltaw.machine.choices import UNTESTED_GPU
 from deltaw.runs.fit import fit
+from deltaw.runtime.nf4 import round_to_nf4
 from deltaw.runtime.packed import packed_rows
-from deltaw.runtime.quantized_weights import round_to_nf4
 from deltaw.serving.http.opening import OpenOptions, open_served
 from deltaw.training.batchers import CausalMicroBatcher
 from deltaw.training.drift import measure_drift

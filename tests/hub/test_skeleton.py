@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltaw.hub.loading import has_values, load, skeleton
+from deltaw.hub.loading import load
+from deltaw.hub.skeletons import has_values, skeleton
 from deltaw.memory.simulation import fake_tensors
-from deltaw.runtime.packed import can_pack
+from deltaw.runtime.packing_checks import can_pack
 from tests.data.conftest import refusal
 from tests.memory.conftest import model_of
 from tests.tiny_models import PADDED, causal_model

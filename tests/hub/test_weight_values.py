@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from deltaw import cache
-from deltaw.hub import checkpoint
+from deltaw.cache import keys, results
+from deltaw.hub import weight_digests
 from deltaw.hub.loading import load
 from deltaw.lora.fingerprint import TensorDigest, base_fingerprint, digest_pieces, recorded_digest, same_base
-from deltaw.runtime.quantized_weights import quantize_int8, quantize_nf4
+from deltaw.runtime.nf4 import quantize_nf4
+from deltaw.runtime.quantized_weights import quantize_int8
 from tests.byte_models import save_model, tiny_llama
 from tests.data.conftest import refusal
 from tests.tiny_models import causal_model
@@ -36,9 +37,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def hash_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Number of times that tensors of a file were hashed. Recent changes are treated as old."""
     calls: list[int] = []
-    real = checkpoint.map_in_threads
-    monkeypatch.setattr(checkpoint, "map_in_threads", lambda *args: calls.append(1) or real(*args))
-    monkeypatch.setattr(cache, "MIN_FILE_AGE", -1.0)
+    real = weight_digests.map_in_threads
+    monkeypatch.setattr(weight_digests, "map_in_threads", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr(results, "MIN_FILE_AGE", -1.0)
     return calls
 
 
@@ -109,7 +110,7 @@ def test_file_is_hashed_once_until_it_changes(folder: Path, hash_calls: list[int
 
 
 def test_file_change_during_loading_is_rejected(folder: Path) -> None:
-    with checkpoint.hash_in_background(folder) as note:
+    with weight_digests.hash_in_background(folder) as note:
         model = load_reference(folder)
         time.sleep(0.02)
         change_one_value(folder / FILE, "model.norm.weight", 0)
@@ -121,7 +122,7 @@ def test_sharding_does_not_matter_and_new_files_are_not_cached(folder: Path, tmp
     load_reference(folder).save_pretrained(tmp_path / "shards", max_shard_size="40KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     assert base_fingerprint(load_model(tmp_path / "shards")) == base_fingerprint(load_model(folder))
-    assert not (cache.root() / "remembered" / "weights").exists()
+    assert not (keys.root() / "remembered" / "weights").exists()
 
 
 def test_quantized_weights_have_the_original_fingerprint(folder: Path, monkeypatch) -> None:
@@ -137,8 +138,8 @@ def test_hashing_stops_when_cancelled(folder: Path) -> None:
     stop = threading.Event()
     stop.set()
     with pytest.raises(CancelledError):
-        checkpoint.folder_digests(folder, stop)
-    assert not list(cache.root().rglob("remembered/**/*.json"))
+        weight_digests.folder_digests(folder, stop)
+    assert not list(keys.root().rglob("remembered/**/*.json"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
@@ -151,6 +152,6 @@ def test_files_are_not_mapped_during_hashing(folder: Path, monkeypatch: pytest.M
         maps.append(Path("/proc/self/maps").read_text())
         return digest
 
-    monkeypatch.setattr(checkpoint, "digest_pieces", spy)
-    checkpoint.folder_digests(folder)
+    monkeypatch.setattr(weight_digests, "digest_pieces", spy)
+    weight_digests.folder_digests(folder)
     assert maps and not any(str(folder) in mapped for mapped in maps)

@@ -7,7 +7,7 @@ import importlib.metadata
 import pytest
 
 from deltaw.reports import doctor as installed
-from deltaw.reports.doctor import packages
+from deltaw.reports.installed_packages import packages
 
 
 @pytest.fixture(autouse=True)

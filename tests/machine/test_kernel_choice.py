@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig
 
-from deltaw.cache import load_result, store_result
+from deltaw.cache.results import load_result, store_result
 from deltaw.errors import UserError
 from deltaw.kernels import linear, loader, variants
 from deltaw.kernels.arithmetic import WEIGHT_TYPES, Arithmetic, supported_arithmetics

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from deltaw.machine.memory import MAX_RETAINED_BYTES, trim_memory
-from deltaw.memory.simulation import MemoryTracker
+from deltaw.memory.storage_tracker import MemoryTracker
 from deltaw.memory.work import WorkCounter
 from tests.peak_memory import peak_tensor_bytes, storage_bytes
 

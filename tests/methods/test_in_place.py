@@ -15,8 +15,9 @@ from deltaw.data.packing import pad
 from deltaw.lora import OtherBaseModelWarning
 from deltaw.methods.base import Method
 from deltaw.methods.files import method_from_folder
-from deltaw.methods.in_place import Bias, Full, Head, Last, Random
 from deltaw.methods.settings import HeadSettings, LastSettings, RandomSettings
+from deltaw.methods.single_weights import Random
+from deltaw.methods.whole_parameters import Bias, Full, Head, Last
 from deltaw.training.causal_objective import CausalObjective
 from tests.conftest import refusal
 from tests.methods.rows import random_rows

@@ -17,13 +17,13 @@ import deltaw
 from deltaw.cli.options import settings_flags
 from deltaw.experiments.compare import check_methods
 from deltaw.experiments.folder import result_settings
-from deltaw.experiments.tune import CategoricalValues, Range, default_space
+from deltaw.experiments.search_space import CategoricalValues, Range, default_space
 from deltaw.settings import method_registry
 from deltaw.settings.config import RunConfig
 from deltaw.settings.config import settings as all_settings
 from deltaw.settings.method_registry import MethodEntry
 from deltaw.training.open_run import open_run
-from deltaw.training.planning.plan_cache import parse_methods
+from deltaw.training.planning.plan_arguments import parse_methods
 from tests.conftest import refusal
 from tests.methods.toy_method import ENTRY, Norms
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from deltaw.data.example import LabeledExample
 from deltaw.methods.base import Method
 from deltaw.methods.files import method_from_folder
-from deltaw.runtime.packed import padded_rows
+from deltaw.runtime.padded import padded_rows
 from deltaw.tasks.classification.objective import LabelObjective
 from deltaw.training.batchers import LabelMicroBatcher
 from deltaw.training.rendered_rows import render_example

@@ -17,16 +17,18 @@ from transformers import PreTrainedModel
 from deltaw.errors import UserError
 from deltaw.lora import LoRAConfig
 from deltaw.methods.base import Method
-from deltaw.methods.in_place import Bias, Full, Head, Input, Last, Random
 from deltaw.methods.lora import LoRA
 from deltaw.methods.prompt import SoftPrompt
 from deltaw.methods.settings import LastSettings, PromptSettings, RandomSettings
+from deltaw.methods.single_weights import Input, Random
+from deltaw.methods.whole_parameters import Bias, Full, Head, Last
 from deltaw.runtime.packed import packed_rows
 from deltaw.runtime.recognition import blocks_of
 from deltaw.training.batchers import CausalMicroBatcher
 from deltaw.training.causal_objective import CausalObjective
-from deltaw.training.loop import may_skip, train
+from deltaw.training.loop import train
 from deltaw.training.rendered_rows import render_example
+from deltaw.training.trained_check import may_skip
 from tests.methods.rows import random_rows
 from tests.tiny_models import CAUSAL, PADDED, causal_model
 

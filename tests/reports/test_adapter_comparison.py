@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltaw.reports.inspect import _shared_prefix, compare_adapters
+from deltaw.reports.adapter_comparison import _shared_prefix, compare_adapters
 from tests.export.merge_cases import adapter_folder, base_folder
 from tests.export.test_merge_combine import deltas
 from tests.reports.consoles import render_text

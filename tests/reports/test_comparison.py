@@ -10,15 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from deltaw.experiments.comparison import (
-    Comparison,
-    MethodResult,
-    SeedResult,
-    comparison_markdown,
-    duration,
-    findings,
-    size,
-)
+from deltaw.experiments.comparison import Comparison, MethodResult, SeedResult, duration, findings, size
+from deltaw.experiments.comparison_page import comparison_markdown
 from deltaw.reports.comparison import comparison_tables, draw_comparison
 from tests.reports.consoles import render_text
 

@@ -15,20 +15,9 @@ from deltaw.kernels.arithmetic import Arithmetic
 from deltaw.machine.choices import Choice
 from deltaw.machine.kernel_choice import KernelChoice
 from deltaw.machine.product_rates import GENERIC, ProductRates
-from deltaw.reports.doctor import (
-    VARIABLES,
-    Diagnosis,
-    Disk,
-    DoctorFinding,
-    Examination,
-    Gpu,
-    Kernels,
-    ModelSizes,
-    Package,
-    diagnose,
-    folder_bytes,
-    gather,
-)
+from deltaw.reports.diagnosis import VARIABLES, Diagnosis, Disk, Gpu, Kernels, ModelSizes, folder_bytes, gather
+from deltaw.reports.doctor import DoctorFinding, Examination, diagnose
+from deltaw.reports.installed_packages import Package
 from tests.reports.consoles import render_text
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from deltaw.machine.choices import Choice
 from deltaw.reports.live_line import LiveLine
 from deltaw.reports.progress import TerminalCallback, print_summary
 from deltaw.reports.tables import TerminalOutput
-from deltaw.runs.record import Result
+from deltaw.runs.result import Result
 from deltaw.settings.config import RunConfig
 from deltaw.training.callbacks import RunStart, Sample
 from deltaw.training.drift import Drift

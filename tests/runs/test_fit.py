@@ -12,7 +12,8 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM
 
 from deltaw.errors import UserError
-from deltaw.runs.fit import PartTimer, fit
+from deltaw.runs.fit import fit
+from deltaw.runs.part_timer import PartTimer
 from deltaw.runtime.packed import packed_rows
 from deltaw.settings.config import RunConfig
 from deltaw.training.batchers import CausalMicroBatcher
@@ -56,7 +57,7 @@ def test_fit_writes_all_files(settings, tmp_path):
 def test_result_contains_time_by_part(settings, tmp_path, monkeypatch):
     now = itertools.count()
     with monkeypatch.context() as patched:  # every clock read advances by one second
-        patched.setattr("deltaw.runs.fit.time", SimpleNamespace(monotonic=lambda: float(next(now))))
+        patched.setattr("deltaw.runs.part_timer.time", SimpleNamespace(monotonic=lambda: float(next(now))))
         clock = PartTimer()
         with clock.part("loading"), clock.part("planning"):
             clock.add("training", 0.25)
@@ -70,7 +71,7 @@ def test_result_contains_time_by_part(settings, tmp_path, monkeypatch):
 
 def test_attention_fallback_during_training_is_a_line_and_a_note(settings, tmp_path, monkeypatch):
     line, calls = "attention of 4/2 heads: computed in tiles (a reason)", itertools.count()
-    monkeypatch.setattr("deltaw.runs.fit.gpu_attention.notes", lambda: [line] if next(calls) else [])
+    monkeypatch.setattr("deltaw.runs.run_callback.gpu_attention.notes", lambda: [line] if next(calls) else [])
     result, output = fit_with_output(settings(tmp_path / "run"))
     assert output.count(line) == 1
     assert json.loads((result.output / "run.json").read_text())["notes"].count(line) == 1

@@ -12,7 +12,8 @@ from torch import nn
 from deltaw.kernels import loader
 from deltaw.lora import adapter_parameters
 from deltaw.memory.simulation import fake_tensors
-from deltaw.runtime.packed import can_pack, fused_padded_blocks, padded_rows
+from deltaw.runtime.packing_checks import can_pack
+from deltaw.runtime.padded import fused_padded_blocks, padded_rows
 from deltaw.runtime.quantized_weights import quantize_int8
 from tests.runtime.families import (
     ENCODERS,

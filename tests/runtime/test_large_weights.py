@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from deltaw.kernels import large_pages, loader
-from deltaw.runtime import quantized_weights
-from deltaw.runtime.quantized_weights import use_large_pages
+from deltaw.runtime import huge_pages
+from deltaw.runtime.huge_pages import use_large_pages
 from tests.mapped_files import resident_bytes
 
 SIZE = 1024  # a square fp32 weight of this size has 4 MiB
@@ -100,7 +100,7 @@ def test_pages_of_mapped_file_are_released(tmp_path: Path, monkeypatch: pytest.M
     model.weight = nn.Parameter(load_file(file)["weight"], requires_grad=False)
     assert float(model.weight[-1, -1]) == 8 * SIZE * SIZE - 1
     assert model.weight.sum() > 0 and resident_bytes(file) > 30 << 20
-    monkeypatch.setattr(quantized_weights, "MOVE_CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(huge_pages, "MOVE_CHUNK_BYTES", 1 << 20)
     other = model.weight.detach()  # prevents the file from being unmapped
     assert use_large_pages(model) == 32 << 20
     assert resident_bytes(file) < 2 << 20
@@ -109,7 +109,7 @@ def test_pages_of_mapped_file_are_released(tmp_path: Path, monkeypatch: pytest.M
 
 def test_weights_do_not_move_if_allocated_or_memory_is_low(tmp_path, monkeypatch):
     allocated, mapped = Model(), _mapped_model(tmp_path / "weights.safetensors")
-    for model, free in ((allocated, quantized_weights.free_memory_bytes()), (mapped, 12 * SIZE * SIZE)):
-        monkeypatch.setattr(quantized_weights, "free_memory_bytes", lambda free=free: free)
+    for model, free in ((allocated, huge_pages.free_memory_bytes()), (mapped, 12 * SIZE * SIZE)):
+        monkeypatch.setattr(huge_pages, "free_memory_bytes", lambda free=free: free)
         before = _addresses(model)
         assert use_large_pages(model) == 0 and _addresses(model) == before

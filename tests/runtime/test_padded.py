@@ -10,7 +10,7 @@ import torch
 
 from deltaw.kernels import loader
 from deltaw.runtime import packed
-from deltaw.runtime.packed import padded_rows
+from deltaw.runtime.padded import padded_rows
 from tests.runtime.families import VOCABULARY, encoder_of, relative_error
 from tests.runtime.test_fused import count_runs
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deltaw.decoding.bank import AdapterBank, Packer
+from deltaw.decoding.attached_adapter import Packer
+from deltaw.decoding.bank import AdapterBank
 from deltaw.decoding.decodable import Decodable
 
 

@@ -13,7 +13,8 @@ import pytest
 from transformers import PreTrainedModel
 
 from deltaw.decoding.adapters import ActiveAdapter, AdapterInfo, FixedAdapters
-from deltaw.decoding.bank import AdapterBank, Packer
+from deltaw.decoding.attached_adapter import Packer
+from deltaw.decoding.bank import AdapterBank
 from deltaw.decoding.request import Request
 from deltaw.errors import UserError
 from deltaw.methods.base import Method

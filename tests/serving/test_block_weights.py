@@ -15,7 +15,7 @@ from deltaw.decoding.decodable import build_decodable, tolerance
 from deltaw.kernels import loader
 from deltaw.kernels.block_linear import FORMATS, BlockWeight
 from deltaw.lora.layers_quantized import BlockEmbedding, BlockLinear
-from deltaw.runtime.quantized_weights import quantize_nf4
+from deltaw.runtime.nf4 import quantize_nf4
 from tests.byte_models import tiny_llama
 from tests.kernels.test_decode_blocks import scaled_random_blocks
 from tests.runtime.families import VOCABULARY, model_of

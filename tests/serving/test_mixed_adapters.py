@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 
-from deltaw.decoding.bank import Packer, pack_attached_adapter
+from deltaw.decoding.attached_adapter import Packer, pack_attached_adapter
 from deltaw.decoding.decodable import build_decodable, tolerance
 from deltaw.kernels import loader
 from deltaw.lora import load_adapter

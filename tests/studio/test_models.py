@@ -228,9 +228,9 @@ def test_plan_that_does_not_fit_offers_settings(
 def test_model_larger_than_the_memory_is_not_planned(
     client: TestClient, draft: Draft, studio: Studio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deltaw.training.planning import plan_run
+    from deltaw.training.planning import fake_model, plan_run
 
-    monkeypatch.setattr(plan_run, "memory_limit_bytes", lambda: Choice(10**4, "a small machine"))
+    monkeypatch.setattr(fake_model, "memory_limit_bytes", lambda: Choice(10**4, "a small machine"))
     monkeypatch.setattr(plan_run, "simulate", None)
     monkeypatch.setattr(studio.worker, "result", lambda call, arguments, draft: worker.CALLS[call](**arguments))
     text = client.get(f"/drafts/{draft.identity}/part/plan").text

@@ -9,9 +9,10 @@ import torch
 
 from deltaw.data.example import Example
 from deltaw.lora import LoRAConfig
-from deltaw.methods.in_place import Bias, Full, Random
 from deltaw.methods.lora import LoRA
 from deltaw.methods.settings import RandomSettings
+from deltaw.methods.single_weights import Random
+from deltaw.methods.whole_parameters import Bias, Full
 from deltaw.runtime.packed import packed_rows
 from deltaw.training.batchers import CausalMicroBatcher
 from deltaw.training.causal_objective import CausalObjective

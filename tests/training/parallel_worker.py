@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from deltaw.cli import main
 from deltaw.training.loop import _Loop
-from deltaw.training.parallel import group
+from deltaw.training.parallel import gradient_sum
 
 
 def count_sums(path: str) -> None:
@@ -85,7 +85,7 @@ def break_at(step: str) -> None:
 
 
 if __name__ == "__main__":
-    group.PART_BYTES = 64
+    gradient_sum.PART_BYTES = 64
     hooks = {"COUNTED": count_sums, "DIES_AT": die_at, "HELD": record_weight_bytes, "BREAKS_AT": break_at}
     for variable, call in hooks.items():
         if variable in os.environ:

@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from deltaw.reports.progress import TerminalCallback
 from deltaw.reports.tables import TerminalOutput
 from deltaw.runs import checkpoints
-from deltaw.runs.fit import fit, load_model
-from deltaw.runs.record import Result
+from deltaw.runs.fit import fit
+from deltaw.runs.load_model import load_model
+from deltaw.runs.result import Result
 from deltaw.settings.config import RunConfig
 from deltaw.training.callbacks import Callback
 from deltaw.training.evaluation.base import Evaluation

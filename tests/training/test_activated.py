@@ -20,16 +20,17 @@ from deltaw.data.example import Example, RowGroup
 from deltaw.lora import LoRAConfig, adapter_parameters, attach
 from deltaw.machine.choices import Choice
 from deltaw.runs.fit import fit
-from deltaw.runtime import packed as partial_check
+from deltaw.runtime import packing_checks
 from deltaw.runtime.packed import backbone_of, packed_rows
 from deltaw.tasks.language.task import evaluate_causal
 from deltaw.training.batchers import BatcherOptions, choose_causal_batcher
 from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.features import prefix_cache, store
-from deltaw.training.features.prompts import PromptIndex, StoredPrompts, stored_prompts
+from deltaw.training.features.prompt_store import stored_prompts
+from deltaw.training.features.prompts import PromptIndex, StoredPrompts
 from deltaw.training.features.store import StoreLocation
+from deltaw.training.feed import Feed
 from deltaw.training.losses import RowLogProbs
-from deltaw.training.microbatches import Feed
 from deltaw.training.preparation import checkpoint_blocks
 from tests.byte_models import byte_tokenizer
 from tests.conftest import COLORS, deep_merge, refusal, write_rows
@@ -273,11 +274,11 @@ def test_model_without_packing_uses_masked_padded_rows():
 
 
 def test_model_with_different_split_outputs_runs_entire_rows(monkeypatch):
-    model, original = adapted("llama"), partial_check._run
-    assert partial_check.can_run_separately(model).value
-    monkeypatch.setattr(partial_check, "_DIFFERENCES", {})
+    model, original = adapted("llama"), packing_checks._run
+    assert packing_checks.can_run_separately(model).value
+    monkeypatch.setattr(packing_checks, "_DIFFERENCES", {})
     # Simulates an adapter that also acts on the prompt.
-    monkeypatch.setattr(partial_check, "_run", lambda *args, acting: original(*args, acting=True))
+    monkeypatch.setattr(packing_checks, "_run", lambda *args, acting: original(*args, acting=True))
     with choose_prompts(model, rows()) as (prompts, choice):
         assert prompts is None and "has different outputs" in choice.why
 

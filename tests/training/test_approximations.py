@@ -24,7 +24,8 @@ from deltaw.kernels.variants import APPROXIMATION_SWITCHES
 from deltaw.lora import LoRAConfig, adapter_parameters, attach
 from deltaw.machine.kernel_choice import KernelChoice
 from deltaw.methods.base import ADAPTER_WEIGHTS
-from deltaw.runs.fit import fit, load_model
+from deltaw.runs.fit import fit
+from deltaw.runs.load_model import load_model
 from deltaw.runtime.packed import packed_rows
 from deltaw.runtime.widened import widened
 from deltaw.settings.config import RunConfig
@@ -240,7 +241,7 @@ def test_failing_approximation_is_disabled_during_the_run(bf16_run, monkeypatch)
             if step.step == 1:
                 rescale(models[-1], 64)
 
-    monkeypatch.setattr("deltaw.runs.fit.load_model", loading)
+    monkeypatch.setattr("deltaw.runs.load_model.load_model", loading)
     output, resumed_output = Changing(), RecordingCallback()
     result = fit(bf16_run("failing"), callback=output)
     assert [line for line in output.lines if line.startswith("approximation disabled from step 2: gradients")]

@@ -14,7 +14,7 @@ from deltaw.lora.layers import LoRAForeignLinear
 from deltaw.lora.layers_quantized import quantize_linear_nf4
 from deltaw.lora.stored import count_logical_parameters
 from deltaw.machine import choices
-from deltaw.runtime.quantized_weights import bitsandbytes_linear, quantize_nf4, quantize_with_bitsandbytes
+from deltaw.runtime.nf4 import bitsandbytes_linear, quantize_nf4, quantize_with_bitsandbytes
 from deltaw.training.preparation import quantize_weights
 from tests.byte_models import byte_tokenizer, save_model, tiny_gpt2, tiny_llama
 from tests.conftest import refusal

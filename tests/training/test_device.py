@@ -21,8 +21,8 @@ from deltaw.training import loop
 from deltaw.training.batchers import CausalMicroBatcher
 from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.evaluation.general import GeneralRehearsal, base_log_probs
-from deltaw.training.features import prefix_cache
-from deltaw.training.features.prefix_cache import DeviceStore, with_device_copy
+from deltaw.training.features import device_store
+from deltaw.training.features.device_store import DeviceStore, with_device_copy
 from deltaw.training.features.store import MemoryStore, Shape, open_store
 from deltaw.training.loop import train
 from tests.tiny_models import causal_model
@@ -160,7 +160,7 @@ def test_existing_vectors_are_copied_to_device_once(monkeypatch):
 def test_device_copy_requires_enough_memory(monkeypatch):
     inner = MemoryStore(SHAPE)
     assert with_device_copy(inner, torch.device("cpu")) is inner
-    monkeypatch.setattr(prefix_cache, "DeviceStore", lambda store, device: "a copy")
+    monkeypatch.setattr(device_store, "DeviceStore", lambda store, device: "a copy")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for free, expected in ((1000, "a copy"), (100, inner)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from deltaw import cache
+from deltaw.cache import keys
 from deltaw.decoding.generation import generate
 from deltaw.errors import UserError
 from deltaw.kernels import loader
@@ -163,7 +163,7 @@ def test_answers_are_cached_by_model_version_code_and_arithmetic(model_and_token
     changed_arithmetic = dataclasses.replace(loader.arithmetic(), fp32="wide")
 
     def damage():
-        for file in (cache.root() / "remembered" / "general").iterdir():
+        for file in (keys.root() / "remembered" / "general").iterdir():
             file.write_text(json.dumps({**json.loads(file.read_text()), "value": [[1, "two"]]}))
 
     first = None

@@ -22,10 +22,11 @@ from deltaw.tasks.classification.objective import LabelObjective
 from deltaw.training.batchers import CausalMicroBatcher, ImageMicroBatcher, LabelMicroBatcher
 from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.features import store as feature_store
-from deltaw.training.features.prefix_cache import Sharing, cached_prefix
+from deltaw.training.features.prefix_cache import cached_prefix
+from deltaw.training.features.shared_store import Sharing
 from deltaw.training.features.store import StoreLocation
+from deltaw.training.feed import Feed
 from deltaw.training.loop import train
-from deltaw.training.microbatches import Feed
 from deltaw.training.preparation import checkpoint_blocks
 from tests.caches import fake_version, modify_source
 from tests.tiny_models import VOCABULARY, causal_model

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from deltaw.training.parallel import group as gradient_sum
-from deltaw.training.parallel.group import GradientSum, _ranges
+from deltaw.training.parallel import gradient_sum
+from deltaw.training.parallel.gradient_sum import GradientSum, _ranges
 from deltaw.training.state import MasterWeights
 from tests.training.parallel_runs import free_port, needs_gloo
 

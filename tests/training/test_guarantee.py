@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from deltaw.training.loop import TrainedCheck, UntrainedParameterError, UntrainedParameterWarning, may_skip
+from deltaw.training.trained_check import TrainedCheck, UntrainedParameterError, UntrainedParameterWarning, may_skip
 
 
 def steps(network: nn.Module, loss_of, count: int = 3, rate: float = 1e-3, **settings: object) -> None:

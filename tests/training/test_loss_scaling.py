@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from deltaw.training import state as training_state
-from deltaw.training.loop import UntrainedParameterError, train
-from deltaw.training.microbatches import Objective
+from deltaw.training.loop import train
+from deltaw.training.objective import Objective
 from deltaw.training.process import random_state, set_random_state
 from deltaw.training.state import NotFiniteError, TrainOptions, TrainState
+from deltaw.training.trained_check import UntrainedParameterError
 from tests.training.loops import SPLIT, Training, examples
 
 FP16_MAX = torch.finfo(torch.float16).max

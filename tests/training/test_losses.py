@@ -14,8 +14,8 @@ import deltaw
 from deltaw.data.example import Example, RowGroup
 from deltaw.data.packing import pack, pad
 from deltaw.lora import LoRAConfig
-from deltaw.methods.in_place import Full
 from deltaw.methods.lora import LoRA
+from deltaw.methods.whole_parameters import Full
 from deltaw.runtime.packed import packed_rows
 from deltaw.training import causal_objective
 from deltaw.training.batchers import CausalMicroBatcher

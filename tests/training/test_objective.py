@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from deltaw.runtime.packed import can_pack, packed_rows
+from deltaw.runtime.packed import packed_rows
+from deltaw.runtime.packing_checks import can_pack
 from deltaw.training import causal_objective as objective_module
 from deltaw.training.batchers import CausalMicroBatcher
 from deltaw.training.causal_objective import CausalObjective, chunked_cross_entropy

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from deltaw.runs.fit import fit
-from deltaw.training.parallel.group import distribute_rows
 from deltaw.training.parallel.joining import read_launch_environment
+from deltaw.training.parallel.row_distribution import distribute_rows
 from tests.conftest import RATES, refusal, write_rows
 from tests.kernels.conftest import compiled_only
 from tests.training.loops import example

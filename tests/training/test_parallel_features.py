@@ -8,9 +8,10 @@ import torch
 
 from deltaw.runs.fit import fit
 from deltaw.training.features import store as stores
-from deltaw.training.features.prefix_cache import Sharing
+from deltaw.training.features.shared_store import Sharing
 from deltaw.training.features.store import Shape, open_store
-from deltaw.training.parallel.group import Group, LaunchEnvironment
+from deltaw.training.parallel.group import Group
+from deltaw.training.parallel.launch_environment import LaunchEnvironment
 from tests.conftest import deep_merge, refusal, write_rows
 from tests.training.parallel_runs import assert_same_run, needs_gloo, train_all
 

@@ -15,7 +15,9 @@ from deltaw.runtime.packed import packed_rows
 from deltaw.tasks.preference.settings import PreferenceSettings
 from deltaw.tasks.preference.task import PreferenceTask, UnpairedMicroBatcher
 from deltaw.training.batchers import CausalMicroBatcher
-from deltaw.training.parallel.group import Group, LaunchEnvironment, distribute_rows
+from deltaw.training.parallel.group import Group
+from deltaw.training.parallel.launch_environment import LaunchEnvironment
+from deltaw.training.parallel.row_distribution import distribute_rows
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import write_rows
 from tests.training.loops import example

@@ -29,13 +29,16 @@ from deltaw.machine.choices import Choice
 from deltaw.machine.memory import release_free_memory, resident_bytes
 from deltaw.memory.plan import KINDS, PHASES, Plan
 from deltaw.progress import use_listener
-from deltaw.runs.fit import fit, load_model
+from deltaw.runs.fit import fit
+from deltaw.runs.load_model import load_model
 from deltaw.settings.config import RunConfig
 from deltaw.tensor_files import read_header
 from deltaw.training.approximations import GradientCheck
+from deltaw.training.planning import fake_model
 from deltaw.training.planning import plan_run as plan_run_module
+from deltaw.training.planning.lasting_bytes import LASTING_BYTES
 from deltaw.training.planning.plan_cache import CachedPlan
-from deltaw.training.planning.plan_run import LASTING_BYTES, plan_methods, plan_run
+from deltaw.training.planning.plan_run import plan_methods, plan_run
 from deltaw.training.session import assemble, read_data
 from deltaw.training.state import rows_of_step
 from tests.byte_models import byte_tokenizer, save_model, tiny_llama
@@ -305,7 +308,9 @@ def test_run_reports_plan_and_is_identical_without_plan(settings, tmp_path, monk
     assert summary["planned_memory_bytes"] == result.plan.peak_resident_bytes > result.plan.peak_bytes
     assert summary["trained_parameters"] == result.plan.trained_parameters
 
-    monkeypatch.setattr("deltaw.runs.fit.plan_run", mock.Mock(side_effect=RuntimeError("a kernel without a shape")))
+    monkeypatch.setattr(
+        "deltaw.runs.memory_check.plan_run", mock.Mock(side_effect=RuntimeError("a kernel without a shape"))
+    )
     result, output = fit_with_output(settings(tmp_path / "without"))
     assert "no memory plan" in output and "a kernel without a shape" in output and "planned memory" not in output
     assert result.plan is None and result.as_dict()["planned_memory_bytes"] is None
@@ -313,7 +318,7 @@ def test_run_reports_plan_and_is_identical_without_plan(settings, tmp_path, monk
 
 
 def test_run_exceeding_memory_is_rejected_unless_forced(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("deltaw.runs.fit.memory_limit_bytes", lambda: Choice(1000, "a small machine"))
+    monkeypatch.setattr("deltaw.runs.memory_check.memory_limit_bytes", lambda: Choice(1000, "a small machine"))
     error = refusal(fit, settings(tmp_path / "run"), match="only 1,000")
     assert "force" in error.hint and "--fit-memory" in error.hint and not list(tmp_path.iterdir())
     result, output = fit_with_output(settings(tmp_path / "run", force=True))
@@ -324,7 +329,7 @@ def test_run_exceeding_memory_is_rejected_unless_forced(settings, tmp_path, monk
 def test_weights_larger_than_memory_are_rejected_without_simulation(family, config_of, monkeypatch):
     config = config_of(family, "lora" if family == "llama" else "head", precision="fp32")
     limit = int(0.7 * make_plan(config).parts["weights"])
-    monkeypatch.setattr(plan_run_module, "memory_limit_bytes", lambda: Choice(limit, "a small machine"))
+    monkeypatch.setattr(fake_model, "memory_limit_bytes", lambda: Choice(limit, "a small machine"))
     other = config.with_train(seed=12345)  # its plan is not cached
     with monkeypatch.context() as patched:
         patched.setattr(plan_run_module, "simulate", None)
@@ -336,7 +341,7 @@ def test_weights_larger_than_memory_are_rejected_without_simulation(family, conf
 
 @pytest.mark.planned
 def test_invalid_settings_are_rejected_by_plan(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("deltaw.runs.fit.load", mock.Mock(side_effect=AssertionError("the model was loaded")))
+    monkeypatch.setattr("deltaw.runs.load_model.load", mock.Mock(side_effect=AssertionError("the model was loaded")))
     refusal(fit, settings(tmp_path / "run", lora={"target_modules": ["nosuch"]}), match="nosuch")
     assert not list(tmp_path.iterdir())
 
@@ -370,7 +375,7 @@ def test_plan_includes_text_generation(config_of):
 def test_plan_includes_gradient_comparison(config_of, monkeypatch):
     """The comparison runs at least 128 tokens in fp32, which exceeds a step with one short row."""
     candidates = SimpleNamespace(approximations=("int8_gradients",))
-    monkeypatch.setattr("deltaw.training.planning.plan_run.activate_kernels", lambda *_: candidates)
+    monkeypatch.setattr("deltaw.training.planning.fake_model.activate_kernels", lambda *_: candidates)
     one_row = {"batch_size": 1, "keep_features": False}
     without = make_plan(config_of("llama", "lora", "bf16", data={"eval": 0}, train={**one_row, "approximate": "off"}))
     compared = make_plan(config_of("llama", "lora", "bf16", data={"eval": 0}, train={**one_row, "approximate": "auto"}))
@@ -392,7 +397,7 @@ def test_plan_excludes_garbage_of_reading(config_of):
 def test_plan_compares_all_gradients_of_method(method, config_of, monkeypatch):
     """A plan ignores errors of a model's code in fp32, but deltaw's code must not raise any."""
     candidates, choices = SimpleNamespace(approximations=("int8_gradients",)), []
-    monkeypatch.setattr("deltaw.training.planning.plan_run.activate_kernels", lambda *_: candidates)
+    monkeypatch.setattr("deltaw.training.planning.fake_model.activate_kernels", lambda *_: candidates)
     choose = GradientCheck.choose
     monkeypatch.setattr(GradientCheck, "choose", lambda *args: choices.append(choose(*args)) or choices[-1])
     monkeypatch.setattr(CachedPlan, "of", lambda *args, **options: None)

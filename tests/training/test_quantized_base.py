@@ -12,7 +12,7 @@ from torch import nn
 from deltaw.errors import UserError
 from deltaw.export.base import MergeOptions, prepare_merge
 from deltaw.export.merged import assemble
-from deltaw.hub import gguf
+from deltaw.hub import gguf, gguf_loading
 from deltaw.hub.loading import load
 from deltaw.kernels import block_linear
 from deltaw.lora import LoRAConfig, attach, detach, merge
@@ -21,7 +21,7 @@ from deltaw.lora.layers import LoRAForeignLinear
 from deltaw.lora.layers_quantized import BlockEmbedding, BlockLinear
 from deltaw.lora.stored import block_weight, count_logical_parameters
 from deltaw.runs.fit import fit
-from deltaw.runtime.quantized_weights import quantize_nf4
+from deltaw.runtime.nf4 import quantize_nf4
 from deltaw.training.open_run import open_run
 from tests.byte_models import save_model, tiny_llama
 from tests.conftest import refusal
@@ -178,7 +178,7 @@ def test_unquantized_model_and_truncated_file_are_rejected(wide_folder, gguf_fil
     loaded = load(str(gguf_file), precision="gguf", device="cpu", threads=1)
     short_file = tmp_path / "short.gguf"
     short_file.write_bytes(gguf_file.read_bytes()[:-4000])
-    refusal(gguf.fill_from_blocks, tiny_llama(), loaded.folder, short_file, match="the file is truncated")
+    refusal(gguf_loading.fill_from_blocks, tiny_llama(), loaded.folder, short_file, match="the file is truncated")
 
 
 class Packed(nn.Parameter):

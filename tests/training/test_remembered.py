@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
-from deltaw.cache import load_result, store_result
+from deltaw.cache.results import load_result, store_result
 from deltaw.kernels.arithmetic import APPROXIMATIONS
 from deltaw.machine import product_rates as measurements
 from deltaw.machine.product_rates import ProductRates
@@ -25,7 +25,8 @@ from deltaw.training.evaluation import general
 from deltaw.training.monitoring.monitor import Samples
 from deltaw.training.planning import plan_run as planning
 from deltaw.training.planning.budget import memory_budget, memory_limit_error
-from deltaw.training.planning.plan_cache import CachedPlan, load_cached_plans, reject_memory_setting
+from deltaw.training.planning.plan_arguments import reject_memory_setting
+from deltaw.training.planning.plan_cache import CachedPlan, load_cached_plans
 from deltaw.training.planning.run_time import MicrobatchTime, StepRates, Workload, store_rates, timed_plan
 from deltaw.training.session import read_data
 from tests.caches import fake_version, modify_source

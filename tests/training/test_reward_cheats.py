@@ -7,7 +7,8 @@ from functools import partial
 
 import pytest
 
-from deltaw.tasks.reward.rewards import Completion, load_reward
+from deltaw.tasks.reward.rewards import load_reward
+from deltaw.tasks.reward.rewards.functions import Completion
 from deltaw.tasks.reward.rewards.rewarder import Rewarder
 from deltaw.tasks.reward.settings import RewardFunction
 from tests.conftest import refusal

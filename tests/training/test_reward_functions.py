@@ -17,7 +17,8 @@ import pytest
 from deltaw.data.sources import read_rows
 from deltaw.errors import UserError
 from deltaw.runs.fit import fit
-from deltaw.tasks.reward.rewards import Completion, load_reward
+from deltaw.tasks.reward.rewards import load_reward
+from deltaw.tasks.reward.rewards.functions import Completion
 from deltaw.tasks.reward.rewards.judge import judge, score_in
 from deltaw.tasks.reward.rewards.rewarder import Rewarder
 from deltaw.tasks.reward.settings import RewardFunction

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 
 from deltaw.data.example import LabeledExample
 from deltaw.runs.fit import fit
-from deltaw.runtime.packed import padded_rows
+from deltaw.runtime.padded import padded_rows
 from deltaw.settings.data import DataSettings
 from deltaw.tasks.classification.objective import LabelObjective
 from deltaw.tasks.classification.rows import RewardPair, RewardReader

@@ -107,8 +107,8 @@ def test_failing_reward_is_reported_with_name_and_row(reward_run):
 
 
 def test_reward_unsuitable_for_rows_is_rejected_before_loading_model(reward_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("deltaw.runs.fit.load_model", lambda *args, **kwargs: pytest.fail("a model is loaded"))
-    monkeypatch.setattr("deltaw.runs.fit.plan_memory", lambda *args, **kwargs: pytest.fail("a plan is made"))
+    monkeypatch.setattr("deltaw.runs.load_model.load_model", lambda *args, **kwargs: pytest.fail("a model is loaded"))
+    monkeypatch.setattr("deltaw.runs.memory_check.plan_memory", lambda *args, **kwargs: pytest.fail("a plan is made"))
     refusal(deltaw.fit, reward_run("run", name="broken"), match="ZeroDivisionError")
     exact = reward_run("run", reward={"functions": ["exact"]})
     for refuse in (deltaw.fit, deltaw.plan):

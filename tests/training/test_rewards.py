@@ -7,7 +7,7 @@ import os
 import pytest
 
 from deltaw.errors import UserError
-from deltaw.tasks.reward.rewards import Completion
+from deltaw.tasks.reward.rewards.functions import Completion
 from deltaw.tasks.reward.rewards.rewarder import Rewarder
 from deltaw.tasks.reward.settings import RewardFunction
 from tests.conftest import refusal

@@ -18,8 +18,8 @@ from deltaw.reports.progress import summary_rows
 from deltaw.runs.fit import fit
 from deltaw.settings.config import RunConfig
 from deltaw.training.callbacks import FunctionCallback
+from deltaw.training.planning import fake_model, run_time, step_rates
 from deltaw.training.planning import plan_run as planning
-from deltaw.training.planning import run_time, step_rates
 from deltaw.training.planning.budget import fitting_times
 from deltaw.training.planning.plan_cache import load_cached_plans
 from deltaw.training.planning.run_time import (
@@ -143,7 +143,7 @@ def test_workload_has_the_microbatches_of_the_run(share, settings, tmp_path):
 
 def measured_rates(config: RunConfig, task: object, data: RunData) -> StepRates:
     """Measure with a clock that advances by one at each call."""
-    fake = planning.FakeModel.of(config, task, data)
+    fake = fake_model.FakeModel.of(config, task, data)
     with fake_tensors():
         session = fake.assemble(config, task, data)
         with session.running():
@@ -290,7 +290,7 @@ def test_time_budget_respects_memory_and_settings(search):
 
 def test_random_values_replace_fake_tensors(settings, tmp_path):
     config = RunConfig.read(settings(tmp_path / "run", precision="int8"))
-    fake = planning.FakeModel.of(*inputs(config))
+    fake = fake_model.FakeModel.of(*inputs(config))
     blocks = list(fake.model.model.layers)
     step_rates.fill_with_random_values(fake.model, blocks[1:])
     assert all(torch.isfinite(p.float()).all() for p in blocks[0].parameters())

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import deltaw
-from deltaw.experiments.tune import default_space
+from deltaw.experiments.search_space import default_space
 from deltaw.lora import load_adapter
 from deltaw.methods.start import lineage_lines, open_start, resolve_start
 from deltaw.reports.inspect import inspect_adapter
@@ -407,7 +407,7 @@ def test_lineage_is_recorded(make, sft, tmp_path):
 
 def refuse_without_loading(monkeypatch, config, match):
     with monkeypatch.context() as patched:
-        patched.setattr("deltaw.runs.fit.load_model", lambda *args, **kwargs: pytest.fail("a model is loaded"))
+        patched.setattr("deltaw.runs.load_model.load_model", lambda *args, **kwargs: pytest.fail("a model is loaded"))
         return refusal(deltaw.fit, config, match=match)
 
 

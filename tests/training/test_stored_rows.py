@@ -8,7 +8,7 @@ import pytest
 from deltaw.data import stored_rows
 from deltaw.data.example import lengths_of
 from deltaw.data.row_store import DiskRows, MemoryRows, digest_of_rows
-from deltaw.experiments.worker import split_validation
+from deltaw.experiments.trial import split_validation
 from deltaw.runs.fit import fit
 from deltaw.settings.config import RunConfig
 from deltaw.training import batchers

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from deltaw.errors import UserError
-from deltaw.tasks.reward.rewards import Completion
+from deltaw.tasks.reward.rewards.functions import Completion
 from deltaw.tasks.reward.rewards.rewarder import Rewarder
 from deltaw.tasks.reward.rewards.unit_tests import cases, code_of, program, unit_tests
 from deltaw.tasks.reward.settings import RewardFunction

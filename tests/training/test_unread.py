@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from deltaw.training.planning.plan_run import MIN_REGION_BYTES, plan
+from deltaw.training.planning.plan_run import plan
+from deltaw.training.planning.unread_rows import MIN_REGION_BYTES
 from tests.byte_models import save_model, tiny_llama
 from tests.conftest import write_rows
 
@@ -32,7 +33,7 @@ def unread_bytes(settings, folder, tmp_path):
 
 
 def test_unused_rows_of_mapped_embedding_are_not_counted(unread_bytes, monkeypatch):
-    monkeypatch.setattr("deltaw.training.planning.plan_run.mapped_page_bytes", lambda stored: MIN_REGION_BYTES)
+    monkeypatch.setattr("deltaw.training.planning.unread_rows.mapped_page_bytes", lambda stored: MIN_REGION_BYTES)
     weight = ENTRIES * WIDTH * 4
     # The rows of byte tokens and special tokens are in the first or second 64 KiB.
     assert weight - 2 * MIN_REGION_BYTES <= unread_bytes() <= weight - MIN_REGION_BYTES

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from deltaw.tensor_files import read_header, save_tensors
-from deltaw.training.planning.plan_run import MIN_REGION_BYTES, NUM_TOUCHES, TOUCH_DISTANCE, mapped_page_bytes
+from deltaw.training.planning.unread_rows import MIN_REGION_BYTES, NUM_TOUCHES, TOUCH_DISTANCE, mapped_page_bytes
 from tests.mapped_files import resident_bytes
 
 ROW = 1024  # fp32 numbers: a page of 4 KiB

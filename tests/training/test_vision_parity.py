@@ -14,7 +14,8 @@ from deltaw.hub.mrope import image_grids
 from deltaw.hub.vision import text_view
 from deltaw.lora import LoRAConfig, attach
 from deltaw.runtime.image_tokens import image_embeddings
-from deltaw.runtime.packed import packed_rows, padded_rows
+from deltaw.runtime.packed import packed_rows
+from deltaw.runtime.padded import padded_rows
 from deltaw.training.batchers import BatcherOptions, choose_causal_batcher
 from deltaw.training.causal_objective import CausalObjective
 from tests.hub.test_vision import CAUSAL

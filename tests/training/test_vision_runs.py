@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 import deltaw
-from deltaw.cache import root
+from deltaw.cache.keys import root
 from deltaw.data.row_images import RowImage
 from deltaw.export.merge import merge_run
 from deltaw.hub import vision

@@ -215,7 +215,8 @@ def reject_torchrun(command: str | None) -> None:
     size = os.environ.get("WORLD_SIZE", "1")
     if command in (None, "train") or size in ("", "1") or "RANK" not in os.environ:
         return
-    message, hint = f"'{command}' runs in one process, but the environment sets {size}", "start it without torchrun"
+    message = f"'{command}' runs in one process, but the environment sets {size}"
+    hint = "start it without torchrun"
     raise UserError(message, location="WORLD_SIZE", hint=f"{hint}; only 'train' supports several processes")
 
 

@@ -53,10 +53,13 @@ def command(run: str, system: str | None, with_base: bool, text_settings: TextSe
         start: list[Message] = [{"role": "system", "content": system}] if system else []
         messages = list(start)
         images: list[Image] = []  # of sent messages, then of the next one
-        num_sent, placer = 0, session.task.images
+        num_sent = 0
+        placer = session.task.images
         while (line := _read_line()) is not None:
             if line == "/new":
-                messages, images, num_sent = list(start), [], 0
+                messages = list(start)
+                images = []
+                num_sent = 0
                 continue
             command_name, _, file = line.partition(" ")
             if command_name == "/image":

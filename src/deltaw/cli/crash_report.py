@@ -34,12 +34,15 @@ def describe(error: Exception, *, traceback: bool) -> tuple[int, str]:
         error: The exception.
         traceback: Include the traceback in the message.
     """
-    status, location = 1, _error_location(error)
+    status = 1
+    location = _error_location(error)
     if _is_out_of_memory(error):
         message = f"out of memory: {first_line(error)}"
         hint = "find settings that fit with 'deltaw plan --fit-memory', or lower train.tokens_per_pass"
     elif isinstance(error, OSError) and error.errno in _OS_ERROR_HINTS:
-        status, message, hint = 2, os.strerror(error.errno), _OS_ERROR_HINTS[error.errno]
+        status = 2
+        message = os.strerror(error.errno)
+        hint = _OS_ERROR_HINTS[error.errno]
         location = location if error.filename is None else str(error.filename)
     else:
         message = f"an unexpected {type(error).__name__}: {first_line(error)}"

@@ -52,7 +52,7 @@ def show(
 
     FILE is a data file, a run's YAML file, or a run's folder. --model selects the tokenizer.
     """
-    from deltaw.reports.data import LEGEND, PLAIN_LEGEND, row_as_dict, row_lines
+    from deltaw.reports.rendered_rows import LEGEND, PLAIN_LEGEND, row_as_dict, row_lines
     from deltaw.runs.checks import preview_rows
 
     out = console(as_json)
@@ -141,13 +141,14 @@ def mine(
     from deltaw.data.report import BadRows
     from deltaw.data.starter import EMBEDDER
     from deltaw.evaluation.mining import MiningSettings, mine, mining_output, read_pairs, read_passages, write_mined
-    from deltaw.reports.data import mined_lines
+    from deltaw.reports.mined_negatives import mined_lines
     from deltaw.serving.encoders import read_embedder
     from deltaw.settings.data import MAX_ROW_BYTES
 
     out = console(as_json)
     mining_options = {name: flags.pop(name) for name in MiningSettings.__dataclass_fields__}
-    settings, bad_rows = MiningSettings(**mining_options), BadRows(flags["bad_rows"])
+    settings = MiningSettings(**mining_options)
+    bad_rows = BadRows(flags["bad_rows"])
     max_bytes = flags["max_row_bytes"] or MAX_ROW_BYTES
     target = mining_output(file, output, corpus, force=force)
     pairs = read_pairs(file, bad_rows, columns=(flags["query_column"], flags["positive_column"]), max_bytes=max_bytes)

@@ -52,7 +52,8 @@ def lmstudio(run: str, url: str | None, models: str | None, **options: Any) -> N
 
 
 def _deploy(run: str, program: Any, as_json: bool, **options: Any) -> None:
-    out, log = console(as_json), console(True).print_line
+    out = console(as_json)
+    log = console(True).print_line
     with track_progress("starting"):
         from deltaw.decoding.opening import SessionGenerator
         from deltaw.export.deploy import deploy

@@ -61,7 +61,8 @@ def command(
     """Evaluate RUN: the folder of a run or an adapter, or a model. Prints loss and exact match, or the metrics of its
     task.
     """
-    benchmarks, harness = flags.pop("benchmarks"), {name: flags.pop(name) for name in HARNESS}
+    benchmarks = flags.pop("benchmarks")
+    harness = {name: flags.pop(name) for name in HARNESS}
     if benchmarks is not None:
         parameters = click.get_current_context().params
         if mixed := [flag for name, flag in ROWS.items() if parameters[name]]:
@@ -75,7 +76,8 @@ def command(
         raise UserError("the flag requires --benchmarks", location=flag, hint="add --benchmarks")
     general, with_drift, system = (flags.pop(name) for name in ("general", "with_drift", "system"))
     reward_options = {name: flags.pop(name) for name in REWARD}
-    num_answers, max_new_tokens = flags.pop("num_answers"), flags.pop("max_new_tokens")
+    num_answers = flags.pop("num_answers")
+    max_new_tokens = flags.pop("max_new_tokens")
     out = console(as_json)
     with track_progress("starting"):
         from deltaw.decoding.opening import SessionGenerator
@@ -179,7 +181,8 @@ def _rows_by_set(
         session.adapter_folder.require_rows()
         lines = []
         selected = read_run_data(session.task, session.config.data, seed=session.config.data_seed, log=lines.append)
-        sets, lines = dict(selected.sets), [*selected.report.lines(), *lines]
+        sets = dict(selected.sets)
+        lines = [*selected.report.lines(), *lines]
     else:
         raise UserError("no data to evaluate", location=run, hint="give a file with --data")
     for line in lines:

@@ -50,7 +50,8 @@ def command(
     """Complete TEXT or several prompts with RUN: the folder of a run or an adapter, or a model. Without prompts, each
     line of standard input is a prompt.
     """
-    notes, logprobs = console(True), opening.pop("logprobs")
+    notes = console(True)
+    logprobs = opening.pop("logprobs")
     if logprobs is not None and not as_json:
         raise UserError("log-probabilities require JSON output", location="--logprobs", hint="add --json")
     with track_progress("starting"):

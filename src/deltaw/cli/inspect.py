@@ -14,7 +14,8 @@ from deltaw.cli.suggestions import AdapterArgument
 @json_flag
 def command(adapter: str, other: str | None, as_json: bool) -> None:
     """Print rank, size, targets, norms and effective ranks of ADAPTER, or compare it with OTHER."""
-    from deltaw.reports.inspect import AdapterComparison, AdapterReport, compare_adapters, inspect_adapter
+    from deltaw.reports.adapter_comparison import AdapterComparison, compare_adapters
+    from deltaw.reports.inspect import AdapterReport, inspect_adapter
 
     report: AdapterReport | AdapterComparison
     report = inspect_adapter(adapter) if other is None else compare_adapters(adapter, other)

@@ -38,9 +38,13 @@ from deltaw.settings.config import SETTINGS
 from deltaw.version import __version__
 
 # Limits of arguments: characters of a path and of other texts, bytes and nesting depth of settings.
-MAX_PATH_LENGTH, MAX_TEXT_LENGTH, MAX_SETTINGS_BYTES, MAX_SETTINGS_DEPTH = 1024, 8192, 2**16, 6
+MAX_PATH_LENGTH = 1024
+MAX_TEXT_LENGTH = 8192
+MAX_SETTINGS_BYTES = 2**16
+MAX_SETTINGS_DEPTH = 6
 # Maximum characters of a result and of an error.
-MAX_RESULT_LENGTH, MAX_ERROR_LENGTH = 2**18, 3000
+MAX_RESULT_LENGTH = 2**18
+MAX_ERROR_LENGTH = 3000
 # Number of steps whose mean duration predicts the remaining time.
 RECENT_STEPS = 20
 # A child receives SIGINT when the server exits, even if the server is killed. A training run then saves a checkpoint.
@@ -154,7 +158,8 @@ class BackgroundTraining:
 
     def status(self) -> dict[str, Any]:
         """Return state, step, loss and remaining seconds from the run's folder."""
-        run, is_running = Run(self.folder), self.is_running
+        run = Run(self.folder)
+        is_running = self.is_running
         status: dict[str, Any] = {"folder": str(self.folder), "is_running": is_running, "state": run.state}
         if is_running and run.state != RUNNING:  # the folder may contain an earlier run
             status["state"] = "ending" if (run.values.get("started") or 0) >= self.started_at else "starting"
@@ -182,7 +187,9 @@ class AgentServer:
     """
 
     def __init__(self, allowed: FolderPermissions, seconds: float, work: Path) -> None:
-        self.allowed, self.seconds, self.work = allowed, seconds, work
+        self.allowed = allowed
+        self.seconds = seconds
+        self.work = work
         self.training: BackgroundTraining | None = None
         self._one_at_a_time = asyncio.Lock()
         self._files = 0
@@ -250,10 +257,12 @@ class AgentServer:
             arguments = ["--resume", folder]
         else:
             config = await self._config(args)
-            folder, arguments = config["output"], [str(self._write(config))]
+            folder = config["output"]
+            arguments = [str(self._write(config))]
         if self.training is not None and self.training.is_running:
             raise UserError("a training run is in progress", location=str(self.training.folder), hint="call train_stop")
-        log, started_at = self.work / "train.log", time.time()
+        log = self.work / "train.log"
+        started_at = time.time()
         command, options = self._command(["train", *arguments])
         with log.open("w", encoding="utf-8") as file:  # not an asyncio subprocess, which would be killed on exit
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, **options)
@@ -332,7 +341,8 @@ class AgentServer:
                 with anyio.CancelScope(shield=True):
                     await process.wait()
             self._one_at_a_time.release()
-        text, notes = out.decode("utf-8", "replace"), _notes(err.decode("utf-8", "replace"))
+        text = out.decode("utf-8", "replace")
+        notes = _notes(err.decode("utf-8", "replace"))
         if len(text) > MAX_RESULT_LENGTH:
             raise UserError("the result is too long", location=arguments[0], hint="request fewer rows")
         try:
@@ -360,11 +370,14 @@ async def _serve(agent_server: AgentServer) -> None:
     async def called(context: Any, params: Any) -> CallToolResult:
         try:
             result = await agent_server.call(params.name, params.arguments or {})
-            text, is_error = json.dumps(result, ensure_ascii=False), False
+            text = json.dumps(result, ensure_ascii=False)
+            is_error = False
         except UserError as error:
-            text, is_error = format_error(error), True
+            text = format_error(error)
+            is_error = True
         except Exception as error:  # an internal error must not stop the server
-            text, is_error = f"error: the tool failed: {type(error).__name__}", True
+            text = f"error: the tool failed: {type(error).__name__}"
+            is_error = True
             print(redact(f"{params.name[:80]!r}: {error!r}")[:MAX_ERROR_LENGTH], file=sys.stderr, flush=True)
         return CallToolResult(content=[TextContent(type="text", text=text)], is_error=is_error)
 

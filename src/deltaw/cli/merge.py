@@ -50,7 +50,7 @@ def command(
         from deltaw.export.merge import merge_run
         from deltaw.export.verify import MergeVerifier
         from deltaw.memory.plan import parse_bytes
-        from deltaw.reports.inspect import adapter_lines, as_dict, merge_lines
+        from deltaw.reports.adapter_comparison import adapter_lines, as_dict, merge_lines
     additional = [_weighted(text) for text in others]
     recipe = None
     if additional or weight != 1.0:
@@ -63,14 +63,16 @@ def command(
     )
     if as_adapter:
         adapter = write_adapter(run, output, options, rank=rank, log=out.print_line)
-        lines, value = adapter_lines(adapter), as_dict(adapter)
+        lines = adapter_lines(adapter)
+        value = as_dict(adapter)
     else:
         if rank is not None and (recipe is None or method != "svd"):
             message = "--rank applies only to method svd and to --as-adapter"
             raise UserError(message, location="--rank", hint="add --as-adapter, or --with other=0.5 --method svd")
         verifier = MergeVerifier(out.print_line) if verify else None
         merged = merge_run(run, output, options, verify=verifier, keep=keep, log=out.print_line)
-        lines, value = merge_lines(merged), as_dict(merged)
+        lines = merge_lines(merged)
+        value = as_dict(merged)
     if as_json:
         print_json(value)
         return

@@ -56,7 +56,8 @@ class GroupedCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         options = {str(param.name): param for param in self.get_params(ctx) if isinstance(param, click.Option)}
-        show_all, groups = bool(ctx.meta.get(ALL)), self.groups or {COMMON_TITLE: tuple(map(_argument_name, COMMON))}
+        show_all = bool(ctx.meta.get(ALL))
+        groups = self.groups or {COMMON_TITLE: tuple(map(_argument_name, COMMON))}
         kinds: dict[str, str] = {}
         if self.groups is None:
             from deltaw.settings.schema import value_types
@@ -126,7 +127,9 @@ class SettingFlag(click.Option):
         """Return the flag names and the description. The common list contains only the shortest flag, followed by the
         key.
         """
-        key, description, type_name = self.setting.key, self.setting.description, kinds[self.setting.key]
+        key = self.setting.key
+        description = self.setting.description
+        type_name = kinds[self.setting.key]
         if len(type_name) > MAX_TYPE_LENGTH:
             if not all(value in description for value in type_name.split("|")):
                 description = f"{description}: {type_name.replace('|', ', ')}"
@@ -134,6 +137,8 @@ class SettingFlag(click.Option):
         notes = [] if self.setting.default is ... else [f"default: {_format_default(self.setting.default)}"]
         if not show_all and self.opts[0] != f"--{key}":
             notes.insert(0, key)
+        if show_all and self.setting.when:
+            description = f"{description}. {self.setting.when}"
         names = ", ".join([f"--{key}", *self.opts[:-1]]) if show_all else self.opts[0]
         return f"{names} {type_name}", f"{description}  [{'; '.join(notes)}]" if notes else description
 
@@ -215,7 +220,7 @@ def cluster_flags(command: Command) -> Command:
 
     @functools.wraps(command)
     def wrapper(*args: object, ray: str | None, ray_cpus: int | None, **arguments: object) -> object:
-        from deltaw.experiments.jobs import Cluster
+        from deltaw.experiments.cluster import Cluster
 
         if ray is None and ray_cpus is not None:
             raise UserError("--ray-cpus requires --ray", location=f"--ray-cpus {ray_cpus}", hint="add --ray")

@@ -50,10 +50,12 @@ def command(
     from deltaw.memory.plan import parse_bytes
     from deltaw.settings.config import RunConfig
     from deltaw.settings.stages import read_chain
-    from deltaw.training.planning.plan_cache import load_cached_plans, parse_methods
+    from deltaw.training.planning.plan_arguments import parse_methods
+    from deltaw.training.planning.plan_cache import load_cached_plans
 
     click.get_current_context().with_resource(assumed_cards())
-    out, flags = console(as_json), nested_settings(arguments)
+    out = console(as_json)
+    flags = nested_settings(arguments)
     if picture is not None and Path(picture).suffix.lower() != ".svg":
         hint = "charts are SVG files: use a file name that ends with .svg"
         raise UserError(f"'{Path(picture).name}' does not end with .svg", location="--picture", hint=hint)
@@ -151,7 +153,8 @@ def _search(
     from deltaw.reports.plan import budget_table, fitting_times_table
     from deltaw.training.planning.budget import fitting_settings, fitting_times
 
-    (task, data), (size, seconds) = inputs, budgets
+    task, data = inputs
+    size, seconds = budgets
     if seconds is None:
         assert size is not None
         fitting = fitting_settings(config, task, data, size, methods, log=out.print_line, processes=processes)

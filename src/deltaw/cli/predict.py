@@ -46,14 +46,17 @@ def command(
     """Predict the rows of FILE with RUN: the folder of a run or an adapter, or a model. Rows need no labels. Each row
     produces a record with its number, its columns, the predictions and, if it is unusable, an error.
     """
-    notes, start_time, as_json = console(True), time.monotonic(), options.pop("as_json")
+    notes = console(True)
+    start_time = time.monotonic()
+    as_json = options.pop("as_json")
     if output is None and (as_json or force):
         flag = "--json" if as_json else "--force"
         raise UserError("the predictions are written to standard output", location=flag, hint="add --output FILE")
     if name is not None and not require_utf8(name, "--name").strip():
         raise UserError("the name is empty", location="--name", hint="for example --name topic")
     text: TextSettings = options.pop("text_settings")
-    system, columns = options.pop("system"), _columns(options.pop("columns"))
+    system = options.pop("system")
+    columns = _columns(options.pop("columns"))
     overrides = {name: options.pop(name) for name in ("max_length", "long_rows")} | {"columns": columns}
     with track_progress("starting"):
         from deltaw.data.report import count_of

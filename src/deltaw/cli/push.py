@@ -26,7 +26,8 @@ def command(run: str, repository: str, as_json: bool, **options: Any) -> None:
     """Upload RUN's adapter to the hub as USER/NAME, with a model card, its settings and its tokenizer. Rows are never
     uploaded. The token is read from HF_TOKEN or the login of 'hf auth login'.
     """
-    out, notes = console(as_json), console(True)
+    out = console(as_json)
+    notes = console(True)
     with track_progress("starting"):
         from deltaw.export.push import push
         from deltaw.reports.tables import table

@@ -86,7 +86,8 @@ def unknown_command_error(args: Sequence[str], commands: Mapping[str, str]) -> U
 def unknown_subcommand_error(context: click.Context, word: str | None) -> UserError:
     """Return the error for an unknown or missing subcommand."""
     assert isinstance(context.command, click.Group)
-    path, names = context.command_path, sorted(context.command.list_commands(context))
+    path = context.command_path
+    names = sorted(context.command.list_commands(context))
     file_argument = shell_word(word) if word and (Path(word).exists() or Path(word).suffix) else None
     first = context.command.get_command(context, names[0])
     file = file_argument or (first.params[0].human_readable_name if first else "FILE")
@@ -102,7 +103,8 @@ class RunArgument(click.Path):
     models = True
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        path, name = Path(os.path.expanduser(value)), value.partition("@")[0]
+        path = Path(os.path.expanduser(value))
+        name = value.partition("@")[0]
         is_hub_id = name.count("/") == 1 and path.parts[0] != RUNS and not path.parent.is_dir()
         is_model = is_hub_id or (self.models and (value.startswith("pypi:") or value.lower().endswith(".gguf")))
         if path.is_file() and not is_model:
@@ -126,12 +128,17 @@ class SettingsFile(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from deltaw.data.row_files import kind_of
 
-        path, command, problem, hint = Path(value), str(ctx and ctx.info_name), None, ""
+        path = Path(value)
+        command = str(ctx and ctx.info_name)
+        problem = None
+        hint = ""
         if kind_of(path) is not None and path.suffix != ".json" and path.exists():
             model = ctx.params.get("setting_model") if ctx else None
-            problem, hint = "contains rows", _command_with(value, command, model)
+            problem = "contains rows"
+            hint = _command_with(value, command, model)
         elif path.suffix == ".gguf" or (path / "config.json").is_file() or value.startswith("pypi:"):
-            problem, hint = "is a model", f"deltaw {command} --model {shell_word(value)} --data FILE"
+            problem = "is a model"
+            hint = f"deltaw {command} --model {shell_word(value)} --data FILE"
         if problem is not None:
             raise UserError(f"'{value}' {problem}, not a settings file", hint=hint)
         return super().convert(value, param, ctx)
@@ -170,12 +177,15 @@ def _not_a_run_error(path: Path, value: str, command: str, parameters: Mapping[s
     from deltaw.data.row_files import kind_of
     from deltaw.settings.config import SETTINGS, parse_yaml
 
-    kind, folder = "", str(path.parent)
+    kind = ""
+    folder = str(path.parent)
     rows = kind_of(path) is not None and path.name not in ("adapter_config.json", "run.json", "config.json")
     if rows:
-        kind, folder = " of rows", parameters.get("data") or "RUN"
+        kind = " of rows"
+        folder = parameters.get("data") or "RUN"
     elif path.suffix in _SETTINGS_FILES and path.name != SETTINGS:
-        kind, loaded = " of settings", None
+        kind = " of settings"
+        loaded = None
         with contextlib.suppress(OSError, ValueError, YAMLError):
             loaded = parse_yaml(path.read_text(encoding="utf-8"))
         folder = str(loaded.get("output", f"{RUNS}/latest")) if isinstance(loaded, dict) else "RUN"
@@ -216,7 +226,9 @@ def _known_parameters(context: click.Context) -> dict[str, str]:
 
 def _unknown_flag_error(flag: str, context: click.Context) -> UserError:
     """Return the error for an unknown flag."""
-    path, name, hint = context.command_path, normalize(flag), None
+    path = context.command_path
+    name = normalize(flag)
+    hint = None
     parameters = _known_parameters(context)
     if "." in flag:
         parameters = {key: f"'--{key}'" if "." in key else spelling for key, spelling in parameters.items()}
@@ -254,7 +266,8 @@ def _flag_usage_error(error: click.BadOptionUsage, context: click.Context) -> Us
 
 def _missing_parameter_error(param: click.Parameter, context: click.Context) -> UserError:
     """Return the error for a missing argument or required flag."""
-    path, name = context.command_path, param.human_readable_name
+    path = context.command_path
+    name = param.human_readable_name
     if isinstance(param, click.Option):
         return UserError(f"'{param.opts[0]}' is missing", location=path, hint=_parameter_help(param, context))
     hint = f"use: {path} {name}"
@@ -272,7 +285,8 @@ def _invalid_value_error(error: click.BadParameter, param: click.Parameter, cont
     """Return the error for an invalid value of a flag or argument."""
     name = param.opts[0] if isinstance(param, click.Option) else param.human_readable_name
     message = re.sub("valid integer( range)?", "whole number", re.sub("valid float( range)?", "number", error.message))
-    message, hint = f"{name}: {message.strip().rstrip('.')}", None
+    message = f"{name}: {message.strip().rstrip('.')}"
+    hint = None
     value = next(iter(re.findall(r"'((?:[^'\\]|\\.)*)'", error.message)), "")
     if isinstance(param.type, click.Choice):
         choices = list(map(str, param.type.choices))
@@ -286,10 +300,13 @@ def _invalid_value_error(error: click.BadParameter, param: click.Parameter, cont
 
 def _extra_arguments_error(more: str, context: click.Context) -> UserError:
     """Return the error for unexpected arguments."""
-    path, command = context.command_path, str(context.info_name)
+    path = context.command_path
+    command = str(context.info_name)
     arguments = [p for p in context.command.get_params(context) if isinstance(p, click.Argument)]
     filled = [str(context.params[p.name]) for p in arguments if p.name and context.params.get(p.name)]
-    first, words, parameters = (filled or [""])[0], more.split(), _known_parameters(context)
+    first = (filled or [""])[0]
+    words = more.split()
+    parameters = _known_parameters(context)
     unquoted = {key: spelled.strip("'") for key, spelled in parameters.items()}
     flags = {normalize(spelling): flag for key, flag in unquoted.items() for spelling in (key, flag)}
     hint = f"the command takes one {arguments[-1].human_readable_name}" if arguments else _help_hint(context)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from deltaw.decoding.request import Constraint, Request, Sampling
     from deltaw.training.task import OpenedRun
 
-PENALTY, FACTOR = click.FloatRange(-2, 2), click.FloatRange(0, 100, min_open=True)
+PENALTY = click.FloatRange(-2, 2)
+FACTOR = click.FloatRange(0, 100, min_open=True)
 # Sampling flags by field name of Sampling: default, type and description.
 SAMPLING: dict[str, tuple[float, click.ParamType, str]] = {
     "temperature": (0.0, click.FloatRange(0, 100), "sampling temperature; 0: greedy"),

@@ -15,9 +15,9 @@ from deltaw.progress import track_progress, use_listener
 
 if TYPE_CHECKING:
     from deltaw.reports.tables import TerminalOutput
-    from deltaw.runs.record import Result
+    from deltaw.runs.result import Result
     from deltaw.settings.stages import Chain, Stage
-    from deltaw.training.microbatches import Reducer
+    from deltaw.training.reducer import Reducer
 
 
 @click.command("train", cls=GroupedCommand)
@@ -31,14 +31,15 @@ def command(settings: str | None, resume: str | None, fresh: bool, as_json: bool
     interrupted run and leaves a finished run unchanged. With torchrun, several processes train together. A file with
     several 'stages' trains one adapter after the other.
     """
-    start_time, out = time.monotonic(), console(as_json)
+    start_time = time.monotonic()
+    out = console(as_json)
     with track_progress("starting"):
         from deltaw.training.parallel.joining import join_processes
     with join_processes() as processes:
         flags = nested_settings(arguments)
         chain = None if resume is not None or settings is None else _read_chain(settings, flags)
         if processes.rank:
-            from deltaw.runs.fit import follow
+            from deltaw.runs.worker_rank import follow
             from deltaw.training.parallel.group import Group
 
             assert isinstance(processes, Group)
@@ -51,7 +52,8 @@ def command(settings: str | None, resume: str | None, fresh: bool, as_json: bool
             from deltaw.runs.fit import fit
             from deltaw.settings.config import RunConfig
         if resume is not None and settings is not None:
-            message, hint = "a resumed run uses its stored settings", "replace the settings file with flags"
+            message = "a resumed run uses its stored settings"
+            hint = "replace the settings file with flags"
             raise UserError(message, location=f"--resume {resume}", hint=hint)
         retain_freed_memory()
         if chain is not None:

@@ -36,7 +36,9 @@ class MemoryLimit:
 
         self._pool = pyarrow.default_memory_pool()
         self._max_expansion = max_expansion
-        self._part, self._stored, self._limit = "", 0, min_bytes
+        self._part = ""
+        self._stored = 0
+        self._limit = min_bytes
         threading.Thread(target=self._watch, daemon=True).start()
 
     def start_part(self, part: str, stored: int) -> None:

@@ -181,7 +181,8 @@ def rows_of(
             stop = max(first + 1, int(np.searchsorted(cumulative, max_total, side="right")))
             rows = [{}] if stop == first + 1 and sizes[first] > max_bytes else to_rows(start + first, start + stop)
             for index, row in enumerate(rows, start=first):
-                number, size = first_number + start + index, int(sizes[index])
+                number = first_number + start + index
+                size = int(sizes[index])
                 if size <= max_bytes:
                     yield number, row, size
                     continue

@@ -21,7 +21,7 @@ import jinja2
 import numpy as np
 
 from deltaw.data.example import Example
-from deltaw.data.packing import common_prefix
+from deltaw.data.prefix_tree import common_prefix
 from deltaw.data.rendering import FAULTS, MAX_TEMPLATE_CHARS, render_conversation, render_with_tokenizer
 from deltaw.data.template_worker import format_date
 from deltaw.errors import UserError
@@ -122,7 +122,8 @@ _QUESTIONS = ("Why?", "Name a color", "7 + 5 =", "Thank you.")
 
 def opening_of_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that start an assistant message in the chat template. Empty if the template adds no tokens."""
-    token_lists, text = [], ""
+    token_lists = []
+    text = ""
     try:
         for question in _QUESTIONS:
             message = [{"role": "user", "content": question}]

@@ -60,12 +60,14 @@ def split_tokens(row: Encoded, limit: int, leading: Sequence[int], *, filled: bo
     leading_tokens = [*leading] if list(row.tokens[: len(leading)]) == list(leading) else []
     capacity = limit - len(leading_tokens)
     if capacity < 2:
-        leading_tokens, capacity = [], limit
+        leading_tokens = []
+        capacity = limit
     context = max(1, int(capacity * _CONTEXT)) if filled else 1
     position = min((start for start, _ in row.spans), default=len(row.tokens))
     while position < len(row.tokens):
         if position < limit and not parts:
-            first, stop = 0, min(limit, len(row.tokens))
+            first = 0
+            stop = min(limit, len(row.tokens))
         else:
             stop = min(len(row.tokens), position + capacity - context)
             first = max(0, stop - capacity) if filled else position - context
@@ -117,7 +119,8 @@ class _ConversationPart:
 
     def __init__(self, conversation: Conversation, opening: int, first: int, trained: Sequence[int]) -> None:
         self._numbers = [*range(opening), *range(first, trained[-1] + 1)]
-        messages, learned = (conversation.messages[n] for n in self._numbers), (n in trained for n in self._numbers)
+        messages = (conversation.messages[n] for n in self._numbers)
+        learned = (n in trained for n in self._numbers)
         self.conversation = replace(conversation, messages=tuple(messages), learned=tuple(learned))
 
     def encode_fitting(self, encoder: Encoder, limit: int, location: str) -> list[Encoded]:
@@ -128,7 +131,8 @@ class _ConversationPart:
             if num_answers:
                 start, stop = row.spans[num_answers - 1]
                 answer = encoder.strip_end_marks(str(self.conversation.messages[row.turns[num_answers - 1]]["content"]))
-                spans, turns = row.spans[:num_answers], row.turns[:num_answers]
+                spans = row.spans[:num_answers]
+                turns = row.turns[:num_answers]
                 pieces.append(Encoded(row.tokens[:stop], spans, start, answer, turns))
         return pieces
 
@@ -142,7 +146,8 @@ Account = Counter[str]
 # Number of rows per system message. "" counts rows without one, or with a rare or very long one.
 Systems = Counter[str]
 # Share of rows that must have the same system message to store it with the run, and its maximum number of characters.
-SHARED, MAX_SYSTEM_CHARS = 0.9, 32_768
+SHARED = 0.9
+MAX_SYSTEM_CHARS = 32_768
 # Number of system messages that are counted separately, because each row may have another one.
 _SYSTEMS = 8
 
@@ -186,7 +191,8 @@ class LongRows:
     def add(self, later: LongRows) -> None:
         """Add the counts of later rows."""
         if not self.count:
-            self.first, self.tokens = later.first, later.tokens
+            self.first = later.first
+            self.tokens = later.tokens
         self.count += later.count
         self.longest = max(self.longest, later.longest)
 
@@ -201,7 +207,8 @@ class LongRows:
 
 def no_rows_error(name: str, account: Account, bad: BadRows, skipped: int, hint: str) -> UserError:
     """Return the error for a file without usable rows. It contains the first reason if rows are unusable."""
-    long, unlabeled = account["dropped_long"], account["without_label"]
+    long = account["dropped_long"]
+    unlabeled = account["without_label"]
     invalid = f", {skipped:,} invalid" if skipped else ""
     message = f"no usable rows: {long:,} too long, {unlabeled:,} without a label{invalid}"
     if skipped and (first := next(bad.lines(), None)) is not None:
@@ -225,9 +232,13 @@ class ChunkReader:
     """
 
     def __init__(self, encoder: Encoder, form: RowFormat, settings: DataSettings, bad: BadRows) -> None:
-        self.account, self.systems = Account(), Systems()
+        self.account = Account()
+        self.systems = Systems()
         self.long = LongRows()
-        self._encoder, self._form, self._settings, self._bad = encoder, form, settings, bad
+        self._encoder = encoder
+        self._form = form
+        self._settings = settings
+        self._bad = bad
 
     def read(self, rows: NumberedRows, indices: Sequence[int]) -> list[list[Example]]:
         """Return the list of examples of each row at ``indices``.
@@ -260,7 +271,9 @@ class ChunkReader:
         return result
 
     def _examples(self, number: int, record: Record, parts: list[Encoded], location: str) -> list[Example]:
-        limit, account, settings = self._settings.max_length, self.account, self._settings
+        limit = self._settings.max_length
+        account = self.account
+        settings = self._settings
         longest = max(len(part.tokens) for part in parts)
         labels = sum(stop - start for part in parts for start, stop in part.spans)
         images = self._encoder.images
@@ -301,7 +314,8 @@ def limit_length(
     (and counted).
     """
     divided = any(divides_image(example.tokens, settings, images) for example in examples)
-    limit, longest = settings.max_length, max(map(len, examples))
+    limit = settings.max_length
+    longest = max(map(len, examples))
     labels = sum(example.label_count for example in examples)
     if longest > limit and settings.long_rows == "error":
         long.add(LongRows(1, location, longest, longest))

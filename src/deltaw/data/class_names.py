@@ -114,7 +114,8 @@ def _is_one_edit(left: str, right: str) -> bool:
     """Return True if the texts differ by one inserted, removed, replaced or swapped nondigit character."""
     start = _shared_prefix(left, right)
     end = _shared_prefix(left[start:][::-1], right[start:][::-1])
-    left, right = left[start : len(left) - end], right[start : len(right) - end]
+    left = left[start : len(left) - end]
+    right = right[start : len(right) - end]
     swapped = len(left) == 2 and left == right[::-1]
     return (swapped or max(len(left), len(right)) <= 1) and not any(map(str.isdigit, left + right))
 

@@ -250,7 +250,9 @@ def read_pair(row: Row, location: str) -> Record:
     Raises:
         BadRowError: if a value has the wrong type, or turns are out of order.
     """
-    prompt, completion, system = row["prompt"], row["completion"], _system(row, location)
+    prompt = row["prompt"]
+    completion = row["completion"]
+    system = _system(row, location)
     tools = read_tools(row.get("tools"), location)
     if not (tools or isinstance(prompt, list) or isinstance(completion, list)):
         return Pair(text_of(prompt, "prompt", location), text_of(completion, "completion", location), system)

@@ -30,9 +30,11 @@ _OTHER_FORMATS = {
     "SVG": rb"\s*(?:<[?!][^>]*>\s*)*<(?:\w+:)?svg\b",
 }
 # Maximum number of pixels that Pillow accepts, and maximum size of an image file: about three times this number.
-_MAX_PIXELS, _MAX_IMAGE_BYTES = 2 * (Image.MAX_IMAGE_PIXELS or 0), 2**29
+_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+_MAX_IMAGE_BYTES = 2**29
 # Maximum number of strips or tiles of a TIFF file, and of scans of a JPEG file, each of which takes time.
-_MAX_TILES, _MAX_SCANS = 1 << 16, 100
+_MAX_TILES = 1 << 16
+_MAX_SCANS = 100
 # Errors of Pillow for images that cannot be decoded. Damaged metadata causes errors of various types.
 BROKEN = (
     *(ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, SyntaxError, TypeError, ValueError),

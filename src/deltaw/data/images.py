@@ -75,7 +75,8 @@ class ImageEncoder:
         first = images[0].size
         for example in images:
             if self._shape(example.size) != self._shape(first):
-                (height, width), location = example.size, f"{source}, row {example.row}"
+                height, width = example.size
+                location = f"{source}, row {example.row}"
                 message = f"the image has {height}×{width} pixels, those before it {first[0]}×{first[1]}, "
                 message += "and the model's preprocessor does not resize"
                 hint = f"resize the images, or set do_resize and size in {self._folder / _PREPROCESSOR}"

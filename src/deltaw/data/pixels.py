@@ -145,7 +145,8 @@ def read_images(
     Raises:
         UserError: if an image cannot be read, or arrays of a file differ in shape. The message names the row or path.
     """
-    count, shape = len(columns.pixels), None
+    count = len(columns.pixels)
+    shape = None
     if math.isqrt(count) ** 2 != count:
         message = f"{count:,} columns besides the label '{columns.label}' do not make a square image"
         hint = "a table of pixels has height × width columns and the label; name the label's column in data.columns: "
@@ -160,7 +161,8 @@ def read_images(
                     message = f"the image is {_by(image.shape)}, those before it {_by(shape)}"
                     raise UserError(message, location=location, hint=hint)
                 shape = image.shape if is_array else shape
-                size, content = (image.shape[0], image.shape[1]), image.tobytes() + repr(image.shape).encode()
+                size = (image.shape[0], image.shape[1])
+                content = image.tobytes() + repr(image.shape).encode()
             else:
                 content = read_content(image, location)
                 size = _decoded_size(content, location)
@@ -177,7 +179,8 @@ def _row_image(rows: NumberedRows, index: int, columns: LabelColumns) -> tuple[n
     A column contains paths, encoded bytes, decoded images or lists of numbers. Alternatively, a table has one column
     per pixel of a square grayscale image, in row-major order.
     """
-    row, location = rows[index][1], rows.row_location(index)
+    row = rows[index][1]
+    location = rows.row_location(index)
     if columns.pixels:
         try:
             return _array([float(row.get(column)) for column in columns.pixels], location), True  # type: ignore[arg-type]

@@ -143,13 +143,15 @@ class TextReader:
         return prepare_file(reference, self.settings, self.tokenizer, self.bad, log=self.log, images=self.images)
 
     def check(self, eval_files: Sequence[str]) -> DataCheck:
-        settings, tokenizer = self.settings, self.tokenizer
+        settings = self.settings
+        tokenizer = self.tokenizer
         end_tokens = terminators_in(self.folder, tokenizer) if self.folder else [int(tokenizer.eos_token_id)]
         names = {end: str(tokenizer.convert_ids_to_tokens(end)) for end in end_tokens}
         collect = functools.partial(
             collect_statistics, settings=settings, tokenizer=tokenizer, end_tokens=end_tokens, images=self.images
         )
-        statistics, eval_sets = collect(settings.train), [(name, collect(name)) for name in eval_files]
+        statistics = collect(settings.train)
+        eval_sets = [(name, collect(name)) for name in eval_files]
         return build_check(statistics, settings, format_sources(settings.train), end_names=names, eval_sets=eval_sets)
 
     def rows(self, bad: BadRows) -> Iterator[RowPreview]:
@@ -167,7 +169,8 @@ class TextReader:
     def _row(
         self, encoder: Encoder, form: RowFormat, settings: DataSettings, rows: NumberedRows, index: int
     ) -> RowPreview:
-        rejects_long, bad = settings.long_rows == "error", BadRows("skip")
+        rejects_long = settings.long_rows == "error"
+        bad = BadRows("skip")
         reader = ChunkReader(encoder, form, replace(settings, max_length=UNLIMITED) if rejects_long else settings, bad)
         (examples,) = reader.read(rows, [index])
         previews = []
@@ -208,7 +211,8 @@ def encode_prompt(
         template: TemplateName = "plain" if settings.form == "text" else settings.template
         date = settings.date
     else:
-        template, date = settings, None
+        template = settings
+        date = None
     location = "the prompt"
     encoder = Encoder(tokenizer, template, date=date, images=images)
     if images is None and attached:

@@ -68,7 +68,8 @@ class AnswerReader(RowReader[RowGroup]):
         self.images = images
         if tokenizer is not None:
             self.encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date, images)
-            self.template, self.date = self.encoder.template, self.encoder.template_date
+            self.template = self.encoder.template
+            self.date = self.encoder.template_date
 
     @abc.abstractmethod
     def records(self, row: Row, location: str) -> tuple[Record, ...]:
@@ -204,7 +205,8 @@ def _split_prompt(chosen: object, rejected: object, location: str) -> dict[str, 
         message = "'chosen' and 'rejected' must both be text, or both lists of messages"
         raise BadRowError(message, reason=WRONG_TYPE, location=location, hint="or give their prompt as 'prompt'")
     assert isinstance(chosen, str | list) and isinstance(rejected, str | list)
-    shorter, pairs = min(len(chosen), len(rejected)), enumerate(zip(chosen, rejected, strict=False))
+    shorter = min(len(chosen), len(rejected))
+    pairs = enumerate(zip(chosen, rejected, strict=False))
     shared = next((position for position, (left, right) in pairs if left != right), shorter)
     if texts and shared and chosen[shared - 1] == " ":
         shared -= 1  # a space belongs to the word that follows it
@@ -259,10 +261,12 @@ class PromptReader(AnswerReader):
 
     def group(self, examples: tuple[Example, ...], row: Row, location: str) -> TokenizedPrompt:  # type: ignore[override]
         (example,) = examples
-        length, has_answer = example.prompt_length, read_prompt_row(row, location)[1]
+        length = example.prompt_length
+        has_answer = read_prompt_row(row, location)[1]
         answer = example.answer if has_answer else None
         columns = {name: value for name, value in row.items() if value is not None}
-        tokens, is_label = example.tokens[:length], np.zeros(length, bool)
+        tokens = example.tokens[:length]
+        is_label = np.zeros(length, bool)
         return TokenizedPrompt(example.row, tokens, is_label, length, answer, columns=columns)
 
     def groups(self, items: Sequence[RowGroup]) -> list[Hashable]:

@@ -35,7 +35,8 @@ MAX_TEMPLATE_CHARS = 1 << 18
 FAULTS = (jinja2.TemplateError, *PYTHON_FAULTS)
 """Errors that are raised for unsupported conversations, in addition to :class:`TemplateLimitError`."""
 # Maximum number of bytes of a character in an answer, and of the rest of an answer.
-_BYTES_PER_CHAR, _ANSWER_BYTES = 6, 1 << 16
+_BYTES_PER_CHAR = 6
+_ANSWER_BYTES = 1 << 16
 # The worker gets the import path of this process, and variables that a Python interpreter may need.
 _COMMAND = "import sys; sys.path[:] = sys.argv[1:]; from deltaw.data.template_worker import main; main()"
 _VARIABLES = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ")
@@ -179,7 +180,8 @@ def render_with_tokenizer(
     Raises:
         Exception: see :func:`render_conversation`. ValueError if the tokenizer has several templates and no default.
     """
-    template, variables = tokenizer.get_chat_template(), tokenizer.special_tokens_map
+    template = tokenizer.get_chat_template()
+    variables = tokenizer.special_tokens_map
     template = complete_template(template, missing_prefix(template, variables))
     return render_conversation(template, messages, generation=generation, variables=variables)
 
@@ -197,7 +199,8 @@ def missing_prefix(template: str, variables: Mapping[str, object]) -> str:
 
 @functools.lru_cache(64)
 def _missing_prefix(template: str, variables: bytes) -> str:
-    system, user = {"role": "system", "content": "instructions"}, {"role": "user", "content": "a-question"}
+    system = {"role": "system", "content": "instructions"}
+    user = {"role": "user", "content": "a-question"}
     answer = {"role": "assistant", "content": STAND_IN}
     conversations = [
         ConversationPrefixes(

@@ -70,7 +70,8 @@ SUPPORTED_FORMATS = "jsonl, json, csv, tsv (also as .gz, .bz2, .xz, .zst), parqu
 _XZ_BYTES = 256 * 2**20
 _BLOCK = 2**16
 # A compressed file may expand to MIN_EXPANDED_BYTES, or to MAX_EXPANSION times its size.
-MIN_EXPANDED_BYTES, MAX_EXPANSION = 32 * 2**20, 256
+MIN_EXPANDED_BYTES = 32 * 2**20
+MAX_EXPANSION = 256
 
 # Receives the error and the raw content of an unreadable row, which is then skipped.
 OnBad = Callable[[BadRowError, object], None]
@@ -189,7 +190,8 @@ class _Bounded(io.RawIOBase):
     """Decompressed content of a file, which must not expand out of proportion to its size."""
 
     def __init__(self, file: Any, path: Path) -> None:
-        self._file, self._path = file, path
+        self._file = file
+        self._path = path
         self._remaining = max(MIN_EXPANDED_BYTES, MAX_EXPANSION * path.stat().st_size)
 
     def readable(self) -> bool:
@@ -280,17 +282,20 @@ def _row_of_line(line: bytes, number: int, name: str) -> Row | None:
     text = decode(line, name, first_line=number)
     if not text.strip():
         return None
-    location, hint = f"{name}, line {number}", "every line is one JSON object, such as "
+    location = f"{name}, line {number}"
+    hint = "every line is one JSON object, such as "
     try:
         row = parse(text)
     except ValueError as error:
         reason = str(error)
         if isinstance(error, json.JSONDecodeError):
             reason = f"{error.msg.removesuffix(' at')}, column {error.colno}"
-        message, hint = f"line {number} is not JSON: {reason}", hint + '{"prompt": "…", "completion": "…"}'
+        message = f"line {number} is not JSON: {reason}"
+        hint = hint + '{"prompt": "…", "completion": "…"}'
         raise BadRowError(message, reason="not JSON", location=location, hint=hint) from error
     if not isinstance(row, dict):
-        message, hint = f"line {number} is not a JSON object but of type {type(row).__name__}", hint + '{"text": "…"}'
+        message = f"line {number} is not a JSON object but of type {type(row).__name__}"
+        hint = hint + '{"text": "…"}'
         raise BadRowError(message, reason="not a JSON object", location=location, hint=hint)
     return row
 
@@ -358,7 +363,9 @@ class TableReader:
         self, file: IO[bytes], name: str, delimiter: str, on_bad: OnBad | None = None, *, max_bytes: int = MAX_ROW_BYTES
     ) -> None:
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-        self._name, self._delimiter, self._on_bad = name, delimiter, on_bad
+        self._name = name
+        self._delimiter = delimiter
+        self._on_bad = on_bad
         self._text = _TextLines(file, name, max_bytes)
         self._reader = csv.reader(self._text, delimiter=delimiter, strict=True)
         self.has_header = True
@@ -370,7 +377,8 @@ class TableReader:
         if header is None:
             return
         if len(header) > 1 and all(map(_is_number, header)):
-            self.has_header, self._first = False, header
+            self.has_header = False
+            self._first = header
             header = [f"column_{number}" for number in range(1, len(header) + 1)]
         self.header = header
         if len(header) > MAX_COLUMNS:
@@ -414,7 +422,8 @@ class TableReader:
         try:
             return next(self._reader, None)
         except csv.Error as error:
-            message, hint = f"the table cannot be read: {error}", 'a quote inside a quoted cell is written twice: ""'
+            message = f"the table cannot be read: {error}"
+            hint = 'a quote inside a quoted cell is written twice: ""'
             raise UserError(message, location=f"{location} (line {self._reader.line_num})", hint=hint) from error
         except _LongRow:
             location += f" (lines {self._text.first} to {self._text.number})"
@@ -518,7 +527,8 @@ def read_json(file: IO[bytes], name: str, *, max_bytes: int = MAX_ROW_BYTES) -> 
 
 def object_lines(file: IO[bytes], name: str, *, max_bytes: int = MAX_ROW_BYTES) -> Iterator[tuple[int, int]]:
     """Yield the number and first line of each object of a JSON list."""
-    text, number = _JSONText(file, name, max_bytes), 0
+    text = _JSONText(file, name, max_bytes)
+    number = 0
     while text.peek() in tuple("[,"):
         text.step()
         text.peek()
@@ -538,7 +548,9 @@ class _JSONText:
     def __init__(self, file: IO[bytes], name: str, max_bytes: int) -> None:
         self.text = ""
         self.at = 0
-        self._file, self._name, self._max_bytes = file, name, max_bytes
+        self._file = file
+        self._name = name
+        self._max_bytes = max_bytes
         self._bytes = codecs.getincrementaldecoder("utf-8-sig")()
         self._json = json.JSONDecoder()
         self._line = 1  # line number at the start of the buffer
@@ -596,7 +608,8 @@ class _JSONText:
     def _more(self) -> bool:
         """Read more text, doubling the buffer to avoid parsing long values repeatedly. Return False at the end."""
         self._line += self.text.count("\n", 0, self.at)
-        self.text, self.at = self.text[self.at :], 0
+        self.text = self.text[self.at :]
+        self.at = 0
         size = max(_CHARACTERS, min(len(self.text), self._max_bytes + 1 - len(self.text)))
         while data := self._file.read(size):
             text = self._decoded(data)

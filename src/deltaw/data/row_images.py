@@ -139,7 +139,8 @@ def place_images(placer: ImagePlacer, images: Iterable[RowImage], location: str)
         placed.append(placer.place(image))
         count += len(placed[-1].ids)
         if count > MAX_TOKENS:
-            message, hint = f"the images have more than {MAX_TOKENS:,} tokens", "use fewer or smaller images"
+            message = f"the images have more than {MAX_TOKENS:,} tokens"
+            hint = "use fewer or smaller images"
             raise BadRowError(message, reason="too many images", location=location, hint=hint)
     return placed
 
@@ -178,7 +179,8 @@ def insert_ids(
         hint = "use the model's own tokenizer, or remove the token from the text"
         raise BadRowError(message, reason="an unknown token", location=location, hint=hint)
     ids = [int(token) for image in images for token in image.ids]
-    count, token_id = tokens.count(placer.token_id), placer.token_id
+    count = tokens.count(placer.token_id)
+    token_id = placer.token_id
     if count != len(ids):
         raise _mismatch(f"the text has {count_of(count, 'image token')}, and its images have {len(ids):,}", location)
     if not ids:
@@ -190,7 +192,8 @@ def insert_ids(
 
 
 def _mismatch(message: str, location: str) -> BadRowError:
-    reason, hint = "an image token in a text", "remove the model's image tokens from the texts"
+    reason = "an image token in a text"
+    hint = "remove the model's image tokens from the texts"
     return BadRowError(message, reason=reason, location=location, hint=hint)
 
 
@@ -245,7 +248,8 @@ def take_images(
                 references.append(_part_image(part))
                 parts.append({"type": "text", "text": MARKER})
             elif isinstance(part, Mapping) and any(not _is_empty(part.get(name)) for name in IMAGE_PARTS):
-                message, hint = "a content part of another type has an image", "give it the type 'image'"
+                message = "a content part of another type has an image"
+                hint = "give it the type 'image'"
                 raise BadRowError(message, reason="an image in a text part", location=text_location, hint=hint)
             else:
                 text = part.get("text") if isinstance(part, Mapping) else None
@@ -288,7 +292,8 @@ def _image_values(row: Row, location: str) -> list[object]:
     """
     present = [name for name in COLUMNS if not _is_empty(row.get(name))]
     if len(present) > 1:
-        reason, hint = "two columns with images", "remove one of both columns, or map it with data.columns"
+        reason = "two columns with images"
+        hint = "remove one of both columns, or map it with data.columns"
         raise BadRowError("the row has both 'images' and 'image'", reason=reason, location=location, hint=hint)
     value = row[present[0]] if present else []
     return list(value) if isinstance(value, list | tuple) else [value]

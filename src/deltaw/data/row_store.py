@@ -40,7 +40,8 @@ class RowView(Sequence[Example]):
     """
 
     def __init__(self, store: RowStore, indices: np.ndarray) -> None:
-        self.store, self.indices = store, indices
+        self.store = store
+        self.indices = indices
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -266,7 +267,10 @@ class DiskRows:
     def __init__(
         self, file: IO[bytes], name: str, *, grouped: bool, on_damage: Callable[[], object] = lambda: None
     ) -> None:
-        self._file, self._name, self._grouped, self._on_damage = file, name, grouped, on_damage
+        self._file = file
+        self._name = name
+        self._grouped = grouped
+        self._on_damage = on_damage
         self._lock = threading.Lock()
         self._size = os.fstat(file.fileno()).st_size
         # Per column, the file offset of the values in each batch, and of the list offsets in each batch.
@@ -329,7 +333,8 @@ class DiskRows:
         return self._column("ordinal")
 
     def used_tokens(self) -> np.ndarray:
-        is_used, large_tokens = np.zeros(0, bool), np.zeros(0, np.int64)
+        is_used = np.zeros(0, bool)
+        large_tokens = np.zeros(0, np.int64)
         for batch in range(len(self._batch_starts) - 1):
             first, last = self._token_starts[self._batch_starts[batch : batch + 2]]
             tokens = self._read("tokens", batch, 0, int(last - first))

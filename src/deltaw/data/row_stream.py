@@ -45,7 +45,8 @@ MEMORY_BYTES = 16 * 2**20
 # Maximum size of files that are identified by a hash of their entire content.
 SMALL_BYTES = 64 * 2**20
 _PEEKED = 8192
-_SAMPLES, _SAMPLE_BYTES = 64, 64 * 2**10
+_SAMPLES = 64
+_SAMPLE_BYTES = 64 * 2**10
 
 # Row number, row, and size in bytes.
 NumberedRow = tuple[int, Row, int]
@@ -74,7 +75,8 @@ class FilePart:
     """
 
     def __init__(self, path: Path, name: str, *, max_bytes: int = MAX_ROW_BYTES) -> None:
-        self.name, self._max_bytes = name, max_bytes
+        self.name = name
+        self._max_bytes = max_bytes
         self.position = 0
         self._path = path
         self._kind = str(kind_of(path))
@@ -223,7 +225,8 @@ class RowStream:
         self.files = len(parts)
         self.fills_nulls = any(part.fills_nulls for part in parts)
         self._parts = list(parts)
-        self._max_bytes, self._on_bad = max_bytes, on_bad
+        self._max_bytes = max_bytes
+        self._on_bad = on_bad
         self._first_bad: UserError | None = None
         self._stamps = [part.stamp() for part in parts]
         self._buffered: list[list[NumberedRow]] | None = []
@@ -275,7 +278,8 @@ class RowStream:
                     buffered_bytes += size
                     part_rows.append((number, row, size))
                     if buffered_bytes > MEMORY_BYTES:
-                        self._buffered, part_rows = None, []
+                        self._buffered = None
+                        part_rows = []
                 if self.rows % CHUNK_ROWS == 0:
                     on_rows(self.rows, self.position)
             if self._buffered is not None:
@@ -306,7 +310,8 @@ class RowStream:
         stamps = [part.stamp() for part in self._parts]
         changed = [p for p, a, b in zip(self._parts, self._stamps, stamps, strict=True) if a != b]
         if changed or count != self.rows:
-            message, hint = "the file changed while it was read", "start again when no process writes to it"
+            message = "the file changed while it was read"
+            hint = "start again when no process writes to it"
             raise UserError(message, location=changed[0].name if changed else self.name, hint=hint)
 
     def _chunks(self, unreadable: bool) -> Iterator[NumberedRows]:

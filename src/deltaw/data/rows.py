@@ -66,7 +66,8 @@ class NumberedRows(Sequence[tuple[int, Row]]):
         *,
         fills_nulls: bool = False,
     ) -> None:
-        self.name, self.fills_nulls = name, fills_nulls
+        self.name = name
+        self.fills_nulls = fills_nulls
         self._parts = list(parts)
         self._starts = [0]
         for _, numbers, _rows in self._parts:

@@ -25,7 +25,7 @@ from deltaw.data.row_stream import FilePart, HubPart, HubRows, RowStream, empty_
 from deltaw.data.rows import NumberedRows, Row, Table
 from deltaw.errors import UserError, did_you_mean, find_similar_files
 from deltaw.hub import packages
-from deltaw.hub.folders import fetch_error
+from deltaw.hub.hub_errors import fetch_error
 from deltaw.machine.memory import free_memory_bytes, memory_limit_bytes
 from deltaw.settings.data import MAX_ROW_BYTES, DataSettings, EvalSets, eval_reference, eval_size
 from deltaw.untrusted_paths import AllowedFolders, require_contained
@@ -52,7 +52,8 @@ _HUB = re.compile(
 )
 _EVAL_NAME = re.compile(r"(?:test|dev|val|valid|validation|eval)(?:[-_.\d].*)?", re.IGNORECASE)
 # Overhead of a row in memory in bytes, and number of bytes between two checks of free memory.
-_ROW_BYTES, _CHECK_BYTES = 64, 2**24
+_ROW_BYTES = 64
+_CHECK_BYTES = 2**24
 # Location of a row without its line number.
 _ROW_LOCATION = re.compile(r"(?P<file>.+?), row (?P<row>\d+)(?P<rest>(?!.*\(.*line)\D.*|)", re.DOTALL)
 # Folders created by archive tools and Python.
@@ -348,7 +349,9 @@ def row_errors() -> Iterator[None]:
 # Choosing, deduplicating and splitting rows. Rows are represented by arrays of 16-byte keys and group digests, so that
 # millions of rows take seconds. Duplicates and rows of one group are on the same side of the split.
 
-_CHOOSING, _SPLITTING = 1, 2  # independent random streams of one seed
+# independent random streams of one seed
+_CHOOSING = 1
+_SPLITTING = 2
 # Approximate number of keys that are sorted at a time.
 _BUCKET = 2**20
 KEY_BYTES = 16
@@ -427,7 +430,8 @@ def split_indices(
     duplicates = len(first) - int(distinct.sum())
     if settings.duplicates != "keep":
         selected = np.flatnonzero(distinct)
-        first, distinct = np.arange(len(selected)), np.ones(len(selected), bool)
+        first = np.arange(len(selected))
+        distinct = np.ones(len(selected), bool)
     group_of = None if groups is None else _first_of_groups(groups[selected])
     classes = [first] if group_of is None else [first, group_of]
     if linked is not None:
@@ -473,7 +477,8 @@ def split_rows(
     split = split_indices(keys, groups, settings, seed, linked)
     train_indices, eval_indices, duplicates, (train_groups, eval_groups) = split
     epoch_indices = weigh(train_indices)
-    train, num_distinct = select_rows(rows, epoch_indices), len(np.unique(epoch_indices))
+    train = select_rows(rows, epoch_indices)
+    num_distinct = len(np.unique(epoch_indices))
     report = replace(
         with_token_counts(report, train),
         rows_kept=num_distinct,
@@ -628,7 +633,9 @@ def _random(seed: int, stream: int) -> np.random.Generator:
 
 
 _PREFIX = "reasoning-gym:"
-_SIZE, _SEED, _MAX_SIZE = 1000, 0, 1_000_000
+_SIZE = 1000
+_SEED = 0
+_MAX_SIZE = 1_000_000
 
 
 def is_generated(reference: str) -> bool:

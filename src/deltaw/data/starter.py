@@ -44,8 +44,10 @@ class TaskStarter:
 
     def __init__(self, entry: TaskEntry) -> None:
         kinds = kinds_of(entry.name)
-        self.entry, self.reads_images = entry, LABELED_IMAGES in kinds
-        self.samples, self.writes = PROMPTS in kinds, {*PROMPTED_FORMATS} <= {*kinds}
+        self.entry = entry
+        self.reads_images = LABELED_IMAGES in kinds
+        self.samples = PROMPTS in kinds
+        self.writes = {*PROMPTED_FORMATS} <= {*kinds}
 
     def section(self, form: str, columns: Collection[str]) -> tuple[str, ...]:
         """Return the lines of the task's settings section.
@@ -88,7 +90,8 @@ class TaskStarter:
         Args:
             bad: Receives the other rows.
         """
-        indices, columns = range(len(rows)), settings.columns
+        indices = range(len(rows))
+        columns = settings.columns
         if self.samples or not self.writes:
             reader = self.reader(rows, settings, None)
             if reader is None:

@@ -26,7 +26,8 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 
 from deltaw.atomic_files import atomic_path, write_text
-from deltaw.cache import Cache, versions
+from deltaw.cache.entries import Cache
+from deltaw.cache.keys import versions
 from deltaw.data.chunk import Account, ChunkReader, LongRows, Systems, frequent, no_rows_error, shared_system
 from deltaw.data.example import Example
 from deltaw.data.formats import RowFormat, choose_form, unused_columns
@@ -81,7 +82,9 @@ SPILL_BYTES = 96 * 2**20
 BATCH_ROWS = 4096
 # Approximate memory overhead of an example in bytes.
 _OBJECTS = 600
-_ROWS, _ABOUT, _SKIPPED = ".arrow", ".json", ".skipped.jsonl"
+_ROWS = ".arrow"
+_ABOUT = ".json"
+_SKIPPED = ".skipped.jsonl"
 
 T = TypeVar("T")
 
@@ -114,8 +117,10 @@ class RowCache:
     def __init__(self, key: str, log: LogFunction) -> None:
         self._cache = Cache("rows", LIMIT_BYTES)
         self.folder = self._cache.folder
-        self.path, self.skipped = self.folder / f"{key}{_ROWS}", self.folder / f"{key}{_SKIPPED}"
-        self._key, self._log = key, log
+        self.path = self.folder / f"{key}{_ROWS}"
+        self.skipped = self.folder / f"{key}{_SKIPPED}"
+        self._key = key
+        self._log = log
         self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> RowCache:
@@ -165,7 +170,8 @@ class RowCache:
 
     def rows(self, file: IO[bytes], grouped: bool) -> DiskRows:
         """Return the rows of the entry, reading from ``file``."""
-        cache, key = self._cache, self._key
+        cache = self._cache
+        key = self._key
         return DiskRows(file, str(self.path), grouped=grouped, on_damage=lambda: cache.remove(key))
 
     @contextlib.contextmanager
@@ -245,7 +251,8 @@ class RowWriter:
             store: Store the rows in the cache even if they fit into memory.
             write_skipped: Writes the list of skipped rows, if any.
         """
-        memory, in_memory = self._memory, self._writer is None
+        memory = self._memory
+        in_memory = self._writer is None
         if in_memory and (self._cache is None or not store):
             return memory
         try:
@@ -391,7 +398,8 @@ def _run_work(item: Any) -> Any:
 
 
 # With ``data.cache: auto``, rows are stored if their files are larger, or if tokenizing took longer.
-LARGE_BYTES, LONG_SECONDS = 8 * 2**20, 0.25
+LARGE_BYTES = 8 * 2**20
+LONG_SECONDS = 0.25
 # File size below which a cache lookup takes longer than tokenizing.
 TINY_BYTES = 2**18
 # File size from which several processes tokenize.
@@ -504,10 +512,12 @@ class _SourceReader:
         """Return everything that the rows depend on as JSON values, or None if a source or the tokenizer has no
         identity.
         """
-        identity, contents = tokenizer_identity(tokenizer), [stream.identity() for stream in self.streams]
+        identity = tokenizer_identity(tokenizer)
+        contents = [stream.identity() for stream in self.streams]
         if identity is None or None in contents:
             return None
-        settings, rows = dataclasses.asdict(self.settings), self.settings.rows
+        settings = dataclasses.asdict(self.settings)
+        rows = self.settings.rows
         forms = [[self._columns(source), source.form or self.settings.form] for source in self.sources]
         return {
             "format": FORMAT,
@@ -542,7 +552,9 @@ class _SourceReader:
         counts = [stream.rows for stream in self.streams]
         chosen = choose_rows(sum(counts), self.settings.rows, self.seed)
         progress = ReadProgress(self.log, f"tokenizing {self.name}", self.bytes)
-        account, long, systems = Account(), LongRows(), Systems()
+        account = Account()
+        long = LongRows()
+        systems = Systems()
         count = num_processes() if self.bytes > PARALLEL_BYTES and self.encoder.images is None else 1
         for part in in_order(self._parts(chosen), functools.partial(self._read_part, forms), count):
             writer.add(part.examples, part.ordinals, part.groups)

@@ -29,7 +29,8 @@ from deltaw.worker_process import serve
 
 MEMORY_BYTES = 1 << 30
 """Maximum address space of the worker process, if the platform has such a limit."""
-MAX_OUTPUT_CHARS, MAX_OUTPUT_CHARS_PER_BYTE = 1 << 20, 8
+MAX_OUTPUT_CHARS = 1 << 20
+MAX_OUTPUT_CHARS_PER_BYTE = 8
 """Maximum number of output characters: a constant, plus an amount per byte of the request."""
 _MAX_ERROR_CHARS = 2000
 PYTHON_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError)

@@ -98,9 +98,12 @@ class ChatRenderer:
         date: str,
         images: ImagePlacer | None = None,
     ) -> None:
-        self._tokenizer, self._marks, self._end_marks = tokenizer, marks, end_marks
+        self._tokenizer = tokenizer
+        self._marks = marks
+        self._end_marks = end_marks
         self._special: dict[str, Any] = dict(tokenizer.special_tokens_map)
-        self._date, self._images = date, images
+        self._date = date
+        self._images = images
         self._templates: dict[bool, str] = {}
 
     @functools.cached_property
@@ -264,7 +267,8 @@ class ChatRenderer:
             prompt: Rendered prompt.
             end: Rendered messages through the answer.
         """
-        messages, tools = conversation.messages, conversation.tools
+        messages = conversation.messages
+        tools = conversation.tools
         message = messages[turn]
         completion = _text_after_prompt(prompt, end, self._texts_of(messages[turn - 1])[-1])
         if completion is None:
@@ -326,13 +330,16 @@ class ChatRenderer:
             the first trailing token that ends a text, or else the first trailing token: ``<|end|>`` in
             ``<|end|><|endoftext|>``.
         """
-        stop, end, is_end = len(text.rstrip()), None, False
+        stop = len(text.rstrip())
+        end = None
+        is_end = False
         while True:
             mark = next((mark for mark in self._marks if text.endswith(mark, 0, stop)), None)
             if mark is None:
                 return text[:stop], end
             if mark in self._end_marks or not is_end:
-                end, is_end = stop, mark in self._end_marks
+                end = stop
+                is_end = mark in self._end_marks
             stop -= len(mark)
             while stop and text[stop - 1].isspace():
                 stop -= 1
@@ -547,7 +554,9 @@ class Encoder:
             raise UserError("the model's tokenizer has no chat template", location="data.template: chat", hint=hint)
         self.chat = has_template if template == "auto" else template == "chat"
         self.template = "chat" if self.chat else "plain"
-        self.labels, self.images, self._tokenizer = labels, images, tokenizer
+        self.labels = labels
+        self.images = images
+        self._tokenizer = tokenizer
         end_ids = {*turn_ends(tokenizer), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
         special_ids = end_ids | special_tokens(tokenizer).keys()
         self._special_ids = frozenset(special_ids)

@@ -189,7 +189,8 @@ class FolderReader:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         if get_attachment(model) is not None:
             raise UserError("an adapter is attached to the base model", hint="detach it and add its folder to the bank")
-        self._model, self._tokenizer = model, tokenizer
+        self._model = model
+        self._tokenizer = tokenizer
         self._fingerprint = base_fingerprint(model)
         self._terminators = terminators(model, tokenizer)
 
@@ -220,7 +221,8 @@ class FolderReader:
             raise _adapter_error(folder, "the adapter's files change while they are read", "add it again later")
         invoked = None if factors is None else factors.config.invocation_tokens
         invocation = tuple(invoked) if isinstance(invoked, list) else None
-        tokenizer, virtual = self._adapter_tokenizer(folder), 0 if prompt is None else len(prompt)
+        tokenizer = self._adapter_tokenizer(folder)
+        virtual = 0 if prompt is None else len(prompt)
         terminator_ids = self._read_terminators(folder, tokenizer)
         info = AdapterInfo(virtual, invocation, terminator_ids, folder, before, tokenizer, adapter_folder.run)
         return AdapterParts(info, {} if factors is None else factors.layers, prompt)
@@ -239,7 +241,8 @@ class FolderReader:
         if file.extra_tensors:
             names = ", ".join(sorted(file.extra_modules or file.extra_tensors))
             raise _adapter_error(folder, f"it has modules trained in full: {names}", "merge it with deltaw merge")
-        width, shape = weight_shape(input_embedding(self._model))[1], tuple(file.prompt.shape)
+        width = weight_shape(input_embedding(self._model))[1]
+        shape = tuple(file.prompt.shape)
         if len(shape) != 2 or shape[1] != width:
             raise _adapter_error(folder, f"the soft prompt is {shape}, but the embedding is {width} wide", _BASE_HINT)
         prompt = file.prompt.to(torch.float32, copy=True).contiguous()

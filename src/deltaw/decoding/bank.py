@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.decoding.adapters import (
@@ -31,105 +30,14 @@ from deltaw.decoding.adapters import (
     require_adapter_files,
     unknown_adapter_error,
 )
-from deltaw.decoding.decodable import Decodable
 from deltaw.errors import UserError
 from deltaw.kernels.decode import PackedAdapter
-from deltaw.lora.attachment import get_attachment, unwrap_model
-from deltaw.lora.files import Factors, unsupported_reason
-from deltaw.lora.kinds import get_output_head
-from deltaw.lora.layers import LoRAConv1D, LoRALinear
-from deltaw.runtime.recognition import module_at
-
-# Location of the output head, which is outside all blocks.
-HEAD = (-1, "head")
-
-
-class Packer:
-    """Packs the factors of a model's linear layers for its decoder.
-
-    A decoder identifies the parts of its blocks (query, key, value, output, gate, up, down) and the output head, not
-    module names. A fused layer (``qkv_proj`` and ``gate_up_proj`` of Phi-3, ``c_attn`` of GPT-2) is represented by its
-    first part, with outputs in the same order.
-
-    Args:
-        model: Model with its head. An adapter may be attached.
-        decodable: Decoder of the model, with its blocks and their roles.
-    """
-
-    def __init__(self, model: nn.Module, decodable: Decodable) -> None:
-        self._pack = decodable.decoder.pack_adapter
-        names: dict[int, list[str]] = {}
-        for name, module in model.named_modules(remove_duplicate=False):
-            names.setdefault(id(module), []).append(name)
-        self._locations: dict[str, tuple[int, str]] = {}
-        for index, (block, roles) in enumerate(zip(decodable.blocks, decodable.roles, strict=True)):
-            attention, mlp = roles.attention, roles.mlp
-            parts = {attention.output: "output", mlp.output: "down"}
-            # A fused layer is represented by its first part.
-            parts |= dict(zip(attention.inputs, ("query", "key", "value"), strict=False))
-            parts |= dict(zip(mlp.inputs, ("gate", "up"), strict=False))
-            for path, role in parts.items():
-                self._locations |= dict.fromkeys(names[id(module_at(block, path))], (index, role))
-        self._locations |= dict.fromkeys(names.get(id(get_output_head(model)), ()), HEAD)
-
-    def __call__(self, layers: Mapping[str, Factors]) -> PackedAdapter:
-        """Pack factors for the decoder.
-
-        Args:
-            layers: Factors by the names of the layers in the model.
-
-        Raises:
-            UserError: if a layer is neither in a block nor the head.
-        """
-        by_location = {}
-        for name, factors in layers.items():
-            if name not in self._locations:
-                message = f"it adapts '{name}', which is neither in a block of the model nor its output head"
-                raise UserError(message, location=name, hint="merge the adapter into the model: deltaw merge")
-            by_location[self._locations[name]] = (factors.lora_A, factors.lora_B, factors.scaling)
-        return self._pack(by_location)
-
-
-def pack_attached_adapter(model: nn.Module, packer: Packer) -> PackedAdapter | str | None:
-    """Pack the adapter that is attached to a model, for a decoder of the model's weights.
-
-    Returns:
-        The packed adapter, None if the model has no adapter, or the reason if the adapter is more than low-rank
-        factors.
-    """
-    layers = attached_factors(model)
-    if isinstance(layers, str):
-        return layers
-    try:
-        return packer(layers) if layers else None
-    except UserError as error:
-        return error.message
-
-
-def attached_factors(model: nn.Module) -> dict[str, Factors] | str:
-    """Return the factors of the attached adapter by layer name. They share memory with the adapter.
-
-    Returns:
-        An empty dictionary without an adapter, or the reason if the adapter is more than low-rank factors.
-    """
-    record = get_attachment(unwrap_model(model))
-    if record is None:
-        return {}
-    if (reason := unsupported_reason(record.config)) is not None:
-        return reason
-    layers: dict[str, Factors] = {}
-    for name, layer in record.adapted():
-        if not isinstance(layer, LoRALinear | LoRAConv1D) or type(layer) not in (LoRALinear, LoRAConv1D):
-            return f"it adapts '{name}' as a {type(layer).__name__}"
-        if layer.merged or layer.changed_init is not None:
-            return f"the weight of '{name}' differs from the base model's"
-        layers[name] = Factors(layer.lora_A.detach().float(), layer.lora_B.detach().float(), layer.scaling)
-    return layers
-
+from deltaw.lora.files import Factors
 
 # PATIENCE: seconds after its last attempt to acquire a version until a request is assumed to be gone.
 # MIN_RESIDENT_SECONDS: seconds that a loaded version is not evicted, so that the request can acquire it.
-PATIENCE, MIN_RESIDENT_SECONDS = 10.0, 3.0
+PATIENCE = 10.0
+MIN_RESIDENT_SECONDS = 3.0
 NEVER = float("-inf")
 MAX_NAME_LENGTH = 200
 
@@ -213,7 +121,8 @@ class AdapterBank:
     ) -> None:
         self._budget = budget_bytes
         self._versions: set[_Version] = set()  # current or in use
-        self._reader, self._pack = FolderReader(model, tokenizer), pack
+        self._reader = FolderReader(model, tokenizer)
+        self._pack = pack
         self._changed = threading.Condition()
         self._reading = threading.Lock()  # one folder at a time
         self._names: dict[str, _Version] = {}
@@ -369,7 +278,9 @@ class AdapterBank:
 
     def _touch(self, version: _Version) -> None:
         """Mark a version as just used."""
-        version.last_used, version.requested_at, version.loaded_at = next(self._clock), NEVER, NEVER
+        version.last_used = next(self._clock)
+        version.requested_at = NEVER
+        version.loaded_at = NEVER
 
     def _bytes_used(self) -> int:
         """Return the bytes of versions that are in memory or being loaded."""
@@ -381,7 +292,8 @@ class AdapterBank:
         Returns:
             False, without evictions, if all of them together would not suffice.
         """
-        free, evicted = self._budget - self._bytes_used(), []
+        free = self._budget - self._bytes_used()
+        evicted = []
         idle = [v for v in self._versions if v.weights is not None and not v.is_pinned]
         for version in sorted(idle, key=lambda v: v.last_used):
             if free < required:
@@ -420,7 +332,9 @@ class AdapterBank:
         if version.weights is not None:
             return version
         if version.error is not None:
-            error, version.error = version.error, None  # the next request tries again
+            # the next request tries again
+            error = version.error
+            version.error = None
             raise error
         if self._closed:
             raise UserError("the adapter cannot be loaded: the server is shutting down", location=name)
@@ -444,7 +358,8 @@ class AdapterBank:
                     return
                 version = self._load_queue.popleft()
                 version.loading = True
-            weights, error = None, None
+            weights = None
+            error = None
             try:
                 weights = self._reload(version)
             except UserError as user_error:
@@ -453,9 +368,11 @@ class AdapterBank:
                 message = f"adapter '{version.name}' cannot be loaded: {type(failed).__name__}: {failed}"
                 error = UserError(message, location=str(version.info.folder), hint="check the adapter's folder")
             with self._changed:
-                version.loading, version.error = False, error
+                version.loading = False
+                version.error = error
                 if version in self._versions:
-                    version.weights, version.loaded_at = weights, time.monotonic()
+                    version.weights = weights
+                    version.loaded_at = time.monotonic()
                 self._changed.notify_all()
             del weights
 

@@ -85,7 +85,9 @@ class RunningBatch(SequenceScheduler):
     def __init__(self, model: Decodable, pages: int, adapters: Adapters, limits: BatchLimits) -> None:
         decoder = model.decoder
         super().__init__(model.entry.num_tokens, model.vocabulary, min(model.positions, pages * decoder.page_tokens))
-        self.model, self.adapters, self.limits = model, adapters, limits
+        self.model = model
+        self.adapters = adapters
+        self.limits = limits
         self.images = model.entry.images
         self.memory = decoder.new_pages(pages)
         self.pool = PagePool(pages, decoder.page_tokens, self.memory.copy)
@@ -150,7 +152,8 @@ class RunningBatch(SequenceScheduler):
         self.running.remove(sequence)
         self.pool.release(sequence.pages, sequence.keys if cache else None)
         self._slots.append(sequence.slot)
-        sequence.pages, sequence.slot = None, -1
+        sequence.pages = None
+        sequence.slot = -1
 
     def _wait_for_constraints(self) -> None:
         """Wait a moment for constraints. A constraint that was late before is not waited for."""
@@ -256,7 +259,8 @@ class RunningBatch(SequenceScheduler):
         entry = self.model.entry
         total = sum(stop - start for _, start, stop in scheduled)
         tokens = np.empty(total, np.int64)
-        token_positions, slots = np.empty(total, np.int32), np.empty(total, np.int32)
+        token_positions = np.empty(total, np.int32)
+        slots = np.empty(total, np.int32)
         adapter_rows = np.full(total, -1, np.int32)
         packed: list[PackedAdapter] = []
         numbers: dict[int, int] = {}

@@ -41,21 +41,16 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 
-# Constraint processes and their protocol.
-#
-# llguidance limits its work, but a hostile grammar or schema can contain steps that its limits do not cover. They take
-# minutes and gigabytes, during compilation or after thousands of tokens. Therefore each constraint has a process, which
-# the operating system kills if an operation uses too much CPU time or memory. A launcher loads the tokenizer once and
-# forks a process for each connection that it receives, so that they share its memory. Its interpreter imports neither
-# torch nor transformers.
-
 # Message to a constraint process: text number, and a token or START_TEXT or END_TEXT.
 REQUEST = struct.Struct("<QI")
-START_TEXT, END_TEXT = (1 << 32) - 1, (1 << 32) - 2
+START_TEXT = (1 << 32) - 1
+END_TEXT = (1 << 32) - 2
 # Reply: text number (0 for the constraint itself), flags, and memory of the process in KiB. The payload is the mask of
 # allowed tokens as int32 words, lowest bit first, or the reason of a failure.
 ANSWER = struct.Struct("<QBI")
-STOPPED, ACCEPTING, FAILED = 1, 2, 4
+STOPPED = 1
+ACCEPTING = 2
+FAILED = 4
 
 # The cost of an object grows with the square of its number of properties. The sum of squares over all objects of a
 # schema is limited to that of one object with this number of properties.
@@ -182,7 +177,8 @@ class _Texts:
     """Texts of one constraint. Operations return the flags and the payload of a reply."""
 
     def __init__(self, tokenizer: LLTokenizer, limits: ProcessLimits) -> None:
-        self._tokenizer, self._limits = tokenizer, limits
+        self._tokenizer = tokenizer
+        self._limits = limits
         self.active: dict[int, _TextConstraint] = {}
         self._grammar = ""
         self._compiled: LLMatcher | None = None
@@ -211,7 +207,8 @@ class _Texts:
         return flags, payload
 
     def accept(self, number: int, token: int) -> tuple[int, bytes]:
-        text, start = self.active[number], time.process_time()
+        text = self.active[number]
+        start = time.process_time()
         with self._limited():
             text.matcher.consume_token(token)
             flags, payload = self._state(text.matcher)
@@ -275,7 +272,8 @@ def grammar_of(kind: str, value: str) -> str:
     try:
         schema = json.loads(value)
         _require_exact(json.loads(value, parse_float=Decimal))
-        cost, text = _property_squares(schema), json.dumps({} if schema is True else schema)
+        cost = _property_squares(schema)
+        text = json.dumps({} if schema is True else schema)
     except (ValueError, ArithmeticError) as error:
         raise UserError(f"it is not JSON: {_first_line(str(error))}") from error
     except RecursionError as error:
@@ -337,9 +335,6 @@ def _property_squares(schema: object) -> int:
     return len(schema) ** 2 + sum(map(_property_squares, schema.values()))
 
 
-# Handles to texts and processes. A thread per process receives the replies, so callers do not block. A process exits
-# when its connection is closed, and with this process.
-
 # Seconds to load a tokenizer, and to reply on a busy machine.
 _START_SECONDS = 120.0
 _ANSWER_SECONDS = 60.0
@@ -362,7 +357,8 @@ class Launcher:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, limits: ProcessLimits) -> None:
-        self.vocabulary, self.limits = vocabulary, limits
+        self.vocabulary = vocabulary
+        self.limits = limits
         if not hasattr(os, "fork"):
             raise UnsupportedError("constrained decoding needs Linux or macOS")
         if find_spec("llguidance") is None:
@@ -420,7 +416,8 @@ class Launcher:
         self._process.stdout.close()
 
     def _handshake(self, settings: Mapping[str, object]) -> dict[str, Any]:
-        stdin, stdout = self._process.stdin, self._process.stdout
+        stdin = self._process.stdin
+        stdout = self._process.stdout
         assert stdin is not None and stdout is not None
         timer = threading.Timer(_START_SECONDS, self._process.kill)
         timer.start()
@@ -452,9 +449,12 @@ class ConstraintProcess:
     """
 
     def __init__(self, launcher: Launcher, changed: Callable[[ConstraintProcess], None]) -> None:
-        self.compiled, self.memory = False, 0
+        self.compiled = False
+        self.memory = 0
         self.exit_reason: str | None = None
-        self.launcher, self._connection, self._changed = launcher, launcher.connection(), changed
+        self.launcher = launcher
+        self._connection = launcher.connection()
+        self._changed = changed
         self._lock = threading.Lock()
         self.last_reply = time.monotonic()
         self._numbers = itertools.count(1)
@@ -562,8 +562,11 @@ class Matcher:
     """
 
     def __init__(self, process: ConstraintProcess, number: int, terminators: Sequence[int]) -> None:
-        self.process, self.number, self.late = process, number, False
-        vocabulary, native_terminators = process.launcher.vocabulary, process.launcher.terminators
+        self.process = process
+        self.number = number
+        self.late = False
+        vocabulary = process.launcher.vocabulary
+        native_terminators = process.launcher.terminators
         self._terminator_mask = _words(vocabulary, terminators)
         self._non_terminator_mask = ~_words(vocabulary, [*terminators, *native_terminators])
         self._state = 0, b""  # a single tuple, because another thread assigns it
@@ -628,7 +631,8 @@ class Matcher:
 
     def answer(self, flags: int, payload: bytes) -> None:
         """Store a reply. Called by the receiver thread of the process."""
-        self._state, self.late = (flags, payload), False
+        self._state = (flags, payload)
+        self.late = False
         self._answered.set()
 
 
@@ -679,7 +683,8 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab: int, limits: ConstraintLimits | None = None) -> None:
-        self._tokenizer, self._vocabulary = tokenizer, vocab
+        self._tokenizer = tokenizer
+        self._vocabulary = vocab
         self._limits = limits or ConstraintLimits()
         self._launcher: Launcher | None = None
         self._unsupported: UnsupportedError | None = None
@@ -717,7 +722,8 @@ class Grammars:
         """Kill all processes. Waiting requests fail."""
         with self._changed:
             self._closed = True
-            processes, launcher = list(self._processes.values()), self._launcher
+            processes = list(self._processes.values())
+            launcher = self._launcher
             self._changed.notify_all()
         for process in processes:
             process.end("the engine is shut down")

@@ -27,15 +27,21 @@ from deltaw.kernels.decode import Decoder, PackedAdapter
 from deltaw.kernels.decode_reference import DecoderBlock, DecoderLinear
 from deltaw.kernels.quantize import quantize_rows
 from deltaw.kernels.rows import HalfNorms, Norm
-from deltaw.kernels.torch_private import direct_parameters
+from deltaw.kernels.torch_modules import direct_parameters
 from deltaw.lora.kinds import get_output_head
-from deltaw.runtime.fused import FusedBlock, Projection
+from deltaw.runtime.block_roles import BlockRoles, Norms, activation_kind, module_at, norm_form
+from deltaw.runtime.fused import FusedBlock
 from deltaw.runtime.fused_blocks import final_norm, recognize
-from deltaw.runtime.packed import PACKED, PADDED
-from deltaw.runtime.recognition import BlockRoles, Norms, activation_kind, blocks_of, module_at, norm_form, small_copy
+from deltaw.runtime.packed import PACKED
+from deltaw.runtime.padded import PADDED
+from deltaw.runtime.projections import Projection
+from deltaw.runtime.recognition import blocks_of
+from deltaw.runtime.small_copy import small_copy
 
 # Number of compared tokens, size of the first chunk, and number of single tokens after it.
-SAMPLE, CHUNK, SINGLE = 40, 17, 3
+SAMPLE = 40
+CHUNK = 17
+SINGLE = 3
 # Relative difference of fp32 logits that is explained by rounding.
 TOLERANCE = 1e-4
 # Limits the memory for cosines and sines, which are stored for every position.
@@ -182,8 +188,11 @@ def recognized_blocks(model: PreTrainedModel) -> list[FusedBlock]:
 
 def _block(fused: FusedBlock, tables: Sequence[tuple[Tensor, Tensor]], table: int | None) -> DecoderBlock:
     """Return the decoder's description of a block."""
-    block, roles, attention_config = fused.block, fused.roles, fused.config
-    attention, mlp = roles.attention, roles.mlp
+    block = fused.block
+    roles = fused.roles
+    attention_config = fused.config
+    attention = roles.attention
+    mlp = roles.mlp
     heads, key_heads = attention.heads(block)
     # A fused layer is represented by its first part.
     query, *key_value = (_linear(module_at(block, path)) for path in attention.inputs)
@@ -241,13 +250,15 @@ def _linear(module: nn.Module | None, quantize: bool = False) -> DecoderLinear:
     bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
     if (blocks := layer.blocks) is not None:
         return DecoderLinear(blocks, bias)
-    weight, scale = layer.weight.detach(), layer.scale
+    weight = layer.weight.detach()
+    scale = layer.scale
     if not layer.by_column:
         weight = weight.t()
     if quantize and weight.dtype != torch.int8:
         # Quantize in parts, because quantization uses eight bytes per element.
         parts = [quantize_rows(module_at) for module_at in weight.split(max(1, QUANTIZE_CHUNK // weight.shape[1]))]
-        weight, scale = torch.cat([rows for rows, _ in parts]), torch.cat([scales for _, scales in parts])
+        weight = torch.cat([rows for rows, _ in parts])
+        scale = torch.cat([scales for _, scales in parts])
     return DecoderLinear(weight.contiguous(), bias, scale, layer.smooth_scales)
 
 
@@ -267,7 +278,8 @@ def logit_difference(
         count = min(SAMPLE, decodable.positions)
         tokens = torch.randint(0, num_tokens, (count,), generator=torch.Generator().manual_seed(0))
     soft = None if adapter is None else adapter.soft_prompt
-    rows, model_tokens = decodable.entry.rows(tokens), tokens
+    rows = decodable.entry.rows(tokens)
+    model_tokens = tokens
     if soft is not None:
         rows = torch.cat([soft.float() * decodable.entry.outer, rows])
         model_tokens = torch.cat([torch.arange(num_tokens, num_tokens + len(soft)), tokens])
@@ -287,7 +299,8 @@ def _logits(decodable: Decodable, rows: Tensor, adapter: PackedAdapter | None) -
     Yields:
         Index of the first row, index after the last row, and logits (rows, V).
     """
-    decoder, count = decodable.decoder, len(rows)
+    decoder = decodable.decoder
+    count = len(rows)
     if decodable.entry.positions is not None:
         rows = rows + decodable.entry.positions[:count]
     pages = -(-count // decoder.page_tokens)

@@ -42,17 +42,21 @@ class DeviceSampler:
         receive: Callable[[np.ndarray, np.ndarray], bool],
         steps_per_sync: int = STEPS_PER_SYNC,
     ) -> None:
-        self._receive, self._steps_per_sync, self._block = receive, steps_per_sync, list[Tensor]()
+        self._receive = receive
+        self._steps_per_sync = steps_per_sync
+        self._block = list[Tensor]()
         parameters = [(s.temperature, s.top_k, s.top_p, s.min_p) for s in (state.sampling for state in states)]
         table = np.hstack([np.array(parameters), [state.random.random(steps) for state in states]])
-        self._is_greedy, self._needs_sort = not table[:, 0].any(), bool(table[:, 1].any() or table[:, 2].min() < 1)
+        self._is_greedy = not table[:, 0].any()
+        self._needs_sort = bool(table[:, 1].any() or table[:, 2].min() < 1)
         self._wide = widest_dtype(device)
         columns = to_device(torch.from_numpy(table).to(self._wide), device)[:, :, None].unbind(1)
         self._temperature, self._top_k, self._top_p, self._min_p, *self._uniform = columns
 
     def __call__(self, logits: Tensor) -> Tensor | None:
         """Return the next tokens (rows,) for fp32 logits (rows, vocabulary), or None to stop."""
-        best, uniform = logits.max(-1), self._uniform.pop(0)
+        best = logits.max(-1)
+        uniform = self._uniform.pop(0)
         tokens = best.indices
         if not self._is_greedy:
             tokens = self._sample(logits - best.values[:, None], uniform).where(self._temperature[:, 0] > 0, tokens)
@@ -60,7 +64,8 @@ class DeviceSampler:
         tokens_or_none = tokens.where(best.values.isfinite(), NO_TOKEN)
         self._block.append(torch.stack((tokens_or_none.to(self._wide), logprobs.to(self._wide))))
         if len(self._block) == self._steps_per_sync or not self._uniform:
-            block, self._block = torch.stack(self._block, 1).numpy(force=True), []
+            block = torch.stack(self._block, 1).numpy(force=True)
+            self._block = []
             if self._receive(block[0].astype(np.int64), block[1]):
                 return None
         return tokens

@@ -57,7 +57,9 @@ class Engine:
     ) -> None:
         self.tokenizer = tokenizer
         self.bank: Adapters = adapters or FixedAdapters()
-        self.session_adapter, self.has_base, self.why = session_adapter, has_base, why
+        self.session_adapter = session_adapter
+        self.has_base = has_base
+        self.why = why
         self.scheduler = scheduler
         self._terminators = tuple(terminators)
         self._grammars = Grammars(tokenizer, scheduler.vocabulary, constraints)
@@ -115,7 +117,8 @@ class Engine:
                 raise error
         with self._changed:
             self._queue(sequences)
-        pending, completed = list(sequences), 0
+        pending = list(sequences)
+        completed = 0
         try:
             with self._stepping:
                 while pending:
@@ -141,7 +144,8 @@ class Engine:
             drain: Finish pending requests first. Otherwise cancel them.
         """
         with self._changed:
-            self._closed, self._draining = True, drain
+            self._closed = True
+            self._draining = drain
             unfinished = [] if drain else list(self._unfinished)
             self._changed.notify_all()
         for handle in unfinished:

@@ -36,7 +36,7 @@ from deltaw.hub.terminators import terminators
 from deltaw.hub.transformers_private import quiet
 from deltaw.kernels.layout import to_device
 from deltaw.kernels.linear import LinearProduct, linear
-from deltaw.runtime.recognition import forward_replaced
+from deltaw.runtime.block_roles import forward_replaced
 
 # Incremental detokenization decodes a short suffix of tokens together. Decoding single tokens would break characters of
 # several tokens and lose spaces, and decoding all tokens each time would take quadratic time.
@@ -77,7 +77,8 @@ class IncrementalDetokenizer:
         certain = text[: len(text) - min(marks, _MAX_MARKS)]
         piece = ""
         if not marks or certain.startswith(self._emitted):
-            piece, self._emitted = certain[common_prefix_length(certain, self._emitted) :], certain
+            piece = certain[common_prefix_length(certain, self._emitted) :]
+            self._emitted = certain
         if len(self._buffer) > _MAX_BUFFERED:
             piece += self._shrink_buffer(text)
         return piece
@@ -85,7 +86,9 @@ class IncrementalDetokenizer:
     def end(self) -> str:
         """Return the remaining text after the last token."""
         text = decode_text(self._tokenizer, self._buffer)
-        emitted, self._buffer, self._emitted = self._emitted, [], ""
+        emitted = self._emitted
+        self._buffer = []
+        self._emitted = ""
         return text[common_prefix_length(text, emitted) :]
 
     def _shrink_buffer(self, text: str) -> str:
@@ -102,7 +105,8 @@ class IncrementalDetokenizer:
             tail = decode_text(self._tokenizer, self._buffer[-count:])
             is_sufficient = REPLACEMENT_CHARACTER not in tail and tail if count == 1 else len(tail) > _MAX_MARKS
             if is_sufficient and text.endswith(tail) and num_pending <= len(tail):
-                self._buffer, self._emitted = self._buffer[-count:], tail[: len(tail) - num_pending]
+                self._buffer = self._buffer[-count:]
+                self._emitted = tail[: len(tail) - num_pending]
                 return ""
         return self.end() if len(self._buffer) > _MAX_UNDECODABLE else ""
 
@@ -336,7 +340,8 @@ def _decode_on_device(
         max_new_tokens: Maximum number of new tokens.
         choose: See :func:`decode_with_callback`.
     """
-    length, positions = ids.shape[1], (mask.cumsum(-1) - 1).clamp(min=0)
+    length = ids.shape[1]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
     mask = nn.functional.pad(mask, (0, max_new_tokens), value=1)
     options = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
     for step in range(max_new_tokens):
@@ -344,7 +349,8 @@ def _decode_on_device(
         logits = model(**inputs, past_key_values=cache, use_cache=True, **options).logits[:, -1].float()
         if (tokens := choose(logits)) is None:
             return
-        ids, positions = tokens[:, None], positions[:, -1:] + 1
+        ids = tokens[:, None]
+        positions = positions[:, -1:] + 1
 
 
 def _greedy_on_device(
@@ -383,7 +389,8 @@ def _decoding_state(model: PreTrainedModel, config: GenerationConfig) -> Iterato
     training = [module for module in model.modules() if module.training]
     original_config = model.generation_config
     devices = [model.device] if model.device.type == "cuda" else []
-    attention, random = use_attention(model, default_attention(model)), torch.random.fork_rng(devices)
+    attention = use_attention(model, default_attention(model))
+    random = torch.random.fork_rng(devices)
     with attention, quiet(), random, _compiled_head(model):
         model.eval()
         # transformers fills missing values from the model's configuration, so use an empty one.

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deltaw.decoding.adapters import ActiveAdapter, AdapterInfo, Adapters, FixedAdapters, FolderReader
-from deltaw.decoding.bank import Packer, pack_attached_adapter
+from deltaw.decoding.attached_adapter import Packer, pack_attached_adapter
 from deltaw.decoding.batch import BatchLimits, RunningBatch
 from deltaw.decoding.decodable import (
     MAX_POSITIONS,
@@ -89,8 +89,10 @@ class FallbackScheduler(SequenceScheduler):
     scores_prompts = False  # ``generate`` does not return logits of the prompt
 
     def __init__(self, session: AdaptedModel, session_adapter: str | None) -> None:
-        self._session, self._session_adapter = session, session_adapter
-        num_tokens, head = weight_shape(session.model.get_input_embeddings())[0], get_output_head(session.model)
+        self._session = session
+        self._session_adapter = session_adapter
+        num_tokens = weight_shape(session.model.get_input_embeddings())[0]
+        head = get_output_head(session.model)
         vocabulary = num_tokens if head is None else weight_shape(head)[0]
         super().__init__(num_tokens, vocabulary, position_limit(session.model) or _DEFAULT_POSITIONS)
         embedding = session.model.get_input_embeddings()
@@ -116,14 +118,16 @@ class FallbackScheduler(SequenceScheduler):
         for sequence in list(self.waiting):
             if chosen and sequence.request.adapter != chosen[0].request.adapter:
                 continue
-            length, token_limit = len(sequence.request.tokens), sequence.token_limit
+            length = len(sequence.request.tokens)
+            token_limit = sequence.token_limit
             padded_length = max(max_prompt, length) + max(max_new_tokens, token_limit)
             if chosen and (padded_length * (len(chosen) + 1) > max_tokens or len(chosen) == max_rows):
                 break
             # Padding uses positions too, so a short prompt batched with a long one could exceed the limit.
             if chosen and padded_length + self._session.virtual_tokens > self.max_length:
                 continue
-            max_prompt, max_new_tokens = max(max_prompt, length), max(max_new_tokens, token_limit)
+            max_prompt = max(max_prompt, length)
+            max_new_tokens = max(max_new_tokens, token_limit)
             self.waiting.remove(sequence)
             if token_limit:
                 chosen.append(sequence)
@@ -143,7 +147,8 @@ class FallbackScheduler(SequenceScheduler):
             device = session.model.device
             if device.type == "cuda" and all(map(_samples_on_device, sequences)):
                 size = 1 if any(sequence.is_streamed for sequence in sequences) else STEPS_PER_SYNC
-                states, receive = [sequence.sampler for sequence in sequences], partial(self._append_block, sequences)
+                states = [sequence.sampler for sequence in sequences]
+                receive = partial(self._append_block, sequences)
                 choose = DeviceSampler(states, max_new_tokens, device, receive, size)
             decode_with_callback(session.model, session.tokenizer, prompts, max_new_tokens, choose)
 
@@ -161,7 +166,8 @@ class FallbackScheduler(SequenceScheduler):
     def _append_block(self, sequences: list[SequenceState], tokens: np.ndarray, logprobs: np.ndarray) -> bool:
         """Append tokens (steps, rows) from the device. Return True if all sequences have finished."""
         for index, token in np.ndenumerate(tokens):
-            sequence, value = sequences[index[1]], max(float(logprobs[index]), MIN_LOGPROB)
+            sequence = sequences[index[1]]
+            value = max(float(logprobs[index]), MIN_LOGPROB)
             needed = sequence.sampler.sampling.logprobs is not None
             self.append(sequence, int(token), TokenLogprob(int(token), value) if needed else None)
         return not self._unfinished_rows(sequences)
@@ -186,7 +192,8 @@ SESSION_ADAPTER = "adapter"
 # Default fraction of free memory for keys and values.
 CACHE_SHARE = 0.25
 # Number of tokens for the verification of a session's adapter, and of prompts for the verification of vLLM.
-_SAMPLE, _PROBES = 24, 4
+_SAMPLE = 24
+_PROBES = 4
 # Relative difference of log-probabilities that rounding explains, because vLLM's attention may use TF32 for fp32.
 _MIN_TOLERANCE = 0.01
 # Difference from 1 of the adapter's effect in vLLM relative to its effect in the model.
@@ -248,7 +255,8 @@ class SessionGenerator:
     """
 
     def __init__(self, session: AdaptedModel, log: LogFunction) -> None:
-        self._session, self._log = session, log
+        self._session = session
+        self._log = log
         self._engine: Engine | None = None
 
     def __call__(
@@ -367,7 +375,8 @@ def _session_engine(
     model: Decodable, session: AdaptedModel, adapter: ActiveAdapter | None, pages: int, running: int = _MAX_RUNNING
 ) -> Engine:
     """Build an engine over a decoder, whose only adapter is that of the session."""
-    name, ids = None if adapter is None else SESSION_ADAPTER, session_terminator_ids(session)
+    name = None if adapter is None else SESSION_ADAPTER
+    ids = session_terminator_ids(session)
     adapters = FixedAdapters({} if adapter is None else {SESSION_ADAPTER: adapter})
     scheduler = RunningBatch(model, pages, adapters, BatchLimits(running))
     return Engine(scheduler, session.tokenizer, ids, adapters, session_adapter=name, why=model.why)
@@ -423,7 +432,8 @@ def verify_logprobs(engine: Engine, session: AdaptedModel, name: str | None) -> 
     Raises:
         NotDecodable: if they differ by more than the precision explains.
     """
-    model, generator = session.model, np.random.default_rng(1)
+    model = session.model
+    generator = np.random.default_rng(1)
     prompts = list(generator.integers(0, engine.scheduler.num_tokens, (_PROBES, _SAMPLE)))
     params = SamplingParams(_SAMPLE, 1.0, seeds=tuple(range(_PROBES)), logprobs=True)
     completions = sample_completions(engine, name, prompts, params)
@@ -449,7 +459,8 @@ def _applied_share(change: np.ndarray, effect: np.ndarray) -> tuple[float, float
     infinite if the effect is not larger than rounding.
     """
     variance = min(np.mean(change**2), np.mean((change - effect) ** 2)) / 2
-    sizes, products = effect**2 - 2 * variance, change * effect - variance
+    sizes = effect**2 - 2 * variance
+    products = change * effect - variance
     if not (total := float(sizes.sum())) > 0:
         return 0.0, float("inf")
     share = float(products.sum()) / total
@@ -458,7 +469,8 @@ def _applied_share(change: np.ndarray, effect: np.ndarray) -> tuple[float, float
 
 def _model_logprobs(model: PreTrainedModel, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, float]:
     """Return the model's log-probabilities of the tokens after the prompts, and their standard deviation."""
-    logprobs, scales = [], []
+    logprobs = []
+    scales = []
     for row in rows:
         tokens = torch.from_numpy(row).to(model.device)
         with eval_mode(model):
@@ -555,7 +567,8 @@ def _pack_adapter(session: AdaptedModel, decodable: Decodable, number: int = 1, 
         NotDecodable: if the adapter contains anything other than low-rank factors or a soft prompt, or the decoder's
             logits differ from the model's.
     """
-    model, method = session.model, session.method
+    model = session.model
+    method = session.method
     assert method is not None
     packed = pack_attached_adapter(model, Packer(model, decodable))
     if isinstance(packed, str):
@@ -618,7 +631,8 @@ class SessionSampler:
                 return self._vllm_engine()
             if self._decodable is None or self._decodable.positions < max_length:
                 self._decodable = verified_decoder(session, positions=max_length)
-            decodable, self._number = self._decodable, self._number + 1
+            decodable = self._decodable
+            self._number = self._number + 1
             adapter = _pack_adapter(session, decodable, self._number, verify=self._number == 1)
         except NotDecodable as reason:
             self._failure = reason
@@ -635,7 +649,8 @@ class SessionSampler:
         Raises:
             NotDecodable: if vLLM is not used.
         """
-        session, name = self._session, SESSION_ADAPTER if self._session.adapter else None
+        session = self._session
+        name = SESSION_ADAPTER if self._session.adapter else None
         layers = session_layers(session, name)
         if self._vllm is None:
             self._vllm = VLLMScheduler(session, layers)

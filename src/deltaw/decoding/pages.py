@@ -65,7 +65,8 @@ class _Node:
         for node in self.children.get(int(keys[0]), ()):
             common = _common(node.keys, keys)
             if common > length:
-                best, length = node, common
+                best = node
+                length = common
         return best, length
 
 
@@ -108,7 +109,8 @@ class PagePool:
     """
 
     def __init__(self, count: int, page_tokens: int, copy: Callable[[int, int], None]) -> None:
-        self.count, self.page_tokens = count, page_tokens
+        self.count = count
+        self.page_tokens = page_tokens
         self.reused = 0
         self._copy = copy
         self._free = list(range(count - 1, -1, -1))
@@ -132,7 +134,9 @@ class PagePool:
         """
         root = self._roots.setdefault(owner, _Node(-1, np.empty(0, np.int64), None))
         sequence = SequencePages(root)
-        node, size, position = root, self.page_tokens, 0
+        node = root
+        size = self.page_tokens
+        position = 0
         while position < len(keys):
             child = node.child(keys[position : position + size]) if len(keys) - position >= size else None
             if child is None:
@@ -141,7 +145,8 @@ class PagePool:
             self._ref(child)
             sequence.nodes.append(child)
             sequence.pages.append(child.page)
-            node, position = child, position + size
+            node = child
+            position = position + size
         sequence.length = sequence.reused = position
         self.reused += position
         return sequence
@@ -184,7 +189,8 @@ class PagePool:
             True if a page number of the sequence changed because the tree already contained the same page.
         """
         sequence.length = length
-        changed, size = False, self.page_tokens
+        changed = False
+        size = self.page_tokens
         while (len(sequence.nodes) + 1) * size <= length:
             index = len(sequence.nodes)
             parent = sequence.nodes[-1] if sequence.nodes else sequence.root
@@ -217,7 +223,9 @@ class PagePool:
         self._free.extend(rest)
         for node in reversed(sequence.nodes):
             self._unref(node)
-        sequence.pages, sequence.nodes, sequence.length = [], [], 0
+        sequence.pages = []
+        sequence.nodes = []
+        sequence.length = 0
 
     def _cache_partial(self, parent: _Node, keys: np.ndarray, page: int) -> bool:
         """Add a partial page to the tree. Return False if the tree already contains its tokens."""

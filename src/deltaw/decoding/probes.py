@@ -23,15 +23,16 @@ from deltaw.decoding.generation import position_limit
 from deltaw.kernels.block_linear import BlockWeight
 from deltaw.lora.kinds import get_output_head
 from deltaw.lora.stored import block_weight, weight_shape
+from deltaw.runtime.block_roles import forward_replaced
 from deltaw.runtime.image_tokens import ImageTokens
-from deltaw.runtime.recognition import forward_replaced
 
 # Positions per forward pass. Attention masks of this size are small.
 CHUNK = 512
 # Number of positions if the model's configuration has no limit.
 DEFAULT_POSITIONS = 32768
 # Relative differences that are explained by rounding: of fp32 sums, and of bf16 (2^-8) with a margin.
-_EXACT, _ROUNDED = 1e-5, 2.0**-6
+_EXACT = 1e-5
+_ROUNDED = 2.0**-6
 
 
 class NotDecodable(Exception):
@@ -100,7 +101,8 @@ class _Recorders:
     """
 
     def __init__(self, blocks: Sequence[nn.Module], extra: Sequence[int | None]) -> None:
-        self._blocks, self._extra = blocks, extra
+        self._blocks = blocks
+        self._extra = extra
         self._names = [list(inspect.signature(type(block).forward).parameters)[2:] for block in blocks]
         self.rows: dict[int, Tensor] = {}
         self.rotary_tables: list[tuple[Tensor, Tensor] | None] = []

@@ -118,7 +118,8 @@ class SamplingState:
 
     def adjust(self, row: np.ndarray) -> None:
         """Apply penalties and bias to (vocabulary,) logits in place."""
-        sampling, penalty = self.sampling, self.sampling.repetition_penalty
+        sampling = self.sampling
+        penalty = self.sampling.repetition_penalty
         if penalty != 1:
             penalized = row[self._seen]
             row[self._seen] = np.where(penalized < 0, penalized * penalty, penalized / penalty)
@@ -205,10 +206,12 @@ def candidates(row: np.ndarray, sampling: Sampling) -> tuple[np.ndarray | None, 
         np.exp(weights, out=weights)
     if sampling.top_p < 1:
         selected = nucleus(weights, sampling.top_p)
-        ids, weights = (selected if ids is None else ids[selected]), weights[selected]
+        ids = selected if ids is None else ids[selected]
+        weights = weights[selected]
     if sampling.min_p > 0:  # the most likely token has weight 1
         selected = np.flatnonzero(weights >= np.float32(sampling.min_p))
-        ids, weights = (selected if ids is None else ids[selected]), weights[selected]
+        ids = selected if ids is None else ids[selected]
+        weights = weights[selected]
     return ids, weights
 
 

@@ -151,7 +151,8 @@ class OutputText:
             return ""
         text = self._release(self._detokenizer.end())
         if not self.stopped:
-            text, self._withheld = text + self._withheld, ""
+            text = text + self._withheld
+            self._withheld = ""
         return text
 
     def _release(self, text: str) -> str:
@@ -163,7 +164,9 @@ class OutputText:
         for end, character in enumerate(text, start + 1):
             complete = [len(stop.text) for stop in self._stop if stop.add(character)]
             if complete:
-                emitted, self._withheld, self.stopped = self._withheld[: end - max(complete)], "", True
+                emitted = self._withheld[: end - max(complete)]
+                self._withheld = ""
+                self.stopped = True
                 return emitted
         emitted = self._withheld[: len(self._withheld) - max(stop.matched for stop in self._stop)]
         self._withheld = self._withheld[len(emitted) :]
@@ -278,7 +281,8 @@ class SequenceState:
 
     def start(self, pages: SequencePages, slot: int) -> None:
         """Assign the pages and the slot of the sequence."""
-        self.pages, self.slot = pages, slot
+        self.pages = pages
+        self.slot = slot
         if not self._emitted_prompt:
             self._reused = max(0, pages.reused - self.virtual)
             self.prompt_logprobs = []  # a preempted sequence computes its prompt again
@@ -338,7 +342,8 @@ class SequenceState:
     def _put(self, chunk: TextChunk, terminator: int | None = None) -> None:
         """Emit a chunk, with pending prompt log-probabilities and the remaining text of a finished completion."""
         text = chunk.text if chunk.finish is None else chunk.text + self.text.end()
-        logprobs, self.prompt_logprobs = (*self.prompt_logprobs, *chunk.logprobs), []
+        logprobs = (*self.prompt_logprobs, *chunk.logprobs)
+        self.prompt_logprobs = []
         complete = TextChunk(text, chunk.tokens, logprobs, chunk.finish, 0 if self._emitted_prompt else self._reused)
         self._emitted_prompt = True
         self.handle.put(complete, terminator)
@@ -378,7 +383,9 @@ class SequenceScheduler:
     scores_prompts = True
 
     def __init__(self, num_tokens: int, vocabulary: int, max_length: int) -> None:
-        self.num_tokens, self.vocabulary, self.max_length = num_tokens, vocabulary, max_length
+        self.num_tokens = num_tokens
+        self.vocabulary = vocabulary
+        self.max_length = max_length
         self.images: ImageTokens | None = None
         self.waiting: deque[SequenceState] = deque()
         self.running: list[SequenceState] = []

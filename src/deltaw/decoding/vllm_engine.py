@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from deltaw.atomic_files import write_text
-from deltaw.decoding.bank import attached_factors
+from deltaw.decoding.attached_adapter import attached_factors
 from deltaw.decoding.model import AdaptedModel
 from deltaw.decoding.probes import NotDecodable
 from deltaw.decoding.request import TokenLogprob, UnsupportedError
@@ -96,8 +96,11 @@ class VLLMScheduler(SequenceScheduler):
             self._engine = vllm.LLM(str(model.name_or_path), enable_prefix_caching=True, **options).llm_engine
         except Exception as error:  # vLLM reports missing support, invalid files and a lack of memory in many ways
             raise NotDecodable(f"vLLM cannot load the model: {_first_line(error)}") from error
-        self._params, self._lora_request, self._delta = vllm.SamplingParams, LoRARequest, RequestOutputKind.DELTA
-        num_tokens, head = weight_shape(model.get_input_embeddings())[0], get_output_head(model)
+        self._params = vllm.SamplingParams
+        self._lora_request = LoRARequest
+        self._delta = RequestOutputKind.DELTA
+        num_tokens = weight_shape(model.get_input_embeddings())[0]
+        head = get_output_head(model)
         vocabulary = num_tokens if head is None else weight_shape(head)[0]
         super().__init__(num_tokens, vocabulary, self._engine.model_config.max_model_len)
         self._folder = tempfile.TemporaryDirectory(prefix="deltaw-vllm-")
@@ -116,7 +119,8 @@ class VLLMScheduler(SequenceScheduler):
         number = next(self._numbers)  # vLLM identifies cached prefixes by the adapter's name and path
         folder = Path(self._folder.name, str(number))
         _save_adapter(folder, layers)
-        previous, request = self._adapters.get(name), self._lora_request(f"{name}-{number}", number, str(folder))
+        previous = self._adapters.get(name)
+        request = self._lora_request(f"{name}-{number}", number, str(folder))
         try:
             if previous is not None:
                 self._engine.remove_lora(previous.lora_int_id)
@@ -152,10 +156,13 @@ class VLLMScheduler(SequenceScheduler):
             sequence.finish("length")
             return
         if sequence.matcher is not None:
-            message, hint = "constraints are not supported with vLLM", "use --sampler transformers"
+            message = "constraints are not supported with vLLM"
+            hint = "use --sampler transformers"
             self.end(sequence, UnsupportedError(message, location="constraint", hint=hint))
             return
-        request, sampling, name = sequence.request, sequence.request.sampling, f"request-{next(self._numbers)}"
+        request = sequence.request
+        sampling = sequence.request.sampling
+        name = f"request-{next(self._numbers)}"
         adapter = None if request.adapter is None else self._adapters[request.adapter]
         options = {key: getattr(sampling, key) for key in _SHARED} | {"logprobs": sampling.logprobs}
         # All terminators are stop tokens. Seeds have 63 bits, because -1 means no seed.
@@ -173,7 +180,8 @@ class VLLMScheduler(SequenceScheduler):
 
     def _receive(self, sequence: SequenceState, output: Any) -> None:
         """Append new tokens of a request."""
-        completion, top = output.outputs[0], sequence.request.sampling.logprobs
+        completion = output.outputs[0]
+        top = sequence.request.sampling.logprobs
         for index, token in enumerate(completion.token_ids):
             logprob = None
             if top is not None:
@@ -190,7 +198,8 @@ def _first_line(error: Exception) -> str:
 
 def _require_supported(session: AdaptedModel, adapters: Mapping[str, Layers]) -> None:
     """Raise NotDecodable if vLLM would generate with other weights, or without a part of an adapter."""
-    model, method = session.model, session.method if adapters else None
+    model = session.model
+    method = session.method if adapters else None
     types = {tensor.dtype for tensor in itertools.chain(model.parameters(), model.buffers())}
     head = {id(module) for module in (get_output_head(model), model.get_input_embeddings())}
     outer = {name for name, module in model.named_modules(remove_duplicate=False) if id(module) in head}
@@ -211,9 +220,11 @@ def _require_supported(session: AdaptedModel, adapters: Mapping[str, Layers]) ->
 
 def _save_adapter(folder: Path, layers: Layers) -> None:
     """Save factors as a PEFT adapter with alpha equal to the rank."""
-    rank, tensors = max(factors.lora_A.shape[1] for factors in layers.values()), {}
+    rank = max(factors.lora_A.shape[1] for factors in layers.values())
+    tensors = {}
     for name, factors in layers.items():
-        padding, scaled = rank - factors.lora_A.shape[1], factors.lora_B * factors.scaling
+        padding = rank - factors.lora_A.shape[1]
+        scaled = factors.lora_B * factors.scaling
         tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(factors.lora_A, (0, padding)).t().cpu()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(scaled, (0, 0, 0, padding)).t().cpu()
     folder.mkdir()

@@ -39,7 +39,8 @@ from lm_eval.tasks import TaskManager
 
 from deltaw.atomic_files import write_text
 from deltaw.data.example import Example
-from deltaw.data.packing import MicroBatch, common_prefix
+from deltaw.data.packing import MicroBatch
+from deltaw.data.prefix_tree import common_prefix
 from deltaw.data.rendering import render_with_tokenizer
 from deltaw.decoding.engine import Engine
 from deltaw.decoding.opening import open_engine
@@ -60,7 +61,8 @@ MIN_SHARED_PREFIX = 32
 # Number of an objective's chunks whose logits are in memory at a time.
 LOGIT_CHUNKS = 4
 # Maximum size of a task file in bytes, and maximum number of task files.
-MAX_TASK_BYTES, MAX_TASK_FILES = 2**20, 20_000
+MAX_TASK_BYTES = 2**20
+MAX_TASK_FILES = 20_000
 
 
 class SessionLM(TemplateLM):
@@ -74,9 +76,12 @@ class SessionLM(TemplateLM):
     def __init__(self, session: OpenedRun, log: LogFunction) -> None:
         super().__init__()
         session.require_generation()
-        self.session, self.tokenizer, self.log = session, session.tokenizer, log
+        self.session = session
+        self.tokenizer = session.tokenizer
+        self.log = log
         if self.tokenizer.eos_token_id is None:
-            message, hint = "the tokenizer has no end token, which the harness needs", "set eos_token in its files"
+            message = "the tokenizer has no end token, which the harness needs"
+            hint = "set eos_token in its files"
             raise UserError(message, location=session.loaded.reference, hint=hint)
         self._objective: CausalObjective | None = None
         self._engine: Engine | None = None
@@ -135,7 +140,8 @@ class SessionLM(TemplateLM):
         windows: list[tuple[Any, list[int], list[int]]] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
-            tokens, options = self.tok_encode(request.args[0]), {"max_seq_len": self.max_length, "context_len": 1}
+            tokens = self.tok_encode(request.args[0])
+            options = {"max_seq_len": self.max_length, "context_len": 1}
             for window in utils.get_rolling_token_windows(tokens, self.prefix_token_id, **options):
                 windows.append((None, *utils.make_disjoint_window(window)))
                 owners.append(number)
@@ -152,7 +158,8 @@ class SessionLM(TemplateLM):
 
         The last token of a row is only predicted. A context that is too long is truncated at its start.
         """
-        session, results = self.session, [(0.0, True)] * len(requests)
+        session = self.session
+        results = [(0.0, True)] * len(requests)
         rows: list[Example] = []
         for number, (_, context, continuation) in enumerate(requests):
             if continuation:
@@ -177,7 +184,9 @@ class SessionLM(TemplateLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         if self._engine is None:
             self._engine = open_engine(self.session, log=self.log)
-        engine, engine_requests, stops = self._engine, [], []
+        engine = self._engine
+        engine_requests = []
+        stops = []
         adapter = None if self.session.is_base else engine.session_adapter
         end = self.tokenizer.decode([self.eot_token_id])
         for number, request in enumerate(requests):
@@ -212,16 +221,20 @@ def _score_rows(
     """
     positions = [member.indices[-len(target) :] for member, target in zip(batch.members, targets, strict=True)]
     distinct, index = np.unique(np.concatenate(positions), return_inverse=True)
-    device, tokens = batch.predictors.device, torch.from_numpy(np.concatenate(targets))
+    device = batch.predictors.device
+    tokens = torch.from_numpy(np.concatenate(targets))
     predictors = torch.from_numpy(distinct).to(device)
     indices = None if batch.predictor_indices is None else predictors
     outputs = objective.label_outputs(replace(batch, predictors=predictors, predictor_indices=indices))
-    values, greedy = torch.zeros(len(tokens), dtype=torch.float64), torch.zeros(len(tokens), dtype=torch.bool)
+    values = torch.zeros(len(tokens), dtype=torch.float64)
+    greedy = torch.zeros(len(tokens), dtype=torch.bool)
     start = 0
     for part in outputs.split(LOGIT_CHUNKS * objective.chunk):
         selected = torch.from_numpy(np.flatnonzero((index >= start) & (index < start + len(part))))
-        row, labels = torch.from_numpy(index)[selected].to(device) - start, tokens[selected].to(device)
-        logits, any_target = objective.logits_of(part), labels.new_zeros(len(part)).scatter_(0, row, labels)
+        row = torch.from_numpy(index)[selected].to(device) - start
+        labels = tokens[selected].to(device)
+        logits = objective.logits_of(part)
+        any_target = labels.new_zeros(len(part)).scatter_(0, row, labels)
         chosen = logits[row, labels]
         if with_greedy:
             best = chosen == logits.amax(-1)[row]
@@ -387,7 +400,8 @@ def _check_folder(folder: Path, trust_remote_code: bool) -> None:
 
 def _nodes(root: yaml.Node | None) -> Iterator[yaml.Node]:
     """Yield all nodes of a YAML document, each once."""
-    pending, visited = [root], set()
+    pending = [root]
+    visited = set()
     while pending:
         node = pending.pop()
         if node is None or id(node) in visited:
@@ -403,20 +417,27 @@ def _nodes(root: yaml.Node | None) -> Iterator[yaml.Node]:
 @contextlib.contextmanager
 def _quiet_sandbox() -> Iterator[None]:
     """Disable progress bars and log messages of the harness, and render task templates in a sandbox."""
-    environment, bars, bootstrap = utils.env, tasks.tqdm, metrics.bootstrap_stderr
+    environment = utils.env
+    bars = tasks.tqdm
+    bootstrap = metrics.bootstrap_stderr
     sandbox = ImmutableSandboxedEnvironment(undefined=environment.undefined, keep_trailing_newline=True)
     sandbox.filters.update(environment.filters)
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
-    levels, bars_enabled = [logger.level for logger in loggers], datasets.is_progress_bar_enabled()
+    levels = [logger.level for logger in loggers]
+    bars_enabled = datasets.is_progress_bar_enabled()
     try:
-        utils.env, tasks.tqdm, metrics.bootstrap_stderr = sandbox, lambda rows, **_: rows, _bootstrap_stderr
+        utils.env = sandbox
+        tasks.tqdm = lambda rows, **_: rows
+        metrics.bootstrap_stderr = _bootstrap_stderr
         datasets.disable_progress_bars()
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         with quiet():
             yield
     finally:
-        utils.env, tasks.tqdm, metrics.bootstrap_stderr = environment, bars, bootstrap
+        utils.env = environment
+        tasks.tqdm = bars
+        metrics.bootstrap_stderr = bootstrap
         if bars_enabled:
             datasets.enable_progress_bars()
         for logger, level in zip(loggers, levels, strict=True):
@@ -432,7 +453,8 @@ def _bootstrap_stderr(metric: Callable[[Sequence[Any]], float], rows: Sequence[A
 def _scores(results: Mapping[str, Any]) -> Iterator[TaskScore]:
     """Yield the metrics of tasks and groups in the harness's results."""
     for task, values in results["results"].items():
-        rows, fewshot = results["n-samples"].get(task, {}).get("effective"), results["n-shot"].get(task)
+        rows = results["n-samples"].get(task, {}).get("effective")
+        fewshot = results["n-shot"].get(task)
         better = results["higher_is_better"].get(task) or {}
         for key, value in values.items():
             metric, comma, filter_name = key.partition(",")

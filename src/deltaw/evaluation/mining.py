@@ -38,7 +38,8 @@ from deltaw.training.evaluation.retrieval import nearest
 # Maximum number of passages for exact search if faiss is installed.
 MAX_EXACT_PASSAGES = 1_000_000
 # Texts per embedding batch, and queries per search.
-_TEXTS, _QUERIES = 1024, 4096
+_TEXTS = 1024
+_QUERIES = 4096
 # Fraction of faiss's inverted lists that a query searches.
 _PROBED = 1 / 16
 
@@ -198,7 +199,8 @@ def mine(
             if len(selected) == settings.negatives:
                 break
             if score > margin_limit or score > score_limit:
-                too_close, too_high = too_close + (score > margin_limit), too_high + (score <= margin_limit)
+                too_close = too_close + (score > margin_limit)
+                too_high = too_high + (score <= margin_limit)
             else:
                 selected.append((texts[candidate], score))
         negatives[index] = tuple(selected)
@@ -216,7 +218,8 @@ def mining_output(file: str, output: Path | None, corpus: str | None, *, force: 
         UserError: if the output exists or is an input file.
     """
     if output is None:
-        folder, name = (Path(file).parent if Path(file).exists() else Path()), re.sub(r"[^\w.-]+", "_", Path(file).stem)
+        folder = Path(file).parent if Path(file).exists() else Path()
+        name = re.sub(r"[^\w.-]+", "_", Path(file).stem)
         output = folder / f"{name}.mined.jsonl"
     if any(output.exists() and Path(read).exists() and output.samefile(read) for read in (file, corpus) if read):
         raise UserError("the output is an input file", location=str(output), hint="use another --output")
@@ -233,7 +236,8 @@ def write_mined(rows: Sequence[MinedRow], path: Path) -> None:
 
 def _embed(texts: Sequence[str], embedder: Embedder) -> tuple[Tensor, int]:
     """Return (texts, width) fp32 vectors and the number of truncated texts. Texts of similar length share a batch."""
-    size, free = 4 * len(texts) * embedder.width, free_memory_bytes()
+    size = 4 * len(texts) * embedder.width
+    free = free_memory_bytes()
     if size > free:
         message = f"the vectors of {len(texts):,} texts need {size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
         raise UserError(message, location="--corpus", hint="use fewer passages")
@@ -389,7 +393,8 @@ def _column(reference: str, available: Sequence[str], role: str, requested: str 
     if column is None and role == "passage" and len(available) == 1:
         column = available[0]
     if column is None:
-        location, flag = f"{reference}, whose columns are {listed(available)}", f"--{role}-column"
+        location = f"{reference}, whose columns are {listed(available)}"
+        flag = f"--{role}-column"
         hint = f"name it with {flag}; common names are {listed(common)}"
         raise UserError(f"no column with the {role} was found", location=location, hint=hint)
     return column

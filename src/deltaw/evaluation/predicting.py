@@ -51,7 +51,8 @@ from deltaw.training.batchers import text_positions
 from deltaw.training.task import OpenedRun
 
 # Rows per chunk, and rows per chunk of completions, which take longer.
-CHUNK_ROWS, COMPLETION_ROWS = 1024, 256
+CHUNK_ROWS = 1024
+COMPLETION_ROWS = 256
 # Predictions that ``name`` renames. It is the prefix of other columns.
 _MAIN_PREDICTIONS = ("prediction", "completion", "score")
 # Builds the request for the tokens of a prompt, the name of an adapter and the number of a row.
@@ -76,21 +77,26 @@ class InputRows:
     """
 
     def __init__(self, reference: str, *, images: bool, limit: int | None, max_bytes: int = MAX_ROW_BYTES) -> None:
-        self.name, self.several = reference, False
+        self.name = reference
+        self.several = False
         self._read: Callable[[], Any]
         self.identity: Sequence[object] | None = None
         path = local_path(reference)
         if images:
             rows = image_rows(reference, max_bytes=max_bytes, labeled=False)[0]
-            self._read, self.columns, count = lambda: [rows], rows.columns, len(rows)
+            self._read = lambda: [rows]
+            self.columns = rows.columns
+            count = len(rows)
             if path.is_dir():
                 self.identity = [(str(file), file.stat().st_mtime_ns) for file in walk(path)]
         else:
             stream = open_source(reference, lambda error, row: None, max_bytes=max_bytes)
             with track_progress(f"reading {reference}"):
                 stream.scan()
-            self._read, self.columns = functools.partial(stream.chunks, unreadable=True), stream.columns
-            count, self.several = stream.rows + stream.bad, stream.files > 1
+            self._read = functools.partial(stream.chunks, unreadable=True)
+            self.columns = stream.columns
+            count = stream.rows + stream.bad
+            self.several = stream.files > 1
         self.identity = self.identity or open_source(reference).identity()
         self.count = min(count, limit or count)
 
@@ -157,7 +163,10 @@ class Predictor:
         name: str | None = None,
     ) -> None:
         self._name = name
-        self._session, self._source, self._build_request, self._log = session, source, build_request, log
+        self._session = session
+        self._source = source
+        self._build_request = build_request
+        self._log = log
         check_columns(source, settings.columns)  # type: ignore[arg-type]
         if name in source.columns:
             raise UserError(f"the file has a column '{name}'", location="--name", hint="use another name")
@@ -186,7 +195,8 @@ class Predictor:
         number_columns = {name: self._number_column(name) for name in (("row", "file") if source.several else ("row",))}
         end = 0
         for rows, indices in source.chunks(CHUNK_ROWS if self._engine is None else COMPLETION_ROWS):
-            start, end = end, end + len(indices)
+            start = end
+            end = end + len(indices)
             if end <= progress.rows:
                 continue
             predictions, errors = self._predict(rows, indices, start)
@@ -194,7 +204,8 @@ class Predictor:
             if self._flat_classes is not None:
                 predicted = (predicted[0], *(f"p_{name}" for name in self._flat_classes))
             names = [self._column(name) for name in (*predicted, "error")]
-            progress.columns, records = [*filter(None, number_columns.values()), *source.columns, *names], []
+            progress.columns = [*filter(None, number_columns.values()), *source.columns, *names]
+            records = []
             for index in indices:
                 error = errors.get(index)
                 values = [*predictions.get(index, [None] * (len(names) - 1)), error and error.message]
@@ -232,9 +243,11 @@ class Predictor:
         Args:
             start: Number of rows of earlier chunks; the seeds of completions depend on it.
         """
-        reader, session = self._reader, self._session
+        reader = self._reader
+        session = self._session
         errors = {i: row.error for i in indices if isinstance(row := rows[i][1], UnreadableRow)}
-        reader.bad, reader.errors = BadRows("skip"), errors
+        reader.bad = BadRows("skip")
+        reader.errors = errors
         readable = reader.select_usable(rows, [index for index in indices if index not in errors])
         examples = zip(readable, reader.examples(rows, readable), strict=True)
         usable = {index: item for index, item in examples if item is not None}
@@ -243,7 +256,8 @@ class Predictor:
         inputs = {i: item for i, item in inputs.items() if max(map(len, rows_of(item))) <= self._limit}
         for index in indices:
             if index not in inputs and index not in errors:
-                message, location = f"the row is {self._too_long}", rows.row_location(index)
+                message = f"the row is {self._too_long}"
+                location = rows.row_location(index)
                 errors[index] = BadRowError(message, reason=self._too_long, location=location)
         columns: Sequence[Sequence[Any]] = []
         if inputs and self._engine is not None:

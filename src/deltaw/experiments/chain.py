@@ -27,23 +27,25 @@ from deltaw.memory.plan import Plan
 from deltaw.methods.start import open_start, resolve_start
 from deltaw.progress import LogFunction, ignore_line, track_progress
 from deltaw.runs.checks import check_rows
-from deltaw.runs.fit import fit, load_model
-from deltaw.runs.record import Result
-from deltaw.runs.resuming import send_settings
+from deltaw.runs.fit import fit
+from deltaw.runs.load_model import load_model
+from deltaw.runs.process_agreement import send_settings
+from deltaw.runs.result import Result
 from deltaw.settings.config import RunConfig
 from deltaw.settings.stages import Chain, Stage
 from deltaw.training.callbacks import Callback
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.microbatches import SINGLE_PROCESS, Reducer
 from deltaw.training.planning.plan_run import plan_run, with_time
 from deltaw.training.process import preserved_process_state
+from deltaw.training.reducer import SINGLE_PROCESS, Reducer
 from deltaw.training.session import assemble, read_data
 from deltaw.training.task import Task
 
 # Name of a metric in a file, which is printed.
 MetricName: TypeAlias = Annotated[str, StringConstraints(max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
 # Names of the models in the table of scores that are not stages.
-BASE, START = "base model", "start_from"
+BASE = "base model"
+START = "start_from"
 # File with the results.
 RESULTS_FILE = "chain.json"
 # Settings of an evaluated stage that scoring replaces.
@@ -118,7 +120,8 @@ class HeldOutScores:
     def add(self, model: str, values: Mapping[str, Any]) -> None:
         """Add a stored score, or the reason why there is none."""
         if (score := StageScore.read(values.get("score"), values.get("rows"))) is not None:
-            self.rows, self.scores[model] = int(values["rows"]), score
+            self.rows = int(values["rows"])
+            self.scores[model] = score
         elif "error" in values:
             self.errors[model] = str(values["error"])
 

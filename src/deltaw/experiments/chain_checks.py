@@ -23,11 +23,11 @@ from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from deltaw.methods.start import open_start, resolve_start
 from deltaw.progress import LogFunction, ignore_line, track_progress, use_listener
 from deltaw.runs.checks import check_folder, check_rows, check_settings, check_start_folders, record_file_digests
-from deltaw.runs.fit import save_adapter
 from deltaw.runs.folder import FINISHED, Run, settings_text
+from deltaw.runs.save_adapter import save_adapter
 from deltaw.settings.config import SETTINGS, RunConfig
 from deltaw.settings.stages import Chain, Stage, at_stage, map_references
-from deltaw.training.planning.plan_run import FakeModel
+from deltaw.training.planning.fake_model import FakeModel
 from deltaw.training.session import read_data
 from deltaw.training.task import Task
 

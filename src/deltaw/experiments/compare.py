@@ -17,19 +17,13 @@ from pathlib import Path
 
 from deltaw.atomic_files import write_text
 from deltaw.errors import UserError, did_you_mean
-from deltaw.experiments.comparison import BASE, Comparison, build_comparison, comparison_markdown
+from deltaw.experiments.build_comparison import build_comparison
+from deltaw.experiments.cluster import Cluster, check_cluster, run_on_cluster
+from deltaw.experiments.comparison import BASE, Comparison
+from deltaw.experiments.comparison_page import comparison_markdown
 from deltaw.experiments.entry import ComparedMethod, Message
 from deltaw.experiments.folder import ExperimentFolder, describe_changes, require_held_out, result_settings
-from deltaw.experiments.jobs import (
-    Cluster,
-    Job,
-    JobResult,
-    WorkerExited,
-    WorkerProcess,
-    check_cluster,
-    run_locally,
-    run_on_cluster,
-)
+from deltaw.experiments.jobs import Job, JobResult, WorkerExited, WorkerProcess, run_locally
 from deltaw.experiments.until_flat import ProgressLog
 from deltaw.methods.start import resolve_start
 from deltaw.progress import LogFunction, ignore_line
@@ -42,7 +36,9 @@ RATE_BUDGET_SHARE = 0.3
 SEEDS = 1
 # Version of the training and scoring procedure. Increased if older results are not comparable.
 PROCEDURE = 2
-PAGE, FIGURE, NUMBERS = "comparison.md", "comparison.svg", "comparison.json"
+PAGE = "comparison.md"
+FIGURE = "comparison.svg"
+NUMBERS = "comparison.json"
 # Settings controlled by the comparison. Results with a different learning rate are identified by the rate.
 CONTROLLED_SETTINGS = ("train.learning_rate", "train.schedule")
 # Cost of evaluating the untrained model in units of one training, for time estimates.
@@ -84,7 +80,8 @@ class ComparisonJobs:
                 self._no_rate(entry, error)
 
     def next(self) -> Job | None:
-        base, self.base = self.base, None
+        base = self.base
+        self.base = None
         if base is not None and "score" not in base.piece:
             return self._job(BASE, "base", partial(self._base_scored, base), base.config)
         for entry in self.entries:
@@ -112,7 +109,8 @@ class ComparisonJobs:
 
     def _run(self, entry: ComparedMethod, seed: int) -> Job | None:
         """Return the final training with a seed if it is due. The folder of an interrupted one is removed."""
-        key, rate = f"{entry.method}-seed-{seed}", entry.chosen()
+        key = f"{entry.method}-seed-{seed}"
+        rate = entry.chosen()
         if entry.error is not None or rate is None or key in self._handlers:
             return None
         if entry.next_rate() is not None or entry.run(seed) is not None:

@@ -43,7 +43,8 @@ def next_rate(planned: Sequence[float], losses: Mapping[float, float], *, extend
     if not extend or set(losses) - set(planned):
         return None
     best = best_rate(losses)
-    lowest, highest = min(planned), max(planned)
+    lowest = min(planned)
+    highest = max(planned)
     if best is None or best == lowest:
         return _round_rate(lowest / STEP)
     return _round_rate(highest * STEP) if best == highest else None

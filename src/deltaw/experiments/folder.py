@@ -18,9 +18,9 @@ from filelock import FileLock, Timeout
 
 from deltaw import platforms
 from deltaw.atomic_files import write_text
-from deltaw.cache import file_digest
+from deltaw.cache.results import file_digest
 from deltaw.errors import UserError
-from deltaw.hub.folders import read_json_object
+from deltaw.hub.outside_references import read_json_object
 from deltaw.runs.folder import mapping, not_writable_error
 from deltaw.settings import method_registry
 from deltaw.settings.config import RunConfig, TrainSettings, duration_seconds
@@ -61,7 +61,9 @@ def budget_from_settings(settings: TrainSettings, rows: int) -> Budget:
 
 
 MARK = "study.json"  # the name is part of the file format
-PIECES, LOGS, LOCK = "pieces", "logs", ".lock"
+PIECES = "pieces"
+LOGS = "logs"
+LOCK = ".lock"
 # Settings that do not affect results.
 _IRRELEVANT = ("output", "force")
 
@@ -82,7 +84,8 @@ class ExperimentFolder(contextlib.AbstractContextManager["ExperimentFolder"]):
     """
 
     def __init__(self, path: Path, kind: str) -> None:
-        self.path, self.has_results = path, False
+        self.path = path
+        self.has_results = False
         check_folder(path, kind)
         for name in (PIECES, LOGS):
             if (path / name).is_symlink():
@@ -178,9 +181,11 @@ def result_settings(config: RunConfig, *, without: Collection[str] = ()) -> dict
 
 def describe_changes(before: object, now: Mapping[str, object]) -> list[str]:
     """Return one line for each key that differs, with the old and the new value."""
-    old_settings, lines = mapping(before), []
+    old_settings = mapping(before)
+    lines = []
     for key in sorted({*old_settings, *now}):
-        old, new = old_settings.get(key), now.get(key)
+        old = old_settings.get(key)
+        new = now.get(key)
         if old != new:
             lines.append(f"{key} has changed" if key.startswith("the ") else f"{key} was {old!r}, is {new!r}")
     return lines
@@ -199,7 +204,8 @@ def content_hash(reference: str) -> str:
         return file_digest(path)[:32] if path.is_file() else ""
     digest = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        name, status = file.relative_to(path).as_posix(), file.stat()
+        name = file.relative_to(path).as_posix()
+        status = file.stat()
         content = file_digest(file) if is_inside(path, name) else f"{status.st_size} {status.st_mtime_ns}"
         digest.update(f"{name} {content}\n".encode())
     return digest.hexdigest()[:32]

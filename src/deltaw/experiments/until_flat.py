@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from deltaw.experiments.comparison import duration
+from deltaw.experiments.flattening import has_flattened
 from deltaw.experiments.folder import Budget
 from deltaw.progress import LogFunction
 from deltaw.runs.folder import LOSSES
@@ -73,38 +74,8 @@ class BestPoint(contextlib.AbstractContextManager["BestPoint"]):
                 parameter.copy_(torch.from_numpy(buffer).view(dtype).reshape(parameter.shape))
 
 
-# Rule for a flattened validation loss.
-#
-# A training has flattened if doubling its length lowered the loss by less than 1 %: the best loss of the later half of
-# the evaluations is not at least 1 % below the best of the earlier half. Improvements below a thousandth of the
-# untrained model's loss are ignored, because a loss near zero can decrease by some percentage indefinitely. A loss
-# close to that of the untrained model is not flat: soft prompts and biases may need epochs before it decreases.
-#
-# The patience is proportional to the length of the training. The rule requires a constant learning rate, because a
-# rate that decays to zero flattens any loss.
-#
-# Required improvement as a share of the best loss of the earlier half, and of the untrained model's loss.
-TOLERANCE, UNTRAINED_TOLERANCE = 0.01, 0.001
-# Share of the untrained model's loss below which the model has started to learn.
-MAX_LEARNED_RATIO = 0.85
-# Minimum number of evaluations for a decision.
-MIN_EVALUATIONS = 8
 # Planned number of evaluations per epoch, and minimum number per budget.
 EVALUATIONS_PER_EPOCH, EVALUATIONS_PER_BUDGET = 4, 10
-
-
-def has_flattened(losses: Sequence[float], untrained: float) -> bool:
-    """Return True if the validation loss has flattened.
-
-    Args:
-        losses: Validation losses at even intervals.
-        untrained: Validation loss before the first step.
-    """
-    if len(losses) < MIN_EVALUATIONS or min(losses) > MAX_LEARNED_RATIO * abs(untrained):
-        return False
-    half = len(losses) // 2
-    earlier, later = min(losses[:half]), min(losses[half:])
-    return later >= earlier - max(TOLERANCE * abs(earlier), UNTRAINED_TOLERANCE * abs(untrained))
 
 
 def steps_between(steps_per_epoch: int, steps: int | None) -> int:

@@ -26,8 +26,8 @@ from deltaw.lora.layers import DoRALayer, LoRABias, LoRAConv, LoRAConv1D, LoRAEm
 from deltaw.lora.layers_parts import LoRAParameter, TrainedTokens
 from deltaw.methods.base import ADAPTER_CONFIG, REPLACED_KEY
 from deltaw.methods.files import read_config, read_metadata, read_trained_parameters
-from deltaw.methods.in_place import INDICES, VALUES
 from deltaw.methods.parameters import parameters_by_name
+from deltaw.methods.single_weights import INDICES, VALUES
 from deltaw.settings import method_registry
 
 # A change maps rows of W to rows of W' = W + ΔW, in fp32 (fp64 for an fp64 weight). Low-rank updates are stored as
@@ -249,7 +249,8 @@ def load_changes(folder: Path, model: PreTrainedModel) -> AdapterChanges:
     if name == "lora":
         return _lora_changes(folder, model)
     if name not in _IN_PLACE_METHODS:
-        hint, location = f"use lora, {', '.join(_IN_PLACE_METHODS)}", str(folder / ADAPTER_CONFIG)
+        hint = f"use lora, {', '.join(_IN_PLACE_METHODS)}"
+        location = str(folder / ADAPTER_CONFIG)
         raise UserError(f"an adapter of method '{name}' cannot be merged", location=location, hint=hint)
     return _parameter_changes(folder, name, model)
 
@@ -332,7 +333,8 @@ def _layer_changes(names: Sequence[str], layer: LoRALayer) -> list[ParameterChan
 def factors_of(layer: LoRALayer) -> WeightFactors:
     """Return the factors of a layer's ΔW in the layout of its weight. L includes the scaling."""
     shape = tuple(layer.weight.shape)
-    factor_A, factor_B = layer.lora_A.detach(), layer.lora_B.detach()
+    factor_A = layer.lora_A.detach()
+    factor_B = layer.lora_B.detach()
     if isinstance(layer, LoRAConv):
         return WeightFactors(factor_B.flatten(1) * layer.scaling, factor_A.flatten(1), shape)
     if has_input_rows(layer):

@@ -219,11 +219,14 @@ def _set_factors(layer: LoRALayer, factors: WeightFactors, rank: int) -> None:
     factor_R = nn.functional.pad(factors.factor_R, (0, 0, 0, missing))
     if isinstance(layer, LoRAConv):
         kernel = layer.lora_A.shape[2:]
-        factor_A, factor_B = factor_R.view(rank, -1, *kernel), factor_L.view(-1, rank, *(1 for _ in kernel))
+        factor_A = factor_R.view(rank, -1, *kernel)
+        factor_B = factor_L.view(-1, rank, *(1 for _ in kernel))
     elif has_input_rows(layer):
-        factor_A, factor_B = factor_L, factor_R
+        factor_A = factor_L
+        factor_B = factor_R
     else:
-        factor_A, factor_B = factor_R.transpose(-1, -2), factor_L.transpose(-1, -2)
+        factor_A = factor_R.transpose(-1, -2)
+        factor_B = factor_L.transpose(-1, -2)
     layer.lora_A = nn.Parameter(factor_A.contiguous(), requires_grad=False)
     layer.lora_B = nn.Parameter(factor_B.contiguous(), requires_grad=False)
     vars(layer).update(rank=rank, alpha=float(rank), scaling=1.0, rslora=False)

@@ -24,19 +24,15 @@ from deltaw.data.chat_template import with_chat_template
 from deltaw.errors import UserError
 from deltaw.export.adapters import AdapterChanges, ParameterChange, load_changes
 from deltaw.export.combine import Combination, Recipe, combine
-from deltaw.hub.checkpoint import (
-    ParameterNames,
-    WeightFiles,
-    folder_digests,
-    match_names,
-    read_checkpoint,
-    record_stored_digests,
-)
+from deltaw.hub.checkpoint import ParameterNames, WeightFiles, match_names, read_checkpoint
+from deltaw.hub.empty_models import read_config
 from deltaw.hub.folders import ModelSource, adapter_folder, local_folder, resolve
-from deltaw.hub.loading import LoadedModel, load, read_config, skeleton
+from deltaw.hub.loading import LoadedModel, load
+from deltaw.hub.skeletons import skeleton
 from deltaw.hub.tokenizers import tokenizer_in
 from deltaw.hub.transformers_private import complete_skeleton, quiet
 from deltaw.hub.vision import loads_as_text_view, text_view
+from deltaw.hub.weight_digests import folder_digests, record_stored_digests
 from deltaw.lora import load_adapter, save_adapter
 from deltaw.lora.config import CHANGING_INITS
 from deltaw.lora.fingerprint import base_fingerprint, same_base
@@ -328,7 +324,8 @@ def prepare_merge(run: Path, options: MergeOptions, log: LogFunction) -> Iterato
         yield MergePlan(run, base, adapters, tuple(changes), options, combination)
 
 
-_PARTIAL, _BEFORE = ".partial-", ".before-"
+_PARTIAL = ".partial-"
+_BEFORE = ".before-"
 # Bytes for headers, configuration, tokenizer and file system overhead.
 _DISK_RESERVE = 64 << 20
 

@@ -83,7 +83,8 @@ def _cut(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def inner_product(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
     """Return ⟨ΔW₁, ΔW₂⟩_F = tr((L₁ᵀ·L₂)·(R₂·R₁ᵀ)) of two pairs (L, R)."""
-    (l1, r1), (l2, r2) = first, second
+    l1, r1 = first
+    l2, r2 = second
     # tr(X·Yᵀ) is the sum of the elementwise product.
     return float(((l1.double().T @ l2.double()) * (r1.double() @ r2.double().T)).sum())
 
@@ -273,7 +274,8 @@ def combine(adapters: Sequence[AdapterChanges], recipe: Recipe) -> Combination:
     names = list(dict.fromkeys(parameter.names for adapter in adapters for parameter in adapter.changes))
     by_adapter = [{parameter.names: parameter for parameter in adapter.changes} for adapter in adapters]
     used_names: set[str] = set()
-    combined, errors = [], {}
+    combined = []
+    errors = {}
     for group in names:
         if used_names & set(group):
             message = f"the adapters change the tied weight '{group[0]}' under different names"
@@ -325,5 +327,6 @@ def stack_factors(approximations: Sequence[TruncatedSVD], like: WeightFactors) -
     factor_L = torch.stack([c.factor_L for c in approximations])
     factor_R = torch.stack([c.factor_R for c in approximations])
     if like.factor_L.dim() != 3:
-        factor_L, factor_R = factor_L[0], factor_R[0]
+        factor_L = factor_L[0]
+        factor_R = factor_R[0]
     return WeightFactors(factor_L, factor_R, like.shape)

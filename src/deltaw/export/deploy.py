@@ -22,7 +22,8 @@ from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
 from deltaw.training.open_run import open_run
 from deltaw.training.task import OpenedRun, read_run_data
 
-DEFAULT_QUESTIONS, MAX_ANSWER_TOKENS = 20, 64
+DEFAULT_QUESTIONS = 20
+MAX_ANSWER_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class DeploymentResult:
         """Return a summary for the user."""
         if not self.asked:
             return [self.place]
-        count, exact = len(self.asked), sum(check.exact for check in self.asked)
+        count = len(self.asked)
+        exact = sum(check.exact for check in self.asked)
         similar = sum(check.similarity for check in self.asked) / count
         summary = f"{count} questions ({self.held_out} held-out prompts): {exact} equal answers"
         summary += f", similarity {similar:.0%}"

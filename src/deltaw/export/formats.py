@@ -15,8 +15,9 @@ from deltaw.data.rendering import FAULTS, render_with_tokenizer
 from deltaw.data.report import quoted
 from deltaw.errors import UserError, did_you_mean
 from deltaw.export.base import MergeOptions, resolve_base
+from deltaw.export.gguf_adapter import export_gguf_adapter
 from deltaw.export.gguf_file import ADAPTER_KINDS, KINDS
-from deltaw.export.gguf_model import export_gguf, export_gguf_adapter
+from deltaw.export.gguf_model import export_gguf
 from deltaw.export.gguf_vision import mmproj_path
 from deltaw.export.portable import export_folder, file_names
 from deltaw.hub.folders import adapter_folder, short_name
@@ -70,7 +71,8 @@ _CHAT_FORMATS = (
     ChatFormat("<start_of_turn>{role}\n{content}<end_of_turn>\n", assistant="model"),
 )
 # Delimiter of multiline texts in a Modelfile, which cannot be escaped, and its replacement.
-_QUOTES, _OTHER_QUOTES = '"""', "'''"
+_QUOTES = '"""'
+_OTHER_QUOTES = "'''"
 _SYSTEM: Message = {"role": "system", "content": "Answer briefly."}
 _TURNS = (("user", "What is 2 + 2?"), ("assistant", "4."), ("user", "And 3 + 3?"))
 _CONVERSATION: list[Message] = [{"role": role, "content": content} for role, content in _TURNS]
@@ -226,7 +228,8 @@ def export(
     Raises:
         UserError: if the format does not support the adapter, or the output cannot be written.
     """
-    run, output = adapter_folder(run), Path(output)
+    run = adapter_folder(run)
+    output = Path(output)
     if format_name in _UNSUPPORTED:
         raise UserError(f"deltaw does not export '{format_name}'", location="--format", hint=_UNSUPPORTED[format_name])
     if format_name not in FORMATS:

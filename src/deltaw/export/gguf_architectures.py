@@ -87,7 +87,8 @@ def _check_qwen(config: PretrainedConfig) -> None:
 def _check_score_scale(config: PretrainedConfig, *, large: int) -> None:
     """Check the score scale: llama.cpp uses the head size, and width / heads for the model with ``large`` layers."""
     by_width = config.hidden_size / config.num_attention_heads
-    expected, scalar = by_width if config.num_hidden_layers == large else config.head_dim, config.query_pre_attn_scalar
+    expected = by_width if config.num_hidden_layers == large else config.head_dim
+    scalar = config.query_pre_attn_scalar
     _refuse_if(scalar != expected, config, f"query_pre_attn_scalar {scalar} (it takes {expected:g})")
 
 

@@ -117,7 +117,8 @@ def _ggml() -> Callable[..., int]:
     except (OSError, AttributeError) as error:
         raise UserError("this xllamacpp does not export ggml's quantization", location="--type", hint=hint) from error
     routine.restype = ctypes.c_size_t
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    pointer = ctypes.c_void_p
+    number = ctypes.c_int64
     routine.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
     probe = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
     expected = gguf.quants.quantize(probe, Q.Q8_0)
@@ -206,6 +207,7 @@ def copy_metadata(reader: GGUFReader, out: GGUFWriter, *, include: Callable[[str
     for key, field in reader.fields.items():
         if key.startswith("GGUF.") or key == gguf.Keys.General.ARCHITECTURE or not include(key):
             continue
-        value, is_array = field.contents(), field.types[0] == GGUFValueType.ARRAY
+        value = field.contents()
+        is_array = field.types[0] == GGUFValueType.ARRAY
         if value or not is_array:  # GGUF does not support empty arrays
             out.add_key_value(key, value, field.types[0], field.types[-1] if is_array else None)

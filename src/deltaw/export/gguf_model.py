@@ -6,17 +6,15 @@ from the configuration and the tokenizer if the base model is not a GGUF file.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-from gguf import MODEL_ARCH, GGUFReader, GGUFType, GGUFValueType, GGUFWriter, RopeScalingType
+from gguf import MODEL_ARCH, GGUFReader, GGUFType, GGUFWriter, RopeScalingType
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from deltaw.errors import UserError
@@ -40,18 +38,10 @@ from deltaw.export.gguf_file import (
     write_gguf,
 )
 from deltaw.export.gguf_tokenizer import add_chat_template, add_tokenizer, extract_vocabulary, require_tokenizer
-from deltaw.export.gguf_vision import CONNECTOR_PREFIXES, mmproj_path, split_tensors, vision_file
+from deltaw.export.gguf_vision import mmproj_path, split_tensors, vision_file
 from deltaw.export.merged import MergedModel, MergedTensor, NeedsMemoryMerge, assemble
-from deltaw.export.portable import (
-    PlainUpdate,
-    folded_lines,
-    read_pair,
-    require_same_base,
-    require_text,
-    with_language_names,
-)
+from deltaw.export.portable import require_text
 from deltaw.hub.terminators import terminators_in
-from deltaw.lora.fingerprint import FINGERPRINT_KEY
 from deltaw.progress import LogFunction, ignore_line
 
 Rope = Mapping[str, Any]
@@ -118,7 +108,8 @@ def llama3_divisors(rope: Rope, size: int) -> np.ndarray:
     """
     frequencies = rope["rope_theta"] ** -(np.arange(0, size, 2) / size)
     rotations = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    low = rope["low_freq_factor"]
+    high = rope["high_freq_factor"]
     share = np.clip((rotations - low) / (high - low), 0.0, 1.0)
     return (1 / ((1 - share) / rope["factor"] + share)).astype(np.float32)
 
@@ -198,9 +189,11 @@ def export_gguf(
         base = job.base
         require_text(base, run)
         architecture = find_architecture(base.config)
-        merged = _assemble(job)
+        merged = assemble_streamed(job)
         names = TensorNames(architecture, base.config)
-        tokenizer, vision, language = base.tokenizer(run), None, merged.tensors
+        tokenizer = base.tokenizer(run)
+        vision = None
+        language = merged.tensors
         if base.is_view:
             language, others = split_tensors(merged)
             vision = vision_file(base, tokenizer, others)
@@ -217,7 +210,7 @@ def export_gguf(
 
         def metadata(out: GGUFWriter) -> None:
             out.add_type(GGUFType.MODEL)
-            _add_origin(out, run, base)
+            add_origin(out, run, base)
             out.add_file_type(int(KINDS[kind][2]))
             out.add_quantization_version(gguf.GGML_QUANT_VERSION)
             if source is not None:
@@ -237,7 +230,7 @@ def export_gguf(
         shapes: Shapes = {name: (shape, storage_type(name, shape, kind)) for name, shape in tensor_shapes.items()}
         write_gguf(path, architecture.name, metadata, shapes, tensors())
         if vision is not None:
-            vision.write(mmproj_path(path), kind, lambda out: _add_origin(out, run, base))
+            vision.write(mmproj_path(path), kind, lambda out: add_origin(out, run, base))
             notes += vision.notes
     for note in notes:
         log(note)
@@ -247,10 +240,10 @@ def export_gguf(
     details: dict[str, object] = {"tensors": len(shapes), "kind": kind, "types": dict(types), "notes": notes}
     if vision is not None:
         details["mmproj"] = str(mmproj_path(path))
-    return _export_result(path, architecture, summary, **details)
+    return export_result(path, architecture, summary, **details)
 
 
-def _assemble(job: MergePlan) -> MergedModel:
+def assemble_streamed(job: MergePlan) -> MergedModel:
     try:
         return assemble(job)
     except NeedsMemoryMerge as error:
@@ -258,14 +251,14 @@ def _assemble(job: MergePlan) -> MergedModel:
         raise UserError(message, location=str(job.run), hint=CONVERTER_HINT) from error
 
 
-def _export_result(path: Path, architecture: Architecture, summary: str, **details: object) -> ExportResult:
+def export_result(path: Path, architecture: Architecture, summary: str, **details: object) -> ExportResult:
     """Return the result for a written file."""
     size = path.stat().st_size
     lines = [f"architecture {architecture.name}", summary, f"{size / 1e6:.1f} MB"]
     return ExportResult({"path": str(path), "size": size, "architecture": architecture.name, **details}, lines)
 
 
-def _add_origin(out: GGUFWriter, run: Path, base: AdapterBase) -> None:
+def add_origin(out: GGUFWriter, run: Path, base: AdapterBase) -> None:
     """Write the file's name and its base model."""
     out.add_name(run.resolve().name)
     out.add_base_model_count(1)
@@ -321,106 +314,3 @@ def _copy(source: GGUFReader, out: GGUFWriter, tokenizer: PreTrainedTokenizerBas
 # For a LoRA adapter, llama.cpp computes W·x + s·B·(A·x) with s = alpha / r, where r is the rank of the tensor and alpha
 # a single value per file. Other scalings (rsLoRA, patterns) are folded into B. Rows of B have the same order as the
 # rows of W in the base model's file. Updates of the token embedding are rejected because llama.cpp adds them twice.
-
-
-_MERGE = "merge it instead: --format gguf"
-
-
-def export_gguf_adapter(
-    run: Path, path: Path, kind: str = "f32", options: MergeOptions | None = None, log: LogFunction = ignore_line
-) -> ExportResult:
-    """Write the adapter of a run to a GGUF file.
-
-    If the run trained the connector of a vision-language model, the connector and the vision tower are written to
-    :func:`mmproj_path`.
-
-    Args:
-        run: Folder of a run, or of a PEFT adapter.
-        path: Path of the file, which is written atomically.
-        kind: Storage type of A and B, one of :data:`~deltaw.export.gguf_file.ADAPTER_KINDS`.
-        options: Options of the merge, for example the base model.
-        log: Receives messages for the user.
-
-    Raises:
-        UserError: if the format does not support the adapter, the base model differs or its family is not supported, or
-            the file cannot be written. In this case no file is written.
-    """
-    options = options or MergeOptions()
-    adapter, base = read_pair(run, "gguf-adapter", options, log, CONNECTOR_PREFIXES)
-    adapter = with_language_names(adapter, base, run)
-    architecture = find_architecture(base.config)
-    names = TensorNames(architecture, base.config)
-    fingerprint = require_same_base(base, adapter.fingerprint, run, log)
-    tied = bool(base.config.tie_word_embeddings) or architecture.always_tied
-    named_updates = [(_name(update, names, tied, run), update) for update in adapter.updates]
-    alpha, factors = unify_alpha(adapter.updates)
-
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for (name, update), factor in zip(named_updates, factors, strict=True):
-            factor_B = update.factor_B if factor == 1 else update.factor_B * factor
-            yield f"{name}.lora_a", update.factor_A.contiguous().numpy()
-            yield f"{name}.lora_b", names.outputs(update.module, factor_B).contiguous().numpy()
-
-    def metadata(out: GGUFWriter) -> None:
-        out.add_type(GGUFType.ADAPTER)
-        out.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        out.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-        if adapter.invocation is not None:
-            key, tokens = gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, list(adapter.invocation)
-            out.add_key_value(key, tokens, GGUFValueType.ARRAY, GGUFValueType.UINT32)
-        _add_origin(out, run, base)
-        out.add_file_type(int(KINDS[kind][2]))
-        if fingerprint is not None:
-            out.add_string(FINGERPRINT_KEY, fingerprint)
-
-    shapes: dict[str, tuple[tuple[int, ...], gguf.GGMLQuantizationType]] = {}
-    for name, update in named_updates:
-        shapes[f"{name}.lora_a"] = tuple(update.factor_A.shape), KINDS[kind][0]
-        shapes[f"{name}.lora_b"] = tuple(update.factor_B.shape), KINDS[kind][0]
-    details: dict[str, object] = {}
-    with contextlib.ExitStack() as stack:
-        vision = None
-        if adapter.separate:
-            job = stack.enter_context(prepare_merge(run, replace(options, precision="fp32"), ignore_line))
-            vision = vision_file(base, base.tokenizer(run), split_tensors(_assemble(job))[1])
-        write_gguf(path, architecture.name, metadata, shapes, tensors())
-        if vision is not None:
-            details["mmproj"] = str(mmproj_path(path))
-            vision.write(mmproj_path(path), kind, lambda out: _add_origin(out, run, base))
-            for note in vision.notes:
-                log(note)
-    folded, count = sum(factor != 1 for factor in factors), len(named_updates)
-    summary = f"{count} modules, alpha {alpha:g}"
-    result = _export_result(path, architecture, summary, tensors=count, alpha=alpha, folded=folded, **details)
-    return replace(result, lines=result.lines + folded_lines(folded))
-
-
-def unify_alpha(updates: Sequence[PlainUpdate]) -> tuple[float, list[float]]:
-    """Return one alpha for all updates, and for each update the factor that its B needs in addition to alpha / r.
-
-    The alpha is the most frequent one. Factors of its updates remain bit-identical.
-    """
-    alphas = [update.scaling * update.rank for update in updates]
-    rounded = [float(np.float32(alpha)) for alpha in alphas]
-    alpha = Counter(rounded).most_common(1)[0][0]
-    return alpha, [1.0 if value == alpha else exact / alpha for value, exact in zip(rounded, alphas, strict=True)]
-
-
-def _name(update: PlainUpdate, names: TensorNames, tied: bool, run: Path) -> str:
-    """Return the name of the updated base tensor in llama.cpp.
-
-    Raises:
-        UserError: if llama.cpp cannot apply the update.
-    """
-    name = names.of_module(update.module)
-    message, hint = None, _MERGE
-    if name is None:
-        message = f"llama.cpp has no tensor for the adapted module '{update.module}'"
-        hint = "set the base model that the adapter was trained on with --model"
-    elif update.embedding:
-        message = f"the adapter changes the embedding '{update.module}', whose update llama.cpp would add twice"
-    elif tied and name == "output":
-        message = f"the adapter changes the tied head '{update.module}', which is also llama.cpp's embedding"
-    if message is not None:
-        raise UserError(message, location=str(run), hint=hint)
-    return f"{name}.weight"

@@ -43,7 +43,8 @@ _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _MARKS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
 _MARKS_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
 
@@ -202,11 +203,14 @@ _BYTE = re.compile(r"<0x..>", re.DOTALL)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerFast, model: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
-    by_id, bytes_as_tokens = {number: token for token, number in model["vocab"].items()}, bool(model["byte_fallback"])
-    tokens, types = [], []
+    by_id = {number: token for token, number in model["vocab"].items()}
+    bytes_as_tokens = bool(model["byte_fallback"])
+    tokens = []
+    types = []
     added = tokenizer.added_tokens_decoder
     for number in range(size):
-        token, kind = by_id.get(number, f"[PAD{number}]"), TokenType.UNUSED
+        token = by_id.get(number, f"[PAD{number}]")
+        kind = TokenType.UNUSED
         if number in added:
             token = added[number].content
             is_special = added[number].special or _SPECIAL.fullmatch(token)

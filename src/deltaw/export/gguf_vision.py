@@ -61,12 +61,15 @@ def split_tensors(merged: MergedModel) -> tuple[tuple[MergedTensor, ...], dict[s
     Raises:
         UserError: if transformers assembles a parameter from several tensors.
     """
-    base, tensors = merged.job.base, {tensor.name: tensor for tensor in merged.tensors}
+    base = merged.job.base
+    tensors = {tensor.name: tensor for tensor in merged.tensors}
     skeleton = base.skeleton()
-    names, mapping = match_names(skeleton, tensors), complete_names(base.trained_part(skeleton))
+    names = match_names(skeleton, tensors)
+    mapping = complete_names(base.trained_part(skeleton))
     assert mapping is not None
     _refuse_if(base, bool(names.converted), "weights that transformers converts during loading")
-    language, others = [], dict[str, MergedTensor]()
+    language = []
+    others = dict[str, MergedTensor]()
     for name, stored in names.stored.items():
         if (text_name := mapping.from_complete(name)) is None:
             others[name] = tensors[stored]
@@ -134,7 +137,8 @@ def vision_file(
     """
     config = base.skeleton().config
     _check(base, config)
-    vision, is_llava = config.vision_config, config.model_type == "llava"
+    vision = config.vision_config
+    is_llava = config.model_type == "llava"
     layers = int(vision.num_hidden_layers)
     if is_llava:
         layers = config.vision_feature_layer % (layers + 1)
@@ -172,7 +176,8 @@ def vision_file(
 
 def _tower(tensors: Mapping[str, MergedTensor], layers: int, is_llava: bool) -> dict[str, _Entry]:
     """Return the tensors of the tower that the features depend on. LLaVA reads the output of a layer without norm."""
-    names, found = gguf.get_tensor_name_map(MODEL_ARCH.MMPROJ, layers), {}
+    names = gguf.get_tensor_name_map(MODEL_ARCH.MMPROJ, layers)
+    found = {}
     for parameter, tensor in tensors.items():
         if (match := _TOWER.fullmatch(parameter)) is None:
             continue
@@ -222,7 +227,8 @@ def _check(base: AdapterBase, config: PretrainedConfig) -> None:
     _refuse_if(base, "gemma" in base.config.model_type, "images of models with scaled embeddings (Gemma)")
     if kind != "llava":
         return
-    layer, layers = config.vision_feature_layer, int(vision.num_hidden_layers)
+    layer = config.vision_feature_layer
+    layers = int(vision.num_hidden_layers)
     has_one = isinstance(layer, int) and -layers <= layer <= layers and layer != 0
     _refuse_if(base, not has_one, f"vision_feature_layer: {layer}")
     strategy = "default" if vision.model_type == "clip_vision_model" else "full"
@@ -239,7 +245,9 @@ def _image_settings(
 
     They are measured on a black and a white image, so they apply to any image processor.
     """
-    size, values, count = int(config.vision_config.image_size), [], 1
+    size = int(config.vision_config.image_size)
+    values = []
+    count = 1
     processor = ModelProcessor(base.folder, config, tokenizer)
     for color in ("black", "white"):
         pixels: Any = processor.encode(Image.new("RGB", (size, size), color))[1]["pixel_values"]

@@ -5,9 +5,7 @@ Only counts and hashes of the rows are published, never rows.
 
 from __future__ import annotations
 
-import functools
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath, PureWindowsPath
@@ -16,7 +14,6 @@ from typing import Any
 import yaml
 
 from deltaw.data.sources import is_on_hub
-from deltaw.errors import redact
 from deltaw.hub import packages
 from deltaw.hub.folders import resolve_hub_id
 from deltaw.methods.trust import CHAT_TEMPLATE
@@ -109,7 +106,9 @@ def model_card(run: Run, config: RunConfig, base: PublicBase, repo: str, *, merg
         repo: Repository of the card.
         merged: Describe the merged model instead of the adapter.
     """
-    name, method, task = repo.rpartition("/")[2], config.method, config.task
+    name = repo.rpartition("/")[2]
+    method = config.method
+    task = config.task
     header: dict[str, object] = {}
     if resolve_hub_id(base.name) is not None:  # the hub rejects other names
         header = {"base_model": base.name, "base_model_relation": "finetune" if merged else "adapter"}
@@ -129,7 +128,8 @@ def model_card(run: Run, config: RunConfig, base: PublicBase, repo: str, *, merg
     commands = [f"deltaw chat {reference}", f"deltaw serve {reference}"]
     commands = commands if run.values.get("writes_text") else [f"deltaw eval {reference} --data FILE"]
     lines += ["## Use", "", "```bash", *commands, "```", ""]
-    seed, steps = config.train.seed, run.result.get("steps")
+    seed = config.train.seed
+    steps = run.result.get("steps")
     lines += ["## Reproduce the training", "", "```bash", f"hf download {repo} run.yaml --local-dir ."]
     rows = ", ".join(_code(public_name(reference)) for reference in references(config.data.train))
     lines += ["deltaw train run.yaml", "```", "", f"Training rows: {rows}, as configured in `run.yaml`."]
@@ -173,7 +173,8 @@ def _data(run: Run, config: RunConfig) -> Iterator[str]:
     for reference in references(config.data.train):
         revision = f" at commit `{commits[reference]}`" if reference in commits else ""
         yield f"- source: {_code(public_name(reference))}{revision}"
-    num_used, held_out = counts.get("rows_kept", 0), counts.get("held_out", 0)
+    num_used = counts.get("rows_kept", 0)
+    held_out = counts.get("held_out", 0)
     yield f"- rows: {counts.get('rows_read', 0):,} read, {num_used:,} trained on, {held_out:,} held out"
     yield f"- tokens: {counts.get('tokens', 0):,}, {counts.get('label_tokens', 0):,} of them labels"
     for reason, count in mapping(counts.get("bad_rows")).items():
@@ -190,66 +191,3 @@ def _data(run: Run, config: RunConfig) -> Iterator[str]:
 def _code(text: str) -> str:
     """Format untrusted text as inline code that cannot be escaped by Markdown."""
     return f"`{' '.join(text.replace('`', chr(39)).split())}`"
-
-
-# Removal of secrets from published texts, with the patterns of detect-secrets and additional ones. Only patterns of
-# known secret types are used. Keywords such as "password" and entropy checks are not, because settings and cards
-# contain hashes.
-
-
-MARK = "REMOVED"
-# Secret types that detect-secrets does not detect or detects only partially.
-_PATTERNS = {
-    "private key": r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----"
-    r"(?:(?s:.{0,20000}?)-----END [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----|(?:[\s\\rn]*[A-Za-z0-9+/=]{20,})*)",
-    "Hugging Face token": r"\bhf_[A-Za-z0-9]{16,}",
-    "GitHub token": r"\b(?:gh[pousr]_\w{16,}|github_pat_\w{16,})",
-    "AWS secret key": r"(?i:aws.{0,40}?[\s:=\"'])[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+=])",
-    "Google API key": r"\bAIza[\w-]{30,}",
-    "Stripe key": r"\b(?:[sr]k|whsec)_(?:live|test)_\w{16,}",
-    "Slack token": r"\bxox[a-z]-[\w-]{10,}|\bxapp-[\w-]{10,}",
-    "npm token": r"\bnpm_[A-Za-z0-9]{30,}|(?<=_authToken=)[^\s\"']{8,}",
-    "JSON web token": r"\beyJ[\w=-]{8,}\.[\w=-]{8,}(?:\.[\w.+/=-]*)?",
-    "bearer token": r"(?i:\bbearer\s+)[\w.~+/-]{20,}=*",
-    "API key": r"\b(?:sk-|gsk_|r8_|xai-|pplx-|nvapi-|tvly-|dop_v1_|dapi|hvs\.|glpat-)[\w-]{16,}",
-}
-_TOP_FOLDERS = "home|Users|root|srv|mnt|media|data|opt|var|tmp|private|Volumes|work"
-_PATH = re.compile(rf"(?<![\w.:/~-])(?:~/|/(?:{_TOP_FOLDERS})/|[A-Za-z]:\\)[\w./\\-]+")
-# Detectors of other information, or of secrets covered above.
-_IGNORED = ("Public IP (ipv4)", "Basic Auth Credentials")
-
-
-def remove_secrets(text: str) -> tuple[str, list[str]]:
-    """Replace each secret by :data:`MARK`, and return the text and the types of the secrets.
-
-    Values of environment variables such as HF_TOKEN, and user information in URLs, also count as secrets.
-    """
-    redacted = redact(text, MARK)
-    kinds: list[str] = ["key or password from this machine's environment or a URL"] * (redacted != text)
-    text = redacted
-    for kind, pattern in _patterns():
-        text, count = pattern.subn(_replacement, text)
-        kinds += [kind] * bool(count)
-    return text, list(dict.fromkeys(kinds))
-
-
-def path_in(text: str) -> str | None:
-    """Return the first text that looks like a path in a user's file system, or None."""
-    match = _PATH.search(text)
-    return None if match is None else match[0].rstrip()
-
-
-def _replacement(match: re.Match[str]) -> str:
-    """Return the replacement of a match. Leading and trailing quotes and white space are retained."""
-    return re.sub(r"(?s)\A([\s:=\"']*).*?([\s\"']*)\Z", rf"\1{MARK}\2", match[0])
-
-
-@functools.cache
-def _patterns() -> list[tuple[str, re.Pattern[str]]]:
-    from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
-    from detect_secrets.plugins.base import RegexBasedDetector
-
-    kinds: Any = get_mapping_from_secret_type_to_class().items()
-    detectors = {kind: cls for kind, cls in kinds if issubclass(cls, RegexBasedDetector) and kind not in _IGNORED}
-    patterns = [(kind, re.compile(pattern)) for kind, pattern in _PATTERNS.items()]
-    return patterns + [(kind, pattern) for kind, cls in detectors.items() for pattern in cls.denylist]

@@ -30,9 +30,9 @@ from deltaw.export.merged import (
 )
 from deltaw.hub.checkpoint import read_checkpoint
 from deltaw.hub.transformers_private import quiet
-from deltaw.kernels.torch_private import direct_parameters
-from deltaw.lora.attachment import find_spots
+from deltaw.kernels.torch_modules import direct_parameters
 from deltaw.lora.fingerprint import base_fingerprint, same_base
+from deltaw.lora.replacements import find_spots
 from deltaw.methods.parameters import parameters_by_name
 from deltaw.progress import LogFunction, ignore_line
 from deltaw.tensor_files import row_blocks
@@ -210,7 +210,8 @@ def merge_run(
             merged: MergedModel | None = assemble(job)
             reason_to_load = None
         except NeedsMemoryMerge as reason:
-            merged, reason_to_load = None, str(reason)
+            merged = None
+            reason_to_load = str(reason)
             log(f"{reason_to_load}: loading the entire model for this merge")
         planned = read_checkpoint(job.base.folder).tensors.values() if merged is None else merged.tensors
         required_bytes = sum(tensor.bytes for tensor in planned)

@@ -103,8 +103,11 @@ def read_plain(folder: Path, format_name: str, separate: tuple[str, ...] = ()) -
     """
     require_lora(folder, format_name)
     adapter = read_adapter(folder)
-    content, config, metadata = read_content(adapter), adapter.config, adapter.metadata
-    config_file, weights = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+    content = read_content(adapter)
+    config = adapter.config
+    metadata = adapter.metadata
+    config_file = folder / CONFIG_NAME
+    weights = folder / WEIGHTS_NAME
     if config.dora:
         raise _refusal("DoRA's magnitudes", config_file, format_name)
     if config.init in CHANGING_INITS:
@@ -158,7 +161,8 @@ def _plain(update: FileUpdate, adapter: AdapterFile, location: Path, format_name
         if is_unsupported:
             raise _refusal(f"{message} ({update.name})", location, format_name)
     embedding = f"{update.path}.lora_embedding_A" in adapter.tensors
-    factor_A, factor_B = update.factor_A.float(), update.factor_B.float()
+    factor_A = update.factor_A.float()
+    factor_B = update.factor_B.float()
     for letter, factor in (("A", factor_A), ("B", factor_B)):
         if not bool(factor.isfinite().all()):
             message = f"{letter} of '{update.name}' contains values that are not finite"
@@ -274,12 +278,15 @@ def make_uniform(updates: Sequence[PlainUpdate]) -> UniformUpdates:
     rank = max(update.rank for update in updates)
     common_scaling = Counter(update.scaling for update in updates).most_common(1)[0][0]
     alpha = float(max(1, round(common_scaling * rank)))
-    factors, folded = [], 0
+    factors = []
+    folded = 0
     for update in updates:
         factor = update.scaling * rank / alpha
-        factor_A, factor_B = update.factor_A, update.factor_B
+        factor_A = update.factor_A
+        factor_B = update.factor_B
         if factor != 1:
-            factor_B, folded = factor_B * factor, folded + 1
+            factor_B = factor_B * factor
+            folded = folded + 1
         padding = rank - update.rank
         if padding:
             factor_A = torch.cat([factor_A, factor_A.new_zeros(padding, factor_A.shape[1])])

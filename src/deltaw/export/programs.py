@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from deltaw.cache import file_digest
+from deltaw.cache.results import file_digest
 from deltaw.errors import UserError, first_line
 from deltaw.export.formats import OllamaTemplate
 
@@ -85,10 +85,10 @@ class Program:
         request: dict[str, Any] = {"model": name, "temperature": 0, "seed": 0, "repeat_penalty": 1.0}
         request["max_tokens"] = max_tokens
         if plain:
-            return _text(self._call("/v1/completions", {**request, "prompt": prompt}), "choices", 0, "text")
+            return canonical_json(self._call("/v1/completions", {**request, "prompt": prompt}), "choices", 0, "text")
         system = [{"role": "system", "content": chat.system}] if chat.system and not self.stores_system_prompt else []
         request["messages"] = [*system, {"role": "user", "content": prompt}]
-        return _text(self._call("/v1/chat/completions", request), "choices", 0, "message", "content")
+        return canonical_json(self._call("/v1/chat/completions", request), "choices", 0, "message", "content")
 
     def _call(
         self, path: str, value: object = None, *, method: str | None = None, file: Path | None = None, absent: int = 0
@@ -112,7 +112,8 @@ class Program:
         try:
             with file.open("rb") if file is not None else open(os.devnull, "rb") as stream:
                 if file is not None:
-                    data, headers["Content-Length"] = stream, str(file.stat().st_size)
+                    data = stream
+                    headers["Content-Length"] = str(file.stat().st_size)
                 request = urllib.request.Request(url, data, headers, method=method)
                 with _OPENER.open(request, timeout=_SECONDS) as response:
                     content = response.read(_MAX_RESPONSE_BYTES + 1)
@@ -135,7 +136,8 @@ class Ollama(Program):
         url: Address of the server, or None for ``OLLAMA_HOST`` or the default address.
     """
 
-    title, stores_system_prompt = "Ollama", True
+    title = "Ollama"
+    stores_system_prompt = True
     names = re.compile(rf"{_NAME}(?:/{_NAME})?(?::{_NAME})?")
 
     def __init__(self, url: str | None = None) -> None:
@@ -173,7 +175,8 @@ class LMStudio(Program):
         models: Model folder, or None for the default folder.
     """
 
-    title, names = "LM Studio", re.compile(_NAME)
+    title = "LM Studio"
+    names = re.compile(_NAME)
     folder: Path
 
     def __init__(self, url: str | None = None, models: str | Path | None = None) -> None:
@@ -218,7 +221,7 @@ def _address(address: str, port: int) -> str:
         raise UserError(f"'{address}' is not an address: {error}", location="--server", hint=hint) from error
 
 
-def _text(value: Any, *path: str | int) -> str:
+def canonical_json(value: Any, *path: str | int) -> str:
     """Return the text at a path in a response, or an empty string."""
     for key in path:
         exists = isinstance(value, Mapping) or (isinstance(value, list) and isinstance(key, int) and key < len(value))

@@ -16,24 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from deltaw.errors import UserError, validate_key
 from deltaw.export.base import MergeOptions, resolve_base
-from deltaw.export.hub_card import (
-    PublicBase,
-    local_paths,
-    model_card,
-    path_in,
-    public_name,
-    public_settings,
-    remove_secrets,
-)
-from deltaw.hub.folders import (
-    LOGIN,
-    find_cached,
-    push_error,
-    read_json_object,
-    require_own_files,
-    resolve,
-    resolve_hub_id,
-)
+from deltaw.export.hub_card import PublicBase, local_paths, model_card, public_name, public_settings
+from deltaw.export.secrets import path_in, remove_secrets
+from deltaw.hub.folders import find_cached, resolve, resolve_hub_id
+from deltaw.hub.hub_errors import LOGIN, push_error
+from deltaw.hub.outside_references import read_json_object, require_own_files
 from deltaw.hub.sentence_layout import layout_files
 from deltaw.hub.tokenizers import CONFIG_FILES, TOKENIZER_FILES
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
@@ -282,7 +269,8 @@ def _existing(api: HfApi, result: PushResult, is_model: bool, revision: str | No
     except RepositoryNotFoundError:
         return set(), None
     names = {file.rfilename for file in info.siblings or ()}
-    problem, hint = "", "push to another name"
+    problem = ""
+    hint = "push to another name"
     if info.private is False and result.private:
         problem = "the repository is public, but pushes are private by default"
         hint = "add --public, or push to another name"

@@ -42,7 +42,7 @@ from deltaw.lora.complete_names import complete_names
 from deltaw.machine.memory import free_memory_bytes, release_free_memory
 from deltaw.methods.parameters import parameters_by_name
 from deltaw.progress import LogFunction, ignore_line, track_progress
-from deltaw.runtime.quantized_weights import round_to_nf4
+from deltaw.runtime.nf4 import round_to_nf4
 from deltaw.tensor_files import CODES
 from deltaw.training.batchers import BatcherOptions
 from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
@@ -51,11 +51,14 @@ from deltaw.training.pooling import text_encoder
 from deltaw.training.process import isolated_random_state
 from deltaw.training.task import OpenedRun, read_run_data
 
-MEAN_FACTOR, MAX_FACTOR, SHARE = 2.0, 4.0, 0.5
+MEAN_FACTOR = 2.0
+MAX_FACTOR = 4.0
+SHARE = 0.5
 # Share of the adapter's effect above which the user is notified.
 NOTE_SHARE = 0.1
 # Maximum tokens of a row, and maximum bytes of stored logits.
-MAX_ROW_TOKENS, MAX_LOGIT_BYTES = 512, 256 << 20
+MAX_ROW_TOKENS = 512
+MAX_LOGIT_BYTES = 256 << 20
 # Share of a bound above which more rows are compared.
 NEAR_BOUND = 0.75
 # Sums over thousands of products differ by more than fp32's unit roundoff, 2⁻²⁴.
@@ -71,7 +74,8 @@ class SampleSize(NamedTuple):
     positions: int
 
 
-SMALL_SAMPLE, LARGE_SAMPLE = SampleSize(4, 64), SampleSize(24, MAX_ROW_TOKENS)
+SMALL_SAMPLE = SampleSize(4, 64)
+LARGE_SAMPLE = SampleSize(24, MAX_ROW_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,9 @@ class Verification:
 
     def lines(self) -> list[str]:
         """Return a summary for the user."""
-        merged, rounding, outputs = self.merged, self.rounding, self.outputs
+        merged = self.merged
+        rounding = self.rounding
+        outputs = self.outputs
 
         def choices(movement: Movement, verb: str) -> str:
             text = f", KL {movement.divergence:.2g} nats, and {verb} {movement.changed:.2%} of the choices"
@@ -253,13 +259,16 @@ def _compare(job: MergePlan, folder: Path, sample_size: SampleSize, log: LogFunc
     rounding = _measure_movement(reference, samples.logits(model))
     del model
     # Only the task of the session is still needed. Release the unmerged model.
-    session.loaded.model, session.method = None, None  # type: ignore[assignment]
+    session.loaded.model = None  # type: ignore[assignment]
+    session.method = None
     release_free_memory()
     merged = _measure_movement(reference, samples.logits(job.base.load(precision, folder).model))
     floor = 1e-6 * max(float(logits.abs().max()) for logits in reference)
     allowed = max(MEAN_FACTOR * rounding.mean, floor), max(MAX_FACTOR * rounding.largest, 10 * floor)
-    positions, types = sum(len(logits) for logits in reference), (precision, CODES[stored].lower())
-    count, outputs = len(reference), session.task.outputs
+    positions = sum(len(logits) for logits in reference)
+    types = (precision, CODES[stored].lower())
+    count = len(reference)
+    outputs = session.task.outputs
     return Verification(rows, count, positions, *types, merged, rounding, adapter, narrowed, *allowed, nf4, outputs)
 
 
@@ -283,7 +292,9 @@ def _measure_nf4(job: MergePlan, reference: Sequence[Tensor], samples: _SampleRo
 
 def _open_unmerged(job: MergePlan, precision: str) -> OpenedRun:
     """Load the base model with its adapter, unmerged."""
-    run, base, trust = str(job.run), str(job.base.folder), job.base.trust_remote_code
+    run = str(job.run)
+    base = str(job.base.folder)
+    trust = job.base.trust_remote_code
     return open_run(run, model=base, precision=precision, device="cpu", trust_remote_code=trust, log=ignore_line)
 
 
@@ -329,7 +340,10 @@ class _SampleRows:
     """Rows of the verification, and computation of their logits."""
 
     def __init__(self, session: OpenedRun, rows: Sequence[Any], positions: int, *, labeled: bool) -> None:
-        self._opened, self._rows, self._positions, self._labeled = session, rows, positions, labeled
+        self._opened = session
+        self._rows = rows
+        self._positions = positions
+        self._labeled = labeled
 
     def logits(self, model: PreTrainedModel) -> Iterator[Tensor]:
         """Yield the (positions, outputs) fp32 logits of each row."""
@@ -373,9 +387,11 @@ def _select_rows(session: OpenedRun, sample_size: SampleSize, log: LogFunction) 
         try:
             session.adapter_folder.require_rows()
             data = read_run_data(session.task, session.config.data, seed=session.config.data_seed)
-            rows, location = data.held_out, "held-out rows of the run"
+            rows = data.held_out
+            location = "held-out rows of the run"
             if not len(rows):
-                rows, location = data.train, "training rows of the run"
+                rows = data.train
+                location = "training rows of the run"
         except UserError as error:
             reason = f"the run's data cannot be read ({error.message})"
     if len(rows):
@@ -391,7 +407,8 @@ def _select_rows(session: OpenedRun, sample_size: SampleSize, log: LogFunction) 
         message = f"{reason}, so images for the verification are not available"
         raise UserError(message, location=session.loaded.reference, hint="use --no-verify")
     log(f"{reason}: verifying on general prompts")
-    tokenizer, settings = session.task.tokenizer, session.data
+    tokenizer = session.task.tokenizer
+    settings = session.data
     prompts = [encode_prompt(p, settings or "auto", tokenizer) for p in _pick_evenly(DRIFT_PROMPTS, sample_size.rows)]
     return _SampleRows(session, [p for p in prompts if len(p)], sample_size.positions, labeled=False), "general prompts"
 

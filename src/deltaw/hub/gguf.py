@@ -14,36 +14,28 @@ import contextlib
 import functools
 import io
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import gguf
 import numpy as np
 import torch
 import transformers
-from gguf import GGUFReader, ReaderTensor, dequantize
-from safetensors import safe_open
-from safetensors.torch import load_file
 from tokenizers import decoders, pre_tokenizers
-from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-from deltaw.cache import Cache, compute_for_files, file_digest, key
+from deltaw.cache.entries import Cache
+from deltaw.cache.keys import key
+from deltaw.cache.results import file_digest
 from deltaw.errors import UserError, first_line
 from deltaw.hub import packages
+from deltaw.hub.gguf_blocks import INDEX, ORDERS, index_parameters, string_field
 from deltaw.hub.terminators import terminators
 from deltaw.hub.transformers_private import detach_from_model_config, forget_origin, quiet
-from deltaw.kernels.block_linear import FORMATS, BlockWeight
-from deltaw.kernels.torch_private import direct_parameters
-from deltaw.lora.fingerprint import TensorDigest, digest_blocks, record_digest
-from deltaw.lora.layers_quantized import BlockEmbedding, BlockLinear
 from deltaw.machine.choices import dtype_of
 from deltaw.progress import track_progress
 from deltaw.tensor_files import save_tensors
@@ -52,306 +44,13 @@ if not hasattr(gguf, "__version__"):
     # The metadata of gguf's wheel lacks its modules, so transformers reads this attribute in Python 3.10.
     vars(gguf)["__version__"] = metadata.version("gguf")
 
-# Index of the blocks of each parameter in a ``.gguf`` file.
-#
-# An index entry contains the offset, the format and the row order of a parameter whose blocks can be used directly
-# (``kernels/block_linear.py``). Some families store the rows of heads in another order. The order is determined by
-# passing numbered rows through the tensor processors of transformers. All other tensors are stored in plain form.
-
-
-INDEX = "blocks.json"
-ORDERS = "row_orders.safetensors"
-BLOCK_FORMATS = frozenset(name for name in FORMATS if name != "NF4")
-
-
-@dataclass(frozen=True)
-class GGUFBlockTensor:
-    """Parameter (rows, columns) that remains in the blocks of the file.
-
-    Attributes:
-        name: Name of the parameter.
-        format: Block format.
-        rows, columns: Shape of the parameter.
-        offset: Offset of its first byte in the file.
-        order: Name of a tensor in ``ORDERS`` with the stored row index of each row, or None for the file order.
-    """
-
-    name: str
-    format: str
-    rows: int
-    columns: int
-    offset: int
-    order: str | None = None
-
-    @property
-    def width(self) -> int:
-        """Number of bytes per row."""
-        return FORMATS[self.format].bytes_of_row(self.columns)
-
-    @property
-    def bytes(self) -> int:
-        """Total number of bytes."""
-        return self.rows * self.width
-
-
-@dataclass
-class BlockIndex:
-    """Content of a file: block entries, row orders by name, and plain tensors by parameter."""
-
-    entries: list[GGUFBlockTensor]
-    orders: dict[str, Tensor]
-    plain: dict[str, Tensor]
-
-
-def index_parameters(path: Path, model: PreTrainedModel, dtype: torch.dtype) -> BlockIndex:
-    """Index the parameters of ``model`` in a file. Values of the model are not used.
-
-    Raises:
-        UserError: if the file contains no supported block format, or a tensor cannot be processed.
-    """
-    reader = gguf.GGUFReader(str(path))
-    architecture, config = _field(reader, "general.architecture") or "", model.config.to_dict()
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
-    names = get_gguf_hf_weights_map(model, processor)
-    family = _ModelFamily(processor, names, config)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    # Only plain linear layers and embeddings support weights in blocks.
-    block_parameters = {f"{name}.weight" for name, m in model.named_modules() if type(m) in (nn.Linear, nn.Embedding)}
-    index = BlockIndex([], {}, {})
-    formats: set[str] = set()
-    orders: dict[bytes, str] = {}
-    for tensor in reader.tensors:
-        name, kind = names.get(tensor.name), tensor.tensor_type.name
-        if len(tensor.shape) > 1:
-            formats.add(kind)
-        order = None
-        if name in block_parameters and kind in BLOCK_FORMATS and tuple(parameters[name].shape) == _shape(tensor):
-            order = family.row_order(tensor)
-        if name is None or order is None:
-            if (plain := family.plain(tensor)) is not None and plain[0] in parameters:
-                index.plain[plain[0]] = plain[1].to(dtype).view(parameters[plain[0]].shape)
-            continue
-        key = None
-        if (order != np.arange(len(order))).any():
-            key = orders.setdefault(order.tobytes(), f"order{len(orders)}")
-            index.orders[key] = torch.from_numpy(order)
-        rows, columns = _shape(tensor)
-        index.entries.append(GGUFBlockTensor(name, kind, rows, columns, int(tensor.data_offset), key))
-    if not index.entries:
-        found_formats = ", ".join(sorted(formats)) or "no matrices"
-        message = f"the file contains no matrices in a supported block format, only {found_formats}"
-        hint = f"supported are {', '.join(sorted(BLOCK_FORMATS))}; use precision: auto, which converts the file"
-        raise UserError(message, location=str(path), hint=hint)
-    return index
-
-
-def _field(reader: GGUFReader, name: str) -> str | None:
-    """Return a header field as a string, or None."""
-    field = reader.get_field(name)
-    return None if field is None else str(field.contents())
-
-
-def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
-    """Return the shape of a tensor with rows first. The file stores columns first."""
-    return tuple(int(size) for size in reversed(tensor.shape))
-
-
-@dataclass(frozen=True)
-class _ModelFamily:
-    """Tensor processing of a model family in transformers."""
-
-    processor: TensorProcessor
-    names: dict[str, str]
-    config: dict[str, Any]
-
-    def _processed(self, tensor: ReaderTensor, weights: np.ndarray) -> tuple[str | None, Any, dict[str, Any]]:
-        """Return the processed name and values of a tensor, and additional tensors created from it."""
-        parsed: dict[str, Any] = {"config": self.config, "tensors": {}}
-        options = {"tensor_key_mapping": self.names, "parsed_parameters": parsed}
-        result = self.processor.process(weights=weights, name=tensor.name, **options)
-        return result.name, result.weights, parsed["tensors"]
-
-    def row_order(self, tensor: ReaderTensor) -> np.ndarray | None:
-        """Return the (rows,) int64 stored row index of each row of the parameter, or None if rows are modified."""
-        rows, _ = _shape(tensor)
-        # Integers below 2^24 are exact in fp32. Two different columns distinguish a permutation from a transpose.
-        probe = np.stack([np.arange(rows), np.arange(rows) + rows], 1).astype(np.float32)
-        try:
-            name, processed, _ = self._processed(tensor, probe)
-        except Exception:  # a processor that depends on the width does more than reorder rows
-            return None
-        if name != tensor.name or not isinstance(processed, np.ndarray) or processed.shape != probe.shape:
-            return None
-        order = processed[:, 0].astype(np.int64)
-        is_reordered = (np.sort(order) == np.arange(rows)).all() and (processed == probe[order.clip(0, rows - 1)]).all()
-        return order if is_reordered else None
-
-    def plain(self, tensor: ReaderTensor) -> tuple[str, Tensor] | None:
-        """Return the name of a parameter and its dequantized values, or None if the tensor is not a parameter."""
-        name, values, additional = self._processed(tensor, dequantize(tensor.data, tensor.tensor_type))
-        if additional:
-            message = f"'{tensor.name}' contains several parameters, such as experts"
-            raise UserError(message, location="precision: gguf", hint="use precision: auto for models with experts")
-        name = self.names.get(name or "")
-        return None if name is None or values is None else (name, torch.from_numpy(np.array(values)))
-
-
-# Loading of models with weights in the blocks of a ``.gguf`` file.
-#
-# The converted folder contains the configuration, the block index and the plain tensors. Linear layers and embeddings
-# in the index are replaced one at a time by layers with block weights, which are read directly from the file.
-
-
-# Code that the digests of block values depend on, in addition to the file.
-CACHE_DEPENDENCIES = ("transformers", "gguf", "deltaw.hub.gguf", "deltaw.kernels")
-# Bytes to read at once while reordering rows.
-READ_BYTES = 1 << 22
-
-
-def read_block_index(folder: Path) -> list[GGUFBlockTensor]:
-    """Read the block index of a folder.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
-    try:
-        listed = json.loads((folder / INDEX).read_text(encoding="utf-8"))["parameters"]
-        entries = [GGUFBlockTensor(**entry) for entry in listed]
-        assert all(entry.format in FORMATS and entry.rows > 0 and entry.offset > 0 for entry in entries)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        message = "the block index cannot be read"
-        raise UserError(message, location=str(folder / INDEX), hint="remove the folder to convert it again") from error
-    return entries
-
-
-def fill_from_blocks(model: PreTrainedModel, folder: Path, file: Path) -> list[str]:
-    """Load the values of a model: blocks from the file, plain tensors from the folder.
-
-    Returns:
-        Names of parameters that are missing from both.
-
-    Raises:
-        UserError: if the file is truncated or was replaced.
-    """
-    orders = load_file(folder / ORDERS) if (folder / ORDERS).is_file() else {}
-    entries = read_block_index(folder)
-    try:
-        with file.open("rb") as source:
-            length = os.fstat(source.fileno()).st_size
-            if any(entry.offset + entry.bytes > length for entry in entries):
-                raise UserError("the file is truncated", location=str(file), hint="download the file again")
-            loaded = insert_block_layers(model, entries, lambda e: _read(source, e, orders.get(e.order or "")))
-    except OSError as error:
-        hint = "download it again"
-        raise UserError(f"the file cannot be read: {error.strerror or error}", location=str(file), hint=hint) from error
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    files = [path for path in (file, folder / INDEX, folder / ORDERS) if path.is_file()]
-    _record_digests(model, files, {e.name: full for e in entries for full in _names_in(model, e.name, parameters)})
-    with safe_open(folder / "model.safetensors", framework="pt") as plain, torch.no_grad():
-        for name in plain.keys():  # noqa: SIM118 - not a dictionary
-            for full in _names_in(model, name, parameters):
-                parameters[full].copy_(plain.get_tensor(name))
-                loaded.add(full)
-    tied = {id(parameters[name]) for name in loaded if name in parameters}
-    return sorted(name for name, p in parameters.items() if name not in loaded and id(p) not in tied)
-
-
-def _record_digests(model: nn.Module, files: Sequence[Path], names: Mapping[str, str]) -> None:
-    """Record the digests of dequantized block values on a model's weights. They are cached until a file changes.
-
-    Args:
-        model: Model with block layers.
-        files: Files with the blocks and their order.
-        names: Names of the weights in the model by names of the index entries.
-    """
-
-    def read() -> dict[str, TensorDigest]:
-        layers = {entry: model.get_submodule(name.removesuffix(".weight")) for entry, name in names.items()}
-        return {entry: digest_blocks(layer) for entry, layer in layers.items()}
-
-    for entry, (shape, digests) in compute_for_files("blocks", files, read, CACHE_DEPENDENCIES).items():
-        if entry in names:  # models for other tasks may lack some weights
-            record_digest(model.get_parameter(names[entry]), TensorDigest(tuple(shape), tuple(digests)))
-
-
-def insert_block_layers(
-    model: PreTrainedModel, entries: Iterable[GGUFBlockTensor], read: Callable[[GGUFBlockTensor], Tensor] | None = None
-) -> set[str]:
-    """Replace the indexed modules by layers with block weights.
-
-    Args:
-        model: Model to modify.
-        entries: Block index.
-        read: Returns the bytes of an entry. None creates empty tensors, for dry runs.
-
-    Returns:
-        Names of the replaced parameters.
-    """
-    replaced: set[str] = set()
-    modules = dict(model.named_modules())
-    weights = {f"{name}.weight" for name in modules}
-    for entry in entries:
-        for name in _names_in(model, entry.name, weights):
-            path = name.removesuffix(".weight")
-            module = modules[path]
-            data = torch.empty(entry.rows, entry.width, dtype=torch.uint8) if read is None else read(entry)
-            stored = BlockWeight(data, entry.format, entry.columns)
-            weight = direct_parameters(module)["weight"]
-            linear = [(n, m) for n, m in modules.items() if isinstance(m, nn.Linear) and m is not module]
-            tied = [(n, m) for n, m in linear if direct_parameters(m).get("weight") is weight]
-            is_embedding = isinstance(module, nn.Embedding)
-            layer = BlockEmbedding.of(module, stored) if is_embedding else BlockLinear.of(module, stored)
-            model.set_submodule(path, layer)
-            replaced.add(name)
-            for other, head in tied:
-                model.set_submodule(other, BlockLinear.of(head, stored, layer.get_parameter("weight")))
-                replaced.add(f"{other}.weight")
-    return replaced
-
-
-def block_bytes(folder: Path) -> int:
-    """Return the total size of the blocks in a folder's index in bytes."""
-    return sum(entry.bytes for entry in read_block_index(folder))
-
-
-def _names_in(model: PreTrainedModel, name: str, known: Container[str]) -> list[str]:
-    """Return the names of a causal language model's parameter in a model for another task with the same backbone."""
-    if name in known:
-        return [name]
-    bare = name.partition(".")[2]
-    full = f"{model.base_model_prefix}.{bare}"
-    return [full] if full in known else [bare] if bare in known else []
-
-
-def _read(source: BinaryIO, entry: GGUFBlockTensor, order: Tensor | None) -> Tensor:
-    """Read the bytes of an entry as (rows, bytes per row), in the model's row order."""
-    source.seek(entry.offset)
-    if order is None:
-        return _read_rows(source, entry.rows, entry.width)
-    data = torch.empty(entry.rows, entry.width, dtype=torch.uint8)
-    for row_indices in order.argsort().split(max(1, READ_BYTES // entry.width)):
-        data[row_indices] = _read_rows(source, len(row_indices), entry.width)
-    return data
-
-
-def _read_rows(source: BinaryIO, rows: int, width: int) -> Tensor:
-    """Read the next (rows, width) bytes of a file without caching its pages."""
-    data = torch.empty(rows, width, dtype=torch.uint8)
-    view = data.numpy().data.cast("B")
-    filled = 0
-    while filled < len(view):
-        count = source.readinto(view[filled : filled + READ_BYTES])  # type: ignore[attr-defined]
-        if not count:
-            raise OSError("unexpected end of file")
-        filled += count
-    return data
-
 
 # Maximum size of all converted models. A larger model remains until the next conversion.
 LIMIT_BYTES = 256 * 2**30
 CONVERSION_DEPENDENCIES = (
     *("transformers", "gguf", "tokenizers", "torch", "safetensors", "numpy"),
-    *("deltaw.hub.gguf", "deltaw.hub.terminators", "deltaw.tensor_files", "deltaw.kernels.block_linear"),
+    *("deltaw.hub.gguf", "deltaw.hub.gguf_blocks", "deltaw.hub.terminators"),
+    *("deltaw.tensor_files", "deltaw.kernels.block_linear"),
 )
 
 # llama.cpp's names of pre-tokenizers that split every digit.
@@ -396,7 +95,8 @@ def _cache_entry(path: Path, dtype: str) -> tuple[Cache, str, str]:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        message, hint = f"the file cannot be read: {error.strerror or error}", "check its path and permissions"
+        message = f"the file cannot be read: {error.strerror or error}"
+        hint = "check its path and permissions"
         raise UserError(message, location=str(path), hint=hint) from error
     if magic != b"GGUF":
         raise UserError("the file is not a .gguf file", location=str(path), hint="download the file again")
@@ -578,10 +278,11 @@ def _tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, str | None]:
     for name in ("local_files_only", "is_local"):
         tokenizer.init_kwargs.pop(name, None)
     header = gguf.GGUFReader(str(path))
-    end = _field(header, "tokenizer.ggml.eos_token_id")
+    end = string_field(header, "tokenizer.ggml.eos_token_id")
     if end is not None and end.isdecimal() and int(end) < len(tokenizer):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(end))  # transformers 5.11 sets another token
-    kind, pre = _field(header, "tokenizer.ggml.model"), _field(header, "tokenizer.ggml.pre")
+    kind = string_field(header, "tokenizer.ggml.model")
+    pre = string_field(header, "tokenizer.ggml.pre")
     if kind == "gpt2":
         tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()  # transformers 5.11 drops a leading space
     if kind == "gpt2" and not restore_digit_splitting(tokenizer, pre):

@@ -8,28 +8,30 @@ model is executed only with ``trust_remote_code``.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import transformers
-from huggingface_hub import errors as hub_errors
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.initialization import no_init_weights
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from deltaw import tensor_files
-from deltaw.errors import UserError, first_line
-from deltaw.hub import vision
-from deltaw.hub.checkpoint import hash_in_background, match_names
-from deltaw.hub.folders import ModelSource, config_folder, local_folder, log_to_stderr, remote_code_error, resolve
+from deltaw.errors import UserError
+from deltaw.hub.empty_models import (
+    attention_choice,
+    auto_class,
+    build_empty,
+    caps_scores,
+    check_architecture,
+    used_part,
+    with_attention,
+)
+from deltaw.hub.folders import ModelSource, config_folder, local_folder, log_to_stderr, resolve
+from deltaw.hub.skeletons import _missing_tensors
 from deltaw.hub.tokenizers import tokenizer_in
-from deltaw.hub.transformers_private import attention_name, configurations_of, has_sdpa, initialize, quiet
-from deltaw.lora.complete_names import complete_names
+from deltaw.hub.transformers_private import attention_name, has_sdpa, initialize, quiet
+from deltaw.hub.weight_digests import hash_in_background
 from deltaw.lora.stored import quantization_library
 from deltaw.machine.choices import (
     QUANTIZED,
@@ -45,92 +47,6 @@ from deltaw.machine.kernel_choice import KernelChoice, activate_kernels
 from deltaw.progress import Detail, track_progress
 from deltaw.settings import task_registry
 from deltaw.tensor_files import read_header
-
-T = TypeVar("T")
-
-# Construction of models with uninitialized values from a configuration. Pages that are never written use no physical
-# memory, so a large model can be created before its weights are read.
-
-
-def build_empty(
-    folder: Path, config: PretrainedConfig, task: str, dtype: str, attention: str, trust_remote_code: bool
-) -> tuple[PreTrainedModel, str]:
-    """Build a model with tied weights and uninitialized values.
-
-    Returns:
-        The model, and the attention implementation that it uses.
-
-    Raises:
-        UserError: if the architecture does not support the task or the configuration is invalid.
-    """
-    auto = _auto_class(config, task)
-
-    def make(attention: str) -> PreTrainedModel:
-        options = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
-        with no_init_weights():
-            return auto.from_config(config, dtype=dtype_of(dtype), **options)
-
-    model, attention = _with_attention(make, attention, config, task, folder)
-    model.tie_weights()  # skipped by no_init_weights
-    return _used_part(model, task), attention
-
-
-def _auto_class(config: PretrainedConfig, task: str) -> Any:
-    """Return transformers' class that builds a model for a task."""
-    name = task_registry.entry_of(task).auto_model
-    return getattr(transformers, vision.AUTO_MODEL if vision.loads_as_text_view(config, name) else name)
-
-
-def _with_attention(
-    make: Callable[[str], T], attention: str, config: PretrainedConfig, task: str, folder: Path
-) -> tuple[T, str]:
-    """Return the result of ``make`` and the attention implementation, with eager attention as the fallback for sdpa.
-
-    Raises:
-        UserError: if the architecture does not support the task, the files cannot be read, or the model requires its
-            own code.
-    """
-    if attention == "sdpa" and _caps_scores(config):
-        attention = "eager"
-    try:
-        return make(attention), attention
-    except (ValueError, OSError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        error_text = str(error)
-        if "trust_remote_code" in error_text:
-            raise remote_code_error(folder) from error
-        if "Unrecognized configuration class" in error_text:
-            raise task_mismatch_error(config, task, folder) from error
-        if attention != "sdpa" or "scaled_dot_product_attention" not in error_text:
-            mismatch = "the shapes of its weights do not match config.json"
-            reason = mismatch if "ignore_mismatched_sizes" in error_text else first_line(error)
-            hint = "download or copy the model again, or check that config.json belongs to the weights"
-            raise UserError(f"the model cannot be loaded: {reason}", location=str(folder), hint=hint) from error
-    return _with_attention(make, "eager", config, task, folder)
-
-
-def _caps_scores(config: object) -> bool:
-    """Return True if attention scores are capped.
-
-    torch's fused attention does not support this, and transformers before 5.21 ignores it.
-    """
-    text = config.get_text_config(decoder=True) if isinstance(config, PretrainedConfig) else None
-    return bool(getattr(text, "attn_logit_softcapping", None))
-
-
-def _attention_choice(used: str, requested: str, config: PretrainedConfig) -> Choice[str]:
-    """Return the attention implementation in use, with the reason."""
-    reason = "torch's fused attention" if used == "sdpa" else "as requested"
-    return Choice(used, reason if used == requested else f"{config.model_type} has no fused attention in transformers")
-
-
-def task_mismatch_error(config: PretrainedConfig, task: str, folder: Path) -> UserError:
-    """Return the error for a model that does not support ``task``. The hint lists the supported tasks."""
-    capability = task_registry.entry_of(task).capability
-    configurations = {o.name: configurations_of(o.auto_model) for o in task_registry.entries() if o.name != task}
-    # Do not test the mapping's truth value: it would import all models of transformers.
-    supported = [name for name, classes in configurations.items() if classes is not None and type(config) in classes]
-    hint = f"it can be loaded for task: {', '.join(supported)}" if supported else "choose another model"
-    return UserError(f"a {config.model_type} model does not {capability}", location=str(folder), hint=hint)
 
 
 @dataclass
@@ -275,42 +191,11 @@ def use_attention(model: nn.Module, name: str) -> Iterator[None]:
 
 def default_attention(model: nn.Module) -> str:
     """Return "sdpa", or "eager" for models that do not support torch's fused attention."""
-    return "sdpa" if has_sdpa(model) and not _caps_scores(model.config) else "eager"
-
-
-def read_config(folder: Path, task: str, num_labels: int | None, trust_remote_code: bool) -> PretrainedConfig:
-    """Return the configuration of a model for ``task``.
-
-    Raises:
-        UserError: if transformers cannot read it.
-    """
-    entry = task_registry.entry_of(task)
-    labels = {"num_labels": num_labels} if entry.new_head and num_labels is not None else {}
-    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    try:
-        return AutoConfig.from_pretrained(folder, **{**options, **labels, **entry.config})
-    except Exception as error:  # checks of configuration classes raise various exceptions
-        if "trust_remote_code" in str(error):
-            raise remote_code_error(folder) from error
-        hint = "a newer version of transformers may know the model, or config.json is damaged"
-        # The actual error of a strict dataclass is the cause of the exception.
-        cause = error.__cause__ if isinstance(error, hub_errors.StrictDataclassError) else None
-        message = f"the model's config.json cannot be used: {first_line(cause or error)}"
-        raise UserError(message, location=str(folder), hint=hint) from error
-
-
-# Suffixes of architectures with a classification head in the weight files.
-_CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
-
-
-def head_outputs(config: PretrainedConfig) -> int | None:
-    """Return the number of outputs of the classification head in a model's files, or None without a head."""
-    architectures = getattr(config, "architectures", None) or [""]
-    return config.num_labels if str(architectures[0]).endswith(_CLASSIFIERS) else None
+    return "sdpa" if has_sdpa(model) and not caps_scores(model.config) else "eager"
 
 
 def _load_weights(folder: Path, config: PretrainedConfig, task: str, dtype: str, attention: str, trust: bool) -> Loaded:
-    auto = _auto_class(config, task)
+    auto = auto_class(config, task)
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     options |= {"config": config, "dtype": dtype_of(dtype), "trust_remote_code": trust}
 
@@ -320,43 +205,29 @@ def _load_weights(folder: Path, config: PretrainedConfig, task: str, dtype: str,
             record_digests(model)
         for layer in filter(quantization_library, model.modules()):
             if hasattr(layer, "compute_dtype"):  # bitsandbytes in 4 bits: compute in the model's precision
-                layer.compute_dtype, layer.compute_type_is_set = dtype_of(dtype), True
+                layer.compute_dtype = dtype_of(dtype)
+                layer.compute_type_is_set = True
                 # Inference on some CPUs would rearrange the weight, after which its product has no gradient.
                 layer.support_avx512bf16_for_cpu = False
         return model, report
 
-    (model, report), attention_used = _with_attention(make, attention, config, task, folder)
-    used = _used_part(model, task)
+    (model, report), attention_used = with_attention(make, attention, config, task, folder)
+    used = used_part(model, task)
     missing = [name for name in report["missing_keys"] if getattr(model, name.partition(".")[0], None) is not None]
-    return used, sorted(missing), _attention_choice(attention_used, attention, config)
-
-
-def _used_part(model: PreTrainedModel, task: str) -> PreTrainedModel:
-    """Return the part of a model that a task trains.
-
-    It is the text view of a vision-language model. From models for token vectors, poolers are removed, and decoders of
-    encoder-decoder models.
-    """
-    if vision.loads_as_text_view(model.config, task_registry.entry_of(task).auto_model):
-        return vision.text_view(model).view
-    if task_registry.entry_of(task).auto_model == "AutoModel":
-        for name in ["pooler", "decoder"] if getattr(model.config, "is_encoder_decoder", False) else ["pooler"]:
-            if isinstance(getattr(model, name, None), nn.Module):
-                setattr(model, name, None)
-    return model
+    return used, sorted(missing), attention_choice(attention_used, attention, config)
 
 
 def _load_blocks(file: Path, folder: Path, config: PretrainedConfig, task: str, attention: str, trust: bool) -> Loaded:
     """Load a model like :func:`_load_weights`, with weights in the blocks of a ``.gguf`` file."""
-    from deltaw.hub import gguf
+    from deltaw.hub import gguf_loading
 
     model, attention_used = build_empty(folder, config, task, "gguf", attention, trust)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    missing = gguf.fill_from_blocks(model, folder, file)
+    missing = gguf_loading.fill_from_blocks(model, folder, file)
     for name in {name.rpartition(".")[0] for name in missing}:
         initialize(model, model.get_submodule(name))
-    return model, missing, _attention_choice(attention_used, attention, config)
+    return model, missing, attention_choice(attention_used, attention, config)
 
 
 def _new_modules(model: PreTrainedModel, missing: list[str], task: str, folder: Path) -> list[str]:
@@ -365,7 +236,8 @@ def _new_modules(model: PreTrainedModel, missing: list[str], task: str, folder: 
     Raises:
         UserError: if other weights are missing.
     """
-    prefix, entry = f"{model.base_model_prefix}.", task_registry.entry_of(task)
+    prefix = f"{model.base_model_prefix}."
+    entry = task_registry.entry_of(task)
     # Many published encoders do not include a pooler, which is usually not trained.
     of_base = [name for name in missing if name.startswith(prefix) and ".pooler." not in name]
     only_features = entry.implementation is None
@@ -398,101 +270,3 @@ def require_head(model: PreTrainedModel, reference: str, task: str, *, dtype: st
     missing = _missing_tensors(model, reference, dtype=dtype, trust_remote_code=trust_remote_code)
     if missing := [name for name in missing if ".pooler." not in name]:
         raise _incomplete(missing, model, task, config_folder(reference, dtype, trust_remote_code))
-
-
-def check_architecture(folder: Path, task: str, trust: bool, num_labels: int | None = None) -> PretrainedConfig:
-    """Return the configuration of the model in ``folder`` for ``task``. Weights are not read.
-
-    Raises:
-        UserError: if the model does not support ``task``.
-    """
-    with quiet():
-        config = read_config(folder, task, num_labels, trust)
-    auto_model = task_registry.entry_of(task).auto_model
-    if vision.loads_as_text_view(config, auto_model):
-        vision.require_supported(config)
-        return config
-    supported = configurations_of(auto_model)
-    if not trust and supported is not None and type(config) not in supported:
-        raise task_mismatch_error(config, task, folder)
-    return config
-
-
-# Construction of models without weights from config.json. Within :func:`deltaw.memory.simulation.fake_tensors` their
-# tensors are fake, so that a dry run can measure memory.
-
-
-def skeleton(
-    reference: str | os.PathLike[str],
-    *,
-    dtype: str,
-    task: str | None = None,
-    num_labels: int | None = None,
-    attention: str = "sdpa",
-    trust_remote_code: bool = False,
-) -> PreTrainedModel:
-    """Return the frozen model in evaluation mode that :func:`load` would load, with uninitialized values.
-
-    In a dry run, its tensors have no storage.
-
-    Args:
-        reference: As for :func:`load`. A hub id is downloaded completely.
-        dtype: Key of :data:`deltaw.machine.choices.PRECISIONS`.
-        task, num_labels, attention, trust_remote_code: As for :func:`load`.
-
-    Raises:
-        UserError: if the model is not found or its architecture does not support the task.
-    """
-    folder, task = config_folder(os.fspath(reference), dtype, trust_remote_code), task or task_registry.default_task()
-    config = check_architecture(folder, task, trust_remote_code, num_labels)
-    with quiet():
-        model, _ = build_empty(folder, config, task, dtype, attention, trust_remote_code)
-    if dtype == "gguf":
-        from deltaw.hub import gguf
-
-        gguf.insert_block_layers(model, gguf.read_block_index(folder))
-    return model.requires_grad_(False).eval()
-
-
-def has_values(model: nn.Module) -> bool:
-    """Return True if the parameters have values, which they do not have in a dry run."""
-    return all(tensor_files.has_values(p) for p in model.parameters())
-
-
-def new_modules(model: PreTrainedModel, reference: str, *, dtype: str, trust_remote_code: bool = False) -> list[str]:
-    """Return the modules outside the backbone whose weights are missing from the files. Only headers are read."""
-    missing = _missing_tensors(model, reference, dtype=dtype, trust_remote_code=trust_remote_code)
-    return sorted({name.rpartition(".")[0] for name in missing})
-
-
-def _missing_tensors(model: PreTrainedModel, reference: str, *, dtype: str, trust_remote_code: bool) -> list[str]:
-    """Return the names of tensors outside the backbone that are missing from the weight files, if there are any files.
-
-    Tensor names may or may not start with the prefix of the backbone, because checkpoints of other tasks use different
-    prefixes.
-    """
-    files = config_folder(reference, dtype, trust_remote_code).glob("*.safetensors")
-    stored_names = {name for file in files for name in read_header(file)}
-    if not stored_names:
-        return []
-    if complete_names(model) is not None:
-        names = match_names(model, dict.fromkeys(stored_names))
-        return [name for name, _ in model.named_parameters() if name not in {**names.stored, **names.converted}]
-    prefix = f"{model.base_model_prefix}."
-    missing = [n for n, _ in model.named_parameters() if not {n, n.removeprefix(prefix), prefix + n} & stored_names]
-    # The names of a text view are the ends of names in a complete model.
-    missing = [n for n in missing if not any(stored.endswith(f".{n}") for stored in stored_names)]
-    return [name for name in missing if not name.startswith(prefix) or ".pooler." in name]
-
-
-def converted_bytes(model: PreTrainedModel, reference: str, *, dtype: str, trust_remote_code: bool = False) -> int:
-    """Return the size of the files whose weights are converted to another type while loading.
-
-    These files are memory-mapped in addition to the converted weights.
-    """
-    folder = config_folder(reference, dtype, trust_remote_code)
-    if dtype == "gguf":
-        return 0  # blocks are read without mapping the file
-    target_code = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype_of(dtype)]
-    files = [(file, {tensor.code for tensor in read_header(file).values()}) for file in folder.glob("*.safetensors")]
-    return sum(file.stat().st_size for file, codes in files if codes - {target_code, "I64"})

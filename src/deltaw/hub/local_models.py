@@ -11,13 +11,18 @@ from pathlib import Path
 
 from deltaw.errors import UserError
 from deltaw.hub import packages
-from deltaw.hub.folders import config_folder, fetch_error, find_cached, resolve, resolve_hub_id
+from deltaw.hub.folders import config_folder, find_cached, resolve, resolve_hub_id
+from deltaw.hub.hub_errors import fetch_error
 
 UNKNOWN = "unknown"
 # Depth of the model search, and bytes of a file that are searched for metadata and for a chat template.
-MAX_DEPTH, HEAD_BYTES, MAX_HEADER_BYTES = 2, 2**18, 2**24
+MAX_DEPTH = 2
+HEAD_BYTES = 2**18
+MAX_HEADER_BYTES = 2**24
 # Uses of models: write text, read text, read images.
-WRITES, READS, IMAGES = "writes text", "reads text", "reads images"
+WRITES = "writes text"
+READS = "reads text"
+IMAGES = "reads images"
 _PACKAGE = re.compile(r"(?im)^(?:License-Expression|License): *(\S.*)$|^Classifier: License :: (?:.* :: )?(.+)$")
 _GENERATES = re.compile("ForCausalLM|LMHeadModel|ForConditionalGeneration.*vision_config", re.DOTALL)
 _HALF = re.compile(r'dtype": *"b?float16')
@@ -108,7 +113,8 @@ def _hub_models() -> Iterator[ModelInfo]:
         ):
             newest = max(repository.revisions, key=lambda revision: revision.last_modified, default=None)
             if repository.repo_type == "model" and newest is not None and _has_model(newest.snapshot_path):
-                name, path = repository.repo_id.rpartition("/")[2], newest.snapshot_path
+                name = repository.repo_id.rpartition("/")[2]
+                path = newest.snapshot_path
                 yield _model(repository.repo_id, name, "hub", path)
 
 
@@ -134,7 +140,8 @@ def _size(path: Path) -> int:
 def _model(reference: str, name: str, kind: str, path: Path) -> ModelInfo:
     """Describe a model on this machine from the metadata in its files."""
     if path.is_file():
-        use, size = READS if "bert" in _stated(path, "architecture") else WRITES, _stated(path, "size_label")
+        use = READS if "bert" in _stated(path, "architecture") else WRITES
+        size = _stated(path, "size_label")
         is_tuned = b"tokenizer.chat_template" in _read(path, MAX_HEADER_BYTES)
     else:
         config = _head(path / "config.json")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, Qwen2ForCausalLM
 
 from deltaw.kernels.layout import Layout, PositionShifts
-from deltaw.kernels.torch_private import cast_module
+from deltaw.kernels.torch_modules import cast_module
 
 # Number of bits of each part of an encoded position.
 _BITS = 21

@@ -24,7 +24,9 @@ from importlib.machinery import PathFinder
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from deltaw import atomic_files, cache
+from deltaw import atomic_files
+from deltaw.cache.keys import root
+from deltaw.cache.results import file_digest
 from deltaw.errors import UserError, did_you_mean
 from deltaw.progress import track_progress
 
@@ -69,7 +71,7 @@ class PackageReference:
 
 def cache_folder() -> Path:
     """Return the folder of downloaded packages: ``packages`` in ``$DELTAW_CACHE`` or ``~/.cache/deltaw``."""
-    return cache.root() / "packages"
+    return root() / "packages"
 
 
 def is_package_reference(reference: str) -> bool:
@@ -87,7 +89,9 @@ def parse(reference: str) -> PackageReference:
     if not match:
         hint = "use pypi:package==version or pypi:package==version/path/inside"
         raise UserError("a package reference requires an exact version", location=reference, hint=hint)
-    name, version, path = match[1], match[2], (match[3] or "").strip("/")
+    name = match[1]
+    version = match[2]
+    path = (match[3] or "").strip("/")
     if path:
         _check_inside(path, reference)
     return PackageReference(re.sub(r"[-_.]+", "-", name).lower(), version, path)
@@ -162,33 +166,36 @@ def _mark(package: PackageReference, path: str) -> Path:
 
 def _cached(package: PackageReference) -> Path | None:
     """Return the cached member, or None. Files are written atomically, and complete folders have a marker."""
-    root, package_mark = _root(package), _mark(package, "")
+    package_root = _root(package)
+    package_mark = _mark(package, "")
     if not package.path:
-        return root / package_mark.read_text(encoding="utf-8") if package_mark.is_file() else None
-    member_path = root / package.path
+        return package_root / package_mark.read_text(encoding="utf-8") if package_mark.is_file() else None
+    member_path = package_root / package.path
     if member_path.is_file() or _mark(package, package.path).is_file():
         return member_path
     if package_mark.is_file():
-        _select([name for name in _file_names(root) if not name.startswith(".complete/")], package.path, package)
+        _select(
+            [name for name in _file_names(package_root) if not name.startswith(".complete/")], package.path, package
+        )
         return member_path
     return None
 
 
 def _download(package: PackageReference) -> Path:
-    root = _root(package)
+    package_root = _root(package)
     with track_progress(f"downloading {package.pin}"), _open_store(package) as (names, open_member):
         folder = package.path or _package_folder(names)
         selected = _select(names, package.path, package)
         for name in selected:
             _check_inside(name, package.pin)
-            target = root.joinpath(*PurePosixPath(name).parts)
+            target = package_root.joinpath(*PurePosixPath(name).parts)
             if target.is_file():
                 continue
             with atomic_files.atomic_path(target) as part, part.open("wb") as out, open_member(name) as source:
                 shutil.copyfileobj(source, out, 1 << 20)
     if selected != [package.path]:
         atomic_files.write_text(_mark(package, package.path), folder)
-    return root / folder
+    return package_root / folder
 
 
 def _package_folder(names: list[str]) -> str:
@@ -258,7 +265,7 @@ def _download_with_pip(package: PackageReference, folder: Path) -> Path:
     if not wheels:
         raise _package_error(package, "the package has no wheel", "use a version with a wheel")
     expected = KNOWN_SHA256.get(package.pin)
-    actual = cache.file_digest(wheels[0])
+    actual = file_digest(wheels[0])
     if expected and actual != expected:
         message = f"the SHA-256 of the wheel is {actual}, expected {expected}"
         raise _package_error(package, message, "download it from an index that you trust")

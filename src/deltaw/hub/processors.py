@@ -15,7 +15,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from deltaw.errors import UserError, first_line
-from deltaw.hub.folders import read_json_object
+from deltaw.hub.outside_references import read_json_object
 from deltaw.hub.transformers_private import quiet
 
 # Files of a processor, which belong to a complete model.
@@ -48,7 +48,8 @@ class ModelProcessor:
             raise UserError(f"transformers has no processor for {config.model_type}", location=str(folder), hint=hint)
         settings = {file: read_json_object(folder / file) for file in PROCESSOR_FILES[:2]}
         self.settings: dict[str, object] = {"class": name, **settings}
-        self._folder, self._tokenizer = folder, tokenizer
+        self._folder = folder
+        self._tokenizer = tokenizer
         try:
             with quiet():
                 self._processor = _processor(name, folder, settings["processor_config.json"], tokenizer)

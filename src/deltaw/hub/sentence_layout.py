@@ -18,8 +18,12 @@ from deltaw.errors import UserError
 Pooling = Literal["mean", "first", "last", "weighted"]
 _THEIRS: dict[Pooling, str] = {"mean": "mean", "first": "cls", "last": "lasttoken", "weighted": "weightedmean"}
 _MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
-_MODULES, _PROMPTS, _LIMIT = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
-_POOLING, _NORMALIZE, _MODELS = "1_Pooling", "2_Normalize", "sentence_transformers.models."
+_MODULES = "modules.json"
+_PROMPTS = "config_sentence_transformers.json"
+_LIMIT = "sentence_bert_config.json"
+_POOLING = "1_Pooling"
+_NORMALIZE = "2_Normalize"
+_MODELS = "sentence_transformers.models."
 # Files and folders that a merged model copies from the run's folder.
 LAYOUT_FILES = (_MODULES, _PROMPTS, _LIMIT, _POOLING, _NORMALIZE)
 
@@ -60,7 +64,8 @@ def read_layout(folder: Path) -> SentenceLayout | None:
         raise UserError(message, location=str(folder / _MODULES))
     path = next((path for kind, path in kinds if kind == "Pooling"), None)
     prompts = _object(_object(_json(folder / _PROMPTS)).get("prompts"))
-    query, passage = str(prompts.get("query") or ""), ""
+    query = str(prompts.get("query") or "")
+    passage = ""
     for name in ("corpus", "passage", "document"):
         passage = str(prompts.get(name) or passage)
     pooling = None if path is None else _pooling(folder, path, prompted=bool(query or passage))

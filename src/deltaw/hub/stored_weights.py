@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from deltaw.errors import UserError
-from deltaw.hub.checkpoint import folder_digests, match_names, record_stored_digests
-from deltaw.hub.loading import skeleton
-from deltaw.kernels.torch_private import direct_parameters
+from deltaw.hub.checkpoint import match_names
+from deltaw.hub.skeletons import skeleton
+from deltaw.hub.weight_digests import folder_digests, record_stored_digests
+from deltaw.kernels.torch_modules import direct_parameters
 from deltaw.lora.fingerprint import record_base_digest
 from deltaw.tensor_files import read_header
 
@@ -46,7 +47,8 @@ class StoredWeights:
         shapes: dict[str, tuple[int, ...]] = {}
         for path in sorted(folder.glob("*.safetensors")):
             for name, tensor in read_header(path).items():
-                self._file_of[name], shapes[name] = path, tensor.shape
+                self._file_of[name] = path
+                shapes[name] = tensor.shape
         names = match_names(model, self._file_of)
         if names.converted:
             message = f"'{next(iter(names.converted))}' is assembled from several tensors, so its rows cannot be read"
@@ -97,7 +99,7 @@ def meta_model(folder: Path, *, dtype: str, task: str, attention: str, trust_rem
     """Return the frozen model of a folder in evaluation mode, with its parameters on the meta device.
 
     Raises:
-        UserError: as in :func:`deltaw.hub.loading.skeleton`.
+        UserError: as in :func:`deltaw.hub.skeletons.skeleton`.
     """
     with _parameters_on_meta():
         model = skeleton(folder, dtype=dtype, task=task, attention=attention, trust_remote_code=trust_remote_code)

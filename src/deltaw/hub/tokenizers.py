@@ -15,15 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from deltaw.errors import UserError, first_line
 from deltaw.hub import packages
-from deltaw.hub.folders import (
-    local_folder,
-    log_to_stderr,
-    read_json_object,
-    remote_code_error,
-    require_own_files,
-    resolve,
-    tokenizer_files,
-)
+from deltaw.hub.folders import local_folder, log_to_stderr, remote_code_error, resolve, tokenizer_files
+from deltaw.hub.outside_references import read_json_object, require_own_files
 from deltaw.hub.transformers_private import quiet
 from deltaw.machine.choices import choose_precision
 from deltaw.machine.memory import trim_memory
@@ -139,7 +132,8 @@ def _load(folder: Path, trust: bool) -> PreTrainedTokenizerBase:
     except Exception as error:  # invalid files raise various exceptions
         if "trust_remote_code" in str(error):
             raise remote_code_error(folder) from error
-        message, hint = f"the tokenizer cannot be read: {first_line(error)}", "download or copy the model again"
+        message = f"the tokenizer cannot be read: {first_line(error)}"
+        hint = "download or copy the model again"
         raise UserError(message, location=str(folder), hint=hint) from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked by length, so any token works

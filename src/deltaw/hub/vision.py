@@ -105,10 +105,12 @@ class Tower:
 
     def __init__(self, model: PreTrainedModel) -> None:
         language = model.get_decoder()
-        self.model, self._is_verified = model, False
+        self.model = model
+        self._is_verified = False
         self.language_name = next(name for name, module in model.named_modules() if module is language)
         owner = self.language_name.rpartition(".")[0]
-        self.owner, self.prefix = model.get_submodule(owner), f"{owner}." if owner else ""
+        self.owner = model.get_submodule(owner)
+        self.prefix = f"{owner}." if owner else ""
         configs = (m.config for part in self.parts.values() for m in part.modules() if isinstance(m, PreTrainedModel))
         self._attention = next(filter(None, map(attention_name, configs)), "sdpa")
 
@@ -137,7 +139,8 @@ class Tower:
 
         It maps features of the vision encoder to embeddings. None if there is no such module.
         """
-        language, config = self.model.get_decoder(), getattr(self.model.config, "vision_config", None)
+        language = self.model.get_decoder()
+        config = getattr(self.model.config, "vision_config", None)
         modules = dict(self.model.named_modules())
         inside = [n for n, m in modules.items() if m is language or (config and getattr(m, "config", None) is config)]
         prefixes = (*(f"{name}." for name in inside), "lm_head.")
@@ -182,14 +185,16 @@ class Tower:
         Raises:
             UserError: if the connector does not map them to the features one by one.
         """
-        connector, recorded = self.require_connector(), list[Tensor]()
+        connector = self.require_connector()
+        recorded = list[Tensor]()
         handle = connector.register_forward_pre_hook(lambda module, args: recorded.extend(args[:1]))
         try:
             features = self.features(inputs)
         finally:
             handle.remove()
         try:
-            rows, expected = torch.cat([t.reshape(-1, t.shape[-1]) for t in recorded]), torch.cat(features)
+            rows = torch.cat([t.reshape(-1, t.shape[-1]) for t in recorded])
+            expected = torch.cat(features)
             mapped = expected if self._is_verified else connector(rows)
             is_equal = mapped.shape == expected.shape and torch.allclose(mapped, expected, rtol=1e-2, atol=1e-3)
         except (TypeError, ValueError, RuntimeError) as error:  # it needs other arguments or shapes
@@ -274,7 +279,8 @@ def require_supported(config: PretrainedConfig) -> None:
     Raises:
         UserError: if the family is not supported.
     """
-    kind, text = config.model_type, config.get_text_config(decoder=True)
+    kind = config.model_type
+    text = config.get_text_config(decoder=True)
     complete: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     if hasattr(getattr(config, "vision_config", None), "deepstack_visual_indexes"):
         raise unsupported_family(kind, "several of its blocks read features of images")
@@ -292,7 +298,8 @@ def text_view(model: PreTrainedModel) -> VisionLanguageModel:
     Raises:
         UserError: if the family is not supported.
     """
-    kind, config = model.config.model_type, model.config.get_text_config(decoder=True)
+    kind = model.config.model_type
+    config = model.config.get_text_config(decoder=True)
     language: Any = model.get_decoder()
     require_supported(model.config)
     with torch.device("meta"), quiet():

@@ -24,7 +24,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration, PretrainedConfig, PreTrainedModel
 
-from deltaw.cache import Cache, file_digest, key
+from deltaw.cache.entries import Cache
+from deltaw.cache.keys import key
+from deltaw.cache.results import file_digest
 from deltaw.errors import UserError, first_line
 from deltaw.hub.checkpoint import WEIGHTS, WeightFiles, match_names, read_checkpoint
 from deltaw.hub.transformers_private import quiet
@@ -41,8 +43,11 @@ DEPENDENCIES = ("transformers", "tokenizers", "deltaw.hub.vision_parts", "deltaw
 # contain it.
 _MARKER = "new-connector"
 _READ = (".safetensors", ".json", ".jinja", ".txt", ".model")
-_LANGUAGE, _VISION, _PROJECTOR = "model.language_model.", "model.vision_tower.", "model.multi_modal_projector."
-_EMBEDDING, _HEAD = f"{_LANGUAGE}embed_tokens.weight", "lm_head.weight"
+_LANGUAGE = "model.language_model."
+_VISION = "model.vision_tower."
+_PROJECTOR = "model.multi_modal_projector."
+_EMBEDDING = f"{_LANGUAGE}embed_tokens.weight"
+_HEAD = "lm_head.weight"
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 # Settings of language models whose head is more than a linear layer.
 _LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -155,7 +160,8 @@ def _language_part(folder: Path) -> _Part:
             model = transformers.AutoModelForCausalLM.from_config(config)
     except Exception as error:
         raise _wrong_part(folder, config, "language model", hint) from error
-    names, head = {type(model).__name__}, model.get_output_embeddings()
+    names = {type(model).__name__}
+    head = model.get_output_embeddings()
     is_complete = config.get_text_config(decoder=True) is config and names >= set(config.architectures or names)
     if not is_complete or not isinstance(head, torch.nn.Linear):
         raise _wrong_part(folder, config, "language model", hint)
@@ -235,7 +241,8 @@ def _save(language: _Part, vision: _VisionPart, folder: Path, connector: str, se
     for name in (*_LOCAL, "is_local"):
         tokenizer.init_kwargs.pop(name, None)  # settings of this call
     tokenizer.add_tokens([transformers.AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
-    image_id, num_rows = tokenizer.get_vocab()[IMAGE_TOKEN], language.config.vocab_size
+    image_id = tokenizer.get_vocab()[IMAGE_TOKEN]
+    num_rows = language.config.vocab_size
     if image_id > num_rows:
         message = f"the tokenizer has {image_id} tokens, and the model {num_rows}"
         raise UserError(message, location=str(language.folder), hint="download the model again")

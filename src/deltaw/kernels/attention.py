@@ -78,7 +78,8 @@ def packed_reference(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, **options: Unpack[AttentionOptions]
 ) -> Tensor:
     """Reference implementation of :func:`packed_attention`. Computes all T × T scores at once and supports autograd."""
-    group, softcap = query.shape[0] // key.shape[0], options.get("softcap")
+    group = query.shape[0] // key.shape[0]
+    softcap = options.get("softcap")
     dtype = accumulation_dtype(query)
     keys, values = (t.repeat_interleave(group, dim=0) for t in (key, value))
     scores = options["scaling"] * (query.to(dtype) @ keys.to(dtype).transpose(1, 2))
@@ -95,7 +96,8 @@ class _PackedAttention(torch.autograd.Function):
         out, saved = attend(query, key, value, layout, **options)
         # The backward pass of the tiles does not use the outputs.
         ctx.save_for_backward(query, key, value, out if is_compiled(query, key, value) else None, *saved)
-        ctx.layout, ctx.options = layout, options
+        ctx.layout = layout
+        ctx.options = options
         return out
 
     @staticmethod
@@ -175,7 +177,8 @@ def attend_backward(
     """
     check_shape("the gradient", grad, *query.shape[:2], value.shape[-1])
     if out is not None and is_compiled(query, key, value):
-        (logs,), segments = saved, layout.segments()
+        (logs,) = saved
+        segments = layout.segments()
         return _attention_backward(grad, query, key, value, out, logs, segments, *_kernel_options(options), rows)
     scattered = (spread_rows(t, rows, len(key)) for t in (grad, query))
     d, q, k, v = (t.transpose(0, 1) for t in (*scattered, key, value))
@@ -298,11 +301,15 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, options: AttentionOptions
 ) -> tuple[Tensor, list[Tensor]]:
     """Return (heads, T, d_v) outputs, and the weights of each batch of tiles if they are small enough to be saved."""
-    scaling, softcap = options["scaling"], options.get("softcap")
-    key_heads, dtype = key.shape[0], accumulation_dtype(query)
+    scaling = options["scaling"]
+    softcap = options.get("softcap")
+    key_heads = key.shape[0]
+    dtype = accumulation_dtype(query)
     queries = query.to(dtype).mul(scaling).index_select(1, tiles.gather)
     cast_key = key.to(dtype)
-    products, saved, start = [], [], 0
+    products = []
+    saved = []
+    start = 0
     num_weights = query.shape[0] * sum(batch.count * batch.queries * batch.keys.shape[1] for batch in tiles.batches)
     max_bytes = MAX_SAVED_WEIGHTS * sum(t.nbytes for t in (query, key, value))
     save_weights = softcap is None and num_weights * dtype.itemsize <= max_bytes
@@ -325,21 +332,27 @@ def _backward(
     tiles: Tiles,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scaling, softcap = options["scaling"], options.get("softcap")
-    key_heads, dtype = key.shape[0], accumulation_dtype(query)
+    scaling = options["scaling"]
+    softcap = options.get("softcap")
+    key_heads = key.shape[0]
+    dtype = accumulation_dtype(query)
     # Tiles that share keys add to the same rows: accumulate in higher precision and round once.
     grad_key, grad_value = (torch.zeros(t.shape, dtype=dtype, device=t.device).flatten(0, 1) for t in (key, value))
-    queries, grads = query.index_select(1, tiles.gather), grad_out.index_select(1, tiles.gather)
+    queries = query.index_select(1, tiles.gather)
+    grads = grad_out.index_select(1, tiles.gather)
     grads.index_fill_(1, tiles.filling, 0)  # padding queries must not contribute to the keys' gradients
-    grad_queries, start = [], 0
+    grad_queries = []
+    start = 0
     for batch_index, batch in enumerate(tiles.batches):
         query_slice = slice(start, start + batch.count * batch.queries)
         start = query_slice.stop
         grad = _folded(grads[:, query_slice], key_heads, batch)
         rows = _folded(queries[:, query_slice], key_heads, batch)
-        keys, values = _gathered(key, batch), _gathered(value, batch)
+        keys = _gathered(key, batch)
+        values = _gathered(value, batch)
         if saved:
-            weights, slope = saved[batch_index], None
+            weights = saved[batch_index]
+            slope = None
         else:
             weights, slope = _weights(rows.to(dtype).mul(scaling), keys.to(dtype), batch, softcap)
         key_indices = _key_indices(batch, key_heads, key.shape[1])
@@ -351,7 +364,8 @@ def _backward(
         _scatter(grad_key, key_indices, torch.bmm(grad_scores.transpose(1, 2), rows))
         grad_queries.append(_unfolded(torch.bmm(grad_scores, keys), key_heads, batch))
     grad_query = torch.cat(grad_queries, dim=1).index_select(1, tiles.slots)
-    grad_key, grad_value = grad_key.view_as(key), grad_value.view_as(value)
+    grad_key = grad_key.view_as(key)
+    grad_value = grad_value.view_as(value)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
@@ -392,7 +406,8 @@ def _weights(rows: Tensor, keys: Tensor, batch: TileBatch, softcap: float | None
     slope = None
     if softcap is not None:
         capped = torch.tanh_(scores / softcap)
-        scores, slope = softcap * capped, 1 - capped * capped
+        scores = softcap * capped
+        slope = 1 - capped * capped
     if width := batch.hidden.shape[-1]:
         by_tile = scores.view(-1, batch.count, scores.shape[1] // batch.queries, batch.queries, scores.shape[2])
         by_tile[..., -width:].masked_fill_(batch.hidden[:, None], float("-inf"))

@@ -88,7 +88,8 @@ class MLPTensors(Protocol):
     def output(self) -> LinearTensors: ...
 
 
-_P, _L = ctypes.c_void_p, ctypes.c_int64
+_P = ctypes.c_void_p
+_L = ctypes.c_int64
 
 
 class Block:
@@ -159,7 +160,8 @@ class Block:
             ValueError: if ``output_rows`` is not ascending.
             IndexError: if a position in it is out of bounds.
         """
-        length, num_outputs = len(x), 0 if output_rows is None else len(output_rows)
+        length = len(x)
+        num_outputs = 0 if output_rows is None else len(output_rows)
         if output_rows is not None:
             check_positions(output_rows, length)
         saved_bytes, scratch_bytes, _ = self._buffer_sizes(length, num_outputs)
@@ -187,7 +189,8 @@ class Block:
         """Return ∂L/∂x if ``need_x``, and the fp32 gradients of A and B of each layer with an update if
         ``need_factors``.
         """
-        length, num_outputs = len(x), 0 if output_rows is None else len(output_rows)
+        length = len(x)
+        num_outputs = 0 if output_rows is None else len(output_rows)
         scratch = torch.empty(self._buffer_sizes(length, num_outputs)[2], dtype=torch.uint8)
         dx = torch.empty_like(x) if need_x else None
         grads = [torch.empty(f.shape) if need_factors and f is not None else None for f in self._factors]
@@ -232,7 +235,9 @@ def _supports_layer(x: Tensor, product: LinearProduct) -> bool:
 
 def _shapes_match(attention: AttentionTensors, mlp: MLPTensors) -> bool:
     """True if layer outputs match the sizes of the halves, and head sizes are even."""
-    size, heads, key_heads = attention.head_size, attention.heads, attention.key_heads
+    size = attention.head_size
+    heads = attention.heads
+    key_heads = attention.key_heads
     if size % 2 or not key_heads or heads % key_heads:
         return False
     sizes = [heads * size, key_heads * size, key_heads * size]

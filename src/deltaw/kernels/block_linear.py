@@ -162,7 +162,8 @@ class BlockWeight:
         return can_call_directly(*(t for t in self.tensors if t is not None))
 
     def _compiled(self, dtype: torch.dtype, count: int, first: int, indices: Tensor | None) -> Tensor:
-        out, block_data = torch.empty(count, self.columns, dtype=dtype), self.as_struct()
+        out = torch.empty(count, self.columns, dtype=dtype)
+        block_data = self.as_struct()
         loader.kernels().dw_dequantize(
             loader.dtype_code(dtype), self.block_format.number, ctypes.addressof(block_data), len(self.data),
             self.columns, first, loader.address(indices), count, out.data_ptr(),
@@ -217,7 +218,9 @@ def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
     Both have 6 bits and are packed into bytes 4 to 15 of a block.
     """
-    low, high, joint = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    low = blocks[:, 4:8]
+    high = blocks[:, 8:12]
+    joint = blocks[:, 12:16]
     scale = torch.cat((low & 63, (joint & 15) | ((low >> 6) << 4)), 1)
     minimum = torch.cat((high & 63, (joint >> 4) | ((high >> 6) << 4)), 1)
     return (scale * _fp16_at(blocks, 0))[..., None], (minimum * _fp16_at(blocks, 2))[..., None]
@@ -319,7 +322,9 @@ def _nf4(scales: Tensor, data: Tensor) -> Tensor:
 
 def _nf4_scales(weight: BlockWeight) -> Tensor:
     """Return the fp32 scale of each NF4 block (rows, columns / 64)."""
-    absmax, group_scale, offset = weight.absmax, weight.group_scale, weight.offset
+    absmax = weight.absmax
+    group_scale = weight.group_scale
+    offset = weight.offset
     assert absmax is not None and group_scale is not None and offset is not None
     groups = group_scale.repeat_interleave(NF4_GROUP)[: absmax.numel()].view(absmax.shape)
     return dynamic_codes().to(absmax.device)[absmax.int()] * groups + offset

@@ -67,7 +67,8 @@ class Pages:
     """
 
     def __init__(self, count: int, numbers: int, dtype: torch.dtype) -> None:
-        self.count, self.data = count, empty_in_large_pages(count * numbers, dtype).view(count, numbers)
+        self.count = count
+        self.data = empty_in_large_pages(count * numbers, dtype).view(count, numbers)
 
     def copy(self, from_page: int, to_page: int) -> None:
         """Copy the contents of ``from_page`` to ``to_page``."""
@@ -125,13 +126,17 @@ class Decoder:
     ) -> None:
         if cache_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"keys and values must be fp32 or bf16, not {cache_dtype}")
-        self.blocks, self.final_norm, self.head = tuple(blocks), final_norm, head
+        self.blocks = tuple(blocks)
+        self.final_norm = final_norm
+        self.head = head
         rotary_dims = {block.table: block.rotary_dims for block in self.blocks if block.rotary_dims}
         self.tables = [
             (_full_table(cosine, rotary_dims.get(number, 0)), _full_table(sine, rotary_dims.get(number, 0)))
             for number, (cosine, sine) in enumerate(tables)
         ]
-        self.cache_dtype, self.logits_softcap, self.logits_scale = cache_dtype, logits_softcap, logits_scale
+        self.cache_dtype = cache_dtype
+        self.logits_softcap = logits_softcap
+        self.logits_scale = logits_scale
         self.hidden = head.inputs
         for number, block in enumerate(self.blocks):
             if block.hidden != self.hidden:
@@ -175,13 +180,16 @@ class Decoder:
         )
 
     def _linear(self, layer: DecoderLinear) -> DecodeLinear:
-        weight, sums = layer.weight, None
+        weight = layer.weight
+        sums = None
         if isinstance(weight, BlockWeight):
             block_data = weight.as_struct()
             self._alive.append(block_data)
-            address, type_code = ctypes.addressof(block_data), weight.block_format.number
+            address = ctypes.addressof(block_data)
+            type_code = weight.block_format.number
         else:
-            address, type_code = weight.data_ptr(), loader.dtype_code(weight.dtype)
+            address = weight.data_ptr()
+            type_code = loader.dtype_code(weight.dtype)
             if layer.scale is not None:
                 # In chunks, because torch converts the input to int32.
                 sums = torch.cat([rows.sum(1, dtype=torch.int32) for rows in weight.split(1024)])
@@ -226,7 +234,8 @@ class Decoder:
             check_shape(f"A of {name} in block {number}", A, layer.inputs, rank)
             check_shape(f"B of {name} in block {number}", B, rank, layer.outputs)
             if rank:
-                key, dtype = (-1, HEAD) if name == HEAD else (number, name), layer.factors_dtype
+                key = (-1, HEAD) if name == HEAD else (number, name)
+                dtype = layer.factors_dtype
                 scaled = (B.detach().float() * scaling).to(dtype)
                 packed[key] = A.detach().float().t().to(dtype), pack_panels(scaled)
         contiguous = _pack_factors(packed)
@@ -291,7 +300,8 @@ class Decoder:
         if loader.library() is None or hidden.device.type != "cpu":
             return reference_step(self, pages, hidden, positions, sequence, page_table, adapter, adapters, output_rows)
         inputs = [t.contiguous() for t in (hidden, positions, sequence, adapter, page_table, output_rows)]
-        out, logits = torch.empty(len(output_rows), self.hidden), torch.empty(len(output_rows), self.head.outputs)
+        out = torch.empty(len(output_rows), self.hidden)
+        logits = torch.empty(len(output_rows), self.head.outputs)
         tables = (ctypes.c_void_p * len(adapters))(*(ctypes.addressof(packed.table) for packed in adapters))
         step = DecodeStep(
             *(t.data_ptr() for t in inputs),

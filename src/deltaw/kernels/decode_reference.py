@@ -102,7 +102,7 @@ class DecoderBlock:
         query_norm: Norm of each query head, or None.
         key_norm: Norm of each key head, or None.
         split: Order of queries, keys and values in a joint layer's outputs; see
-            :data:`deltaw.runtime.recognition.Split`.
+            :data:`deltaw.runtime.block_roles.Split`.
         gated: True if the MLP has a gate.
         parallel: True if both halves read the block's input.
         activation: Name from :data:`deltaw.kernels.rows.ACTIVATIONS`.
@@ -164,7 +164,8 @@ class DecoderBlock:
             raise ValueError("queries, keys and values require three layers, or one joint layer")
         if self.up is not None and not self.gated:
             raise ValueError("an MLP without a gate must have one inner layer")
-        query_size, key_size = self.heads * self.head_size, self.key_heads * self.head_size
+        query_size = self.heads * self.head_size
+        key_size = self.key_heads * self.head_size
         inner = self.down.inputs
         expected = {
             "query": (self.hidden, query_size if is_separate else query_size + 2 * key_size),
@@ -282,7 +283,8 @@ def cache_views(data: Tensor, block: DecoderBlock, offset: int, page_tokens: int
         offset: Offset of the block's numbers in a page.
         page_tokens: Tokens per page.
     """
-    size, heads = block.head_size, block.key_heads
+    size = block.head_size
+    heads = block.key_heads
     cache = data[:, offset : offset + 2 * heads * size * page_tokens]
     cache = cache.view(len(data), heads, 2, size * page_tokens)
     return cache[:, :, 0].unflatten(2, (size, page_tokens)), cache[:, :, 1].unflatten(2, (page_tokens, size))
@@ -294,7 +296,8 @@ def block_reference(
     """Run a block over rows x (n, D), and write keys and values to the cache."""
     n = _norm(x, block.first.before)
     q, k, v = _queries_keys_values(n, number, block, tokens)
-    q, k = _over_heads(q, block.query_norm), _over_heads(k, block.key_norm)
+    q = _over_heads(q, block.query_norm)
+    k = _over_heads(k, block.key_norm)
     if block.rotary_dims and table is not None:
         angles = [t[tokens.positions.long()].to(x.dtype) for t in table]
         q, k = (rotate_reference(t, *angles).to(x.dtype) for t in (q, k))
@@ -341,7 +344,9 @@ def head_reference(x: Tensor, norm: Norm | None, head: DecoderLinear, tokens: To
 
 
 def _queries_keys_values(n: Tensor, number: int, block: DecoderBlock, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-    heads, key_heads, size = block.heads, block.key_heads, block.head_size
+    heads = block.heads
+    key_heads = block.key_heads
+    size = block.head_size
     y = linear_reference(n, block.query, tokens, (number, "query"))
     if block.key is not None and block.value is not None:
         k = linear_reference(n, block.key, tokens, (number, "key"))
@@ -358,8 +363,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, block: DecoderBlock, cache: Fact
     """Write keys and values to the cache, and compute causal attention of rows (n, heads, d) within sequences."""
     keys, values = cache
     pages = tokens.page_table.long()
-    positions, sequence = tokens.positions.long(), tokens.sequence.long()
-    page, slot = pages[sequence, positions // tokens.page_tokens], positions % tokens.page_tokens
+    positions = tokens.positions.long()
+    sequence = tokens.sequence.long()
+    page = pages[sequence, positions // tokens.page_tokens]
+    slot = positions % tokens.page_tokens
     keys[page, :, :, slot] = k.to(keys.dtype)
     values[page, :, slot] = v.to(values.dtype)
     out = torch.empty_like(q)
@@ -367,7 +374,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, block: DecoderBlock, cache: Fact
     for number in sequence.unique().tolist():
         rows = (sequence == number).nonzero()[:, 0]
         query_positions = positions[rows]
-        first, last = 0, int(query_positions.max()) + 1
+        first = 0
+        last = int(query_positions.max()) + 1
         if block.window is not None:
             first = max(0, int(query_positions.min()) - block.window + 1) // tokens.page_tokens
         page_indices = pages[number, first : -(-last // tokens.page_tokens)]

@@ -57,7 +57,8 @@ class CompiledAttention:
     """
 
     def __init__(self, scaling: float, softcap: float | None, kernel_options: dict[str, Any]) -> None:
-        self.compilations, self.kernel_options = 0, kernel_options
+        self.compilations = 0
+        self.kernel_options = kernel_options
         function = attention_function(scaling, softcap, {**KERNEL_OPTIONS, **kernel_options})
         backend = inductor_backend()
 
@@ -107,7 +108,8 @@ def attention_function(
     """
     from torch.nn.attention.flex_attention import flex_attention
 
-    scale_text, cap_text = repr(float(scaling)), None if softcap is None else repr(float(softcap))
+    scale_text = repr(float(scaling))
+    cap_text = None if softcap is None else repr(float(softcap))
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
         # torch.compile would turn captured floats into kernel arguments. Floats parsed from strings are constants.
@@ -119,7 +121,8 @@ def attention_function(
                 return cap * torch.tanh(score / cap)
 
         options = {"score_mod": score_mod, "block_mask": mask, "kernel_options": kernel_options}
-        grouped, tensors = query.shape[0] != key.shape[0], (query[None], key[None], value[None])
+        grouped = query.shape[0] != key.shape[0]
+        tensors = (query[None], key[None], value[None])
         return flex_attention(*tensors, scale=float(scale_text), enable_gqa=grouped, **options).squeeze(0)
 
     return attend
@@ -141,13 +144,15 @@ def ranks(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
         if layout.parents[segment] >= 0:
             subtree_sizes[layout.parents[segment]] += subtree_sizes[segment]
     first = np.zeros(len(lengths), np.int64)
-    next_child, root = np.zeros(len(lengths), np.int64), 0
+    next_child = np.zeros(len(lengths), np.int64)
+    root = 0
     for segment, parent in enumerate(layout.parents):
         if parent >= 0:
             first[segment] = next_child[parent]
             next_child[parent] += subtree_sizes[segment]
         else:
-            first[segment], root = root, root + subtree_sizes[segment]
+            first[segment] = root
+            root = root + subtree_sizes[segment]
         next_child[segment] = first[segment] + lengths[segment]
     rank = np.arange(layout.length) + np.repeat(first - layout.starts, lengths)
     return rank, np.repeat(first + subtree_sizes, lengths)
@@ -160,7 +165,8 @@ def visible_pairs(layout: Layout, window: int | None = None, block: int = BLOCK)
     """
     count = -(-layout.length // block)
     counts = np.zeros((count, count), np.int64)
-    offsets, positions = layout.offsets(), layout.positions()
+    offsets = layout.offsets()
+    positions = layout.positions()
     for segment, (start, stop) in enumerate(zip(layout.starts, layout.stops, strict=True)):
         for first in range(int(start), int(stop), QUERIES_PER_COUNT):
             queries = np.arange(first, min(first + QUERIES_PER_COUNT, int(stop)))
@@ -179,7 +185,8 @@ def _count_pairs(counts: np.ndarray, queries: np.ndarray, low: np.ndarray, high:
     """Add the visible pairs of consecutive queries, whose keys are ``low … high - 1``, to the counts."""
     if low.min() >= high.max():
         return
-    first, last = int(low.min()) // block, (int(high.max()) - 1) // block
+    first = int(low.min()) // block
+    last = (int(high.max()) - 1) // block
     edges = np.arange(first, last + 2) * block
     pairs = np.minimum(high[:, None], edges[1:]) - np.maximum(low[:, None], edges[:-1])
     rows = queries // block
@@ -207,7 +214,8 @@ def _block_mask(layout: Layout, window: int | None) -> Any:
     def is_visible_in_window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return is_visible(batch, head, query, key) & (first[query] <= position[key])
 
-    mask_mod, lengths = is_visible if window is None else is_visible_in_window, (layout.length, layout.length)
+    mask_mod = is_visible if window is None else is_visible_in_window
+    lengths = (layout.length, layout.length)
     tables = (partial_counts, partial_indices, full_counts, full_indices)
     return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=lengths)
 

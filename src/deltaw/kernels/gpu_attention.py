@@ -28,12 +28,14 @@ DEVICES = ("cuda",)
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 # Segment lengths and parents of the trial trees: shorter than a block, and several blocks. torch compiles the two
 # separately. Trials of variable-length attention use the same lengths without parents.
-SHORT_TREE, LONG_TREE = ((50, 20, 11, 9), (-1, 0, 0, -1)), ((300, 200, 65, 40), (-1, 0, -1, 2))
+SHORT_TREE = ((50, 20, 11, 9), (-1, 0, 0, -1))
+LONG_TREE = ((300, 200, 65, 40), (-1, 0, -1, 2))
 # Maximum stack of a GPU thread in bytes. The driver reserves it for all threads that the GPU can run concurrently.
 MAX_STACK = 1024
 # Part of Triton's message if a kernel needs more resources than the GPU has.
 OUT_OF_RESOURCES = "out of resource"
-VARLEN, FLEX = "variable-length attention", "FlexAttention"
+VARLEN = "variable-length attention"
+FLEX = "FlexAttention"
 # FlexAttention's block sizes in the order of trials: torch's defaults for the GPU, then a backward with smaller blocks
 # (head sizes above 128, little shared memory), then the smallest blocks (GPUs before compute capability 8.0).
 _BACKWARD_BLOCKS = ("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2")
@@ -132,10 +134,12 @@ def attend(
     is_real = query.device.type in DEVICES and type(query) in (Tensor, torch.nn.Parameter)
     if not is_real or query.dtype not in TOLERANCE or layout.length < 2 or in_dispatch_mode():
         return None
-    heads, sizes = (query.shape[0], key.shape[0]), (query.shape[-1], value.shape[-1])
+    heads = (query.shape[0], key.shape[0])
+    sizes = (query.shape[-1], value.shape[-1])
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     flags = window is not None, tracked, layout.length < BLOCK
-    has_prefix, is_16_bit = (layout.parents >= 0).any(), query.dtype in (torch.bfloat16, torch.float16)
+    has_prefix = (layout.parents >= 0).any()
+    is_16_bit = query.dtype in (torch.bfloat16, torch.float16)
     kernels = [VARLEN] if not has_prefix and is_16_bit and softcap is None else []
     if tracked or layout.length >= BLOCK:
         kernels.append(FLEX)
@@ -165,7 +169,8 @@ def _implementations(case: KernelCase) -> Iterator[Attend]:
             stops = torch.tensor([0, *layout.stops.tolist()], dtype=torch.int32)
             layout.masks[VARLEN] = to_device(stops, layout.device), int((layout.stops - layout.starts).max())
         stops, max_length = layout.masks[VARLEN]
-        tensors, keys_before = (t.transpose(0, 1) for t in (query, key, value)), -1 if window is None else window - 1
+        tensors = (t.transpose(0, 1) for t in (query, key, value))
+        keys_before = -1 if window is None else window - 1
         options = {"scale": case.scaling, "window_size": (keys_before, 0), "enable_gqa": case.heads[0] != case.heads[1]}
         return varlen_attn(*tensors, stops, stops, max_length, max_length, **options).transpose(0, 1)
 
@@ -242,7 +247,8 @@ def _excess_of_kernels(modules: list[Any], device: torch.device) -> str | None:
     limit = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", None)
     for kernel in [value for module in modules for value in vars(module).values() if hasattr(value, "launchers")]:
         for launcher in kernel.launchers:
-            shared, stack = getattr(launcher, "shared", None) or 0, 4 * (getattr(launcher, "n_spills", None) or 0)
+            shared = getattr(launcher, "shared", None) or 0
+            stack = 4 * (getattr(launcher, "n_spills", None) or 0)
             if limit is not None and shared > limit:
                 return f"a kernel needs {shared / 1024:.0f} KB of shared memory, and the GPU has {limit / 1024:.0f} KB"
             if stack > MAX_STACK:

@@ -50,7 +50,8 @@ def class_gradient_reference(grad: Tensor, targets: Tensor, weight: Tensor, scal
     scaled = grad.to(scale.dtype) * scale
     scaled[rows, targets] = 0
     blocks = F.pad(scaled, (0, -scaled.shape[1] % INT8_BLOCK)).unflatten(1, (-1, INT8_BLOCK))
-    maxima, minima = blocks.amax(-1), blocks.amin(-1)
+    maxima = blocks.amax(-1)
+    minima = blocks.amin(-1)
     block_scales = torch.where(maxima >= -minima, maxima, minima)[..., None] / 255
     scaled_blocks = torch.where(block_scales != 0, blocks / block_scales, torch.zeros_like(blocks))
     rounded = (torch.round(scaled_blocks).clamp_(0, 255) * block_scales).flatten(1)[:, : scaled.shape[1]]
@@ -78,7 +79,9 @@ def _class_gradient(grad: Tensor, targets: Tensor, weight: Tensor, scale: Tensor
     check_targets(targets, grad.shape[1])
     if not _supports_class_gradient(grad, weight) or scale.dtype != torch.float32:
         return class_gradient_reference(grad, targets, weight, scale)
-    (rows, classes), width, targets = grad.shape, weight.shape[1], targets.contiguous()
+    rows, classes = grad.shape
+    width = weight.shape[1]
+    targets = targets.contiguous()
     out = torch.empty(rows, width, dtype=grad.dtype)
     block_scales = torch.empty(rows, -(-classes // INT8_BLOCK))
     loader.kernels().dw_class_gradient(
@@ -225,7 +228,8 @@ def _head_gradient(  # type: ignore[no-untyped-def]
             logits, targets, hidden, weight, bias, scale=scale, softcap=softcap,
             slopes=slopes, shares=shares, unlikely=unlikely,
         )  # fmt: skip
-    targets, hidden = targets.contiguous(), hidden.contiguous()
+    targets = targets.contiguous()
+    hidden = hidden.contiguous()
     losses = torch.empty(len(targets))
     loader.kernels().dw_head_gradient(
         *logits.shape, hidden.shape[1], logits.data_ptr(), targets.data_ptr(), hidden.data_ptr(),

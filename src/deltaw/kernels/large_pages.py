@@ -35,7 +35,8 @@ def empty_in_large_pages(count: int, dtype: torch.dtype) -> Tensor:
 
     The system allocates pages on first write and frees them with the tensor.
     """
-    size, page = count * dtype.itemsize, large_page_bytes()
+    size = count * dtype.itemsize
+    page = large_page_bytes()
     if size < max(MIN_BYTES, 2 * page) or not page or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(count, dtype=dtype)
     memory = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

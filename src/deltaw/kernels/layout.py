@@ -24,7 +24,8 @@ MAX_ATOM_QUERIES = 128
 MAX_TILE_QUERIES = 256
 # Tiles are padded to multiples of these, so that tiles of one shape can be batched. Repeated shapes also reuse the
 # kernels that the CPU's matrix library generates and caches per shape.
-QUERY_GRID, KEY_GRID = 16, 32
+QUERY_GRID = 16
+KEY_GRID = 32
 # A tile with more pairs than this occupies all cores. Smaller tiles are batched up to BATCH_PAIRS.
 LARGE_TILE_PAIRS = 128 * 256
 BATCH_PAIRS = 2**20
@@ -159,7 +160,8 @@ class Layout:
             steps: (T) distance from each token to the next position, 1 by default.
         """
         before = np.arange(self.length + 1) if steps is None else np.concatenate([[0], np.cumsum(steps)])
-        starts, stops = before[self.starts], before[self.stops]
+        starts = before[self.starts]
+        stops = before[self.stops]
         return before[:-1] + np.repeat(self.offsets(stops - starts) - starts, self.stops - self.starts)
 
     def segments(self) -> Tensor:
@@ -191,7 +193,8 @@ class Layout:
         for segment, parent in enumerate(self.parents):
             if parent >= 0:
                 ancestry[segment] |= ancestry[parent]
-        segments, positions = np.repeat(np.arange(len(self.starts)), self.stops - self.starts), self.positions()
+        segments = np.repeat(np.arange(len(self.starts)), self.stops - self.starts)
+        positions = self.positions()
 
         def visible(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
             distance = positions[queries][:, None] - positions[keys]
@@ -218,7 +221,9 @@ class Layout:
                 queries, keys = tile.shape
                 cost = best[first] + PAIRS_PER_TILE + queries * keys
                 if cost < best[last + 1]:
-                    best[last + 1], cut[last + 1], tiles[last + 1] = cost, first, tile
+                    best[last + 1] = cost
+                    cut[last + 1] = first
+                    tiles[last + 1] = tile
         chosen: list[Tile] = []
         end = len(atoms)
         while end > 0:
@@ -250,7 +255,9 @@ class Layout:
     def _batched(self, tiles: list[Tile], window: int | None) -> Tiles:
         by_shape = _group_by_shape(tiles)
         visible = self._visibility(window)
-        batches, gather, padding = [], [], []
+        batches = []
+        gather = []
+        padding = []
         slots = np.zeros(self.length, dtype=np.int64)
         num_queries = 0
         for (queries, keys), group in by_shape.items():
@@ -263,10 +270,12 @@ class Layout:
                 mask = np.zeros((count, queries, keys), dtype=bool)
                 mask[:, :, 0] = True
                 for n, tile in enumerate(batch_tiles):
-                    height, width = tile.stop - tile.start, tile.key_count
+                    height = tile.stop - tile.start
+                    width = tile.key_count
                     rows = np.arange(tile.start, tile.stop)
                     columns = np.concatenate([np.arange(low, high) for low, high in tile.ranges])
-                    query_indices[n, :height], key_indices[n, :width] = rows, columns
+                    query_indices[n, :height] = rows
+                    key_indices[n, :width] = columns
                     slots[rows] = num_queries + n * queries + np.arange(height)
                     mask[n, :height, :width] = visible(rows, columns)
                     mask[n, :height, width:] = False

@@ -140,7 +140,8 @@ def split_arguments(args: tuple[Any, ...]) -> tuple[LinearProduct, tuple[Any, ..
 
 def can_multiply(x: Tensor, product: LinearProduct) -> bool:
     """True if the active kernels compute this product: supported types, layout and sizes."""
-    int8, weight = product.scale is not None, product.weight
+    int8 = product.scale is not None
+    weight = product.weight
     if not loader.supports(x) or not loader.multiplies(loader.dtype_code(INT8 if int8 else x.dtype)):
         return False
     if product.format is not None:
@@ -198,9 +199,13 @@ def linear_reference(
     x_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Reference implementation of :func:`linear`."""
-    h, update, sums, blocks = x.new_empty(0), None, None, product.blocks
+    h = x.new_empty(0)
+    update = None
+    sums = None
+    blocks = product.blocks
     if product.scale is not None:
-        quantized, activation_scales = x_int8, x_scales
+        quantized = x_int8
+        activation_scales = x_scales
         if quantized is None or activation_scales is None:
             quantized, activation_scales = quantize_activations_reference(x, product.smooth_scales, product.in_blocks)
         int8_weight = product.weight if product.weight.dtype == INT8 else round_rows(product.weight, product.scale)
@@ -293,7 +298,8 @@ def linear_backward_reference(
         narrow = grad @ _scaled_B(product, grad.dtype).t()
     if not need_x:
         return grad.new_empty(0), narrow
-    scaled_sums, blocks = None, product.blocks
+    scaled_sums = None
+    blocks = product.blocks
     if product.scale is not None:
         dtype = product.scale.dtype
         scaled_sums = fake_quantize_blocks(grad.to(dtype) * product.scale) @ product.weight.to(dtype)
@@ -401,12 +407,14 @@ def _empty_rank_rows(x: Tensor, product: LinearProduct) -> Tensor:
 
 
 def _shapes(*args: Any) -> tuple[Tensor, Tensor]:
-    x, (product, _) = args[0], split_arguments(args)
+    x = args[0]
+    product, _ = split_arguments(args)
     return x.new_empty(x.shape[0], product.sizes[1]), _empty_rank_rows(x, product)
 
 
 def _shapes_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    grad, (product, (_, need_x, _)) = args[0], split_arguments(args)
+    grad = args[0]
+    product, (_, need_x, _) = split_arguments(args)
     return grad.new_empty((grad.shape[0], product.sizes[0]) if need_x else 0), _empty_rank_rows(grad, product)
 
 
@@ -434,18 +442,23 @@ _PRODUCT = (
     _operations,
 )
 def _linear(*args: Any) -> tuple[Tensor, Tensor]:
-    x, (product, (addend, x_int8, x_scales)) = args[0], split_arguments(args)
+    x = args[0]
+    product, (addend, x_int8, x_scales) = split_arguments(args)
     bias_fits = _have_dtype(x.dtype, product.bias) or _have_dtype(torch.float32, product.bias)
     compiled = _compiled(x, product, addend, x_scales) and bias_fits
     compiled = compiled and (product.scale is None or product.in_blocks or x.shape[1] <= MAX_SUM_LENGTH)
     if not compiled or not _have_dtype(torch.uint8, x_int8):
         return linear_reference(x, product, addend, x_int8, x_scales)
-    x, product = x.contiguous(), _contiguous_tensors(product)
+    x = x.contiguous()
+    product = _contiguous_tensors(product)
     addend = None if addend is None else addend.contiguous()
     if x_int8 is not None and x_scales is not None:
-        x_int8, x_scales = x_int8.contiguous(), x_scales.contiguous()
-    (rows, width), (_, out) = x.shape, product.sizes
-    y, h = torch.empty(rows, out, dtype=x.dtype), _empty_rank_rows(x, product)
+        x_int8 = x_int8.contiguous()
+        x_scales = x_scales.contiguous()
+    rows, width = x.shape
+    _, out = product.sizes
+    y = torch.empty(rows, out, dtype=x.dtype)
+    h = _empty_rank_rows(x, product)
     quantize = product.scale is not None and x_int8 is None
     if quantize:
         x_int8, x_scales = empty_int8(x, product.in_blocks)
@@ -467,12 +480,15 @@ def _linear(*args: Any) -> tuple[Tensor, Tensor]:
     _operations_backward,
 )
 def _linear_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    grad, (product, (addend, need_x, in_int8)) = args[0], split_arguments(args)
+    grad = args[0]
+    product, (addend, need_x, in_int8) = split_arguments(args)
     if not _compiled(grad, product, addend) or (in_int8 and not _can_use_int8(grad, product)):
         return linear_backward_reference(grad, product, addend, need_x, in_int8)
-    grad, product = grad.contiguous(), _contiguous_tensors(product)
+    grad = grad.contiguous()
+    product = _contiguous_tensors(product)
     addend = None if addend is None else addend.contiguous()
-    (rows, out), (width, _) = grad.shape, product.sizes
+    rows, out = grad.shape
+    width, _ = product.sizes
     narrow = _empty_rank_rows(grad, product)
     dx = torch.empty((rows, width) if need_x else (0,), dtype=grad.dtype)
     quantized = scales = None
@@ -500,9 +516,13 @@ def _linear_backward(*args: Any) -> tuple[Tensor, Tensor]:
 def _factors_backward(x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     if not loader.supports(x, h, grad, narrow):
         return factors_backward_reference(x, h, grad, narrow, scaling)
-    x, h, grad, narrow = x.contiguous(), h.contiguous(), grad.contiguous(), narrow.contiguous()
+    x = x.contiguous()
+    h = h.contiguous()
+    grad = grad.contiguous()
+    narrow = narrow.contiguous()
     rows, width, out, rank = *x.shape, grad.shape[1], h.shape[1]
-    grad_A, grad_B = torch.empty(width, rank), torch.empty(rank, out)
+    grad_A = torch.empty(width, rank)
+    grad_B = torch.empty(rank, out)
     loader.kernels().dw_factors_backward(
         loader.dtype_code(x.dtype), rows, width, out, rank, x.data_ptr(), h.data_ptr(), grad.data_ptr(),
         narrow.data_ptr(), scaling, grad_A.data_ptr(), grad_B.data_ptr(),

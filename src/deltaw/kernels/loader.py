@@ -31,7 +31,10 @@ from deltaw.kernels.arithmetic import TORCH, WEIGHT_TYPES, Arithmetic, default_a
 from deltaw.kernels.processor import processor_flags, second_level_cache
 from deltaw.kernels.variants import Variant
 
-_P, _L, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_P = ctypes.c_void_p
+_L = ctypes.c_int64
+_F = ctypes.c_float
+_I = ctypes.c_int
 
 
 def _fields(*groups: tuple[type, str]) -> list[tuple[str, type]]:
@@ -148,7 +151,6 @@ def mismatched_struct(library: ctypes.CDLL) -> str | None:
 ABI = 9
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
 
-_I, _L, _F, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 # Result and argument types of functions that do not return a status, then the argument types of all functions. See
 # csrc/kernels.h.
 _RESULTS: dict[str, tuple[type, list[type]]] = {
@@ -310,7 +312,9 @@ def temporary_arithmetic(arithmetic: Arithmetic | None = None) -> Iterator[None]
 def _settle(loaded: LoadedVariant | None, arithmetic: Arithmetic, unavailable_reason: str | None) -> None:
     if loaded is not None:
         set_arithmetic(loaded.library, arithmetic)
-    _Process.active, _Process.arithmetic, _Process.unavailable_reason = loaded, arithmetic, unavailable_reason
+    _Process.active = loaded
+    _Process.arithmetic = arithmetic
+    _Process.unavailable_reason = unavailable_reason
     _Process.torch_types = frozenset(n for n, stored in enumerate(WEIGHT_TYPES) if arithmetic.for_type(stored) == TORCH)
     _Process.is_settled = True
 
@@ -449,7 +453,8 @@ def load(path: Path) -> ctypes.CDLL:
         if name in _RESULTS:
             function.restype, _ = _RESULTS[name]
         else:
-            function.restype, function.errcheck = _I, _check_status
+            function.restype = _I
+            function.errcheck = _check_status
     if (struct := mismatched_struct(kernels)) is not None:
         raise RuntimeError(f"the library has a different layout of {struct}; install deltaw again to rebuild it")
     return kernels

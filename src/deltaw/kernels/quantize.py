@@ -105,7 +105,8 @@ def empty_int8(x: Tensor, in_blocks: bool) -> tuple[Tensor, Tensor]:
 def _quantized(x: Tensor, smooth_scales: Tensor | None, in_blocks: bool) -> tuple[Tensor, Tensor]:
     if not loader.supports(x) or not (smooth_scales is None or smooth_scales.dtype == torch.float32):
         return quantize_activations_reference(x, smooth_scales, in_blocks)
-    x, smooth_scales = x.contiguous(), None if smooth_scales is None else smooth_scales.contiguous()
+    x = x.contiguous()
+    smooth_scales = None if smooth_scales is None else smooth_scales.contiguous()
     rounded, scales = empty_int8(x, in_blocks)
     loader.kernels().dw_quantize(
         loader.dtype_code(x.dtype), *x.shape, x.data_ptr(), loader.address(smooth_scales), in_blocks,

@@ -198,7 +198,8 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor, *, backward: bool = False) -
 def rotate_reference(x: Tensor, cosine: Tensor, sine: Tensor, *, backward: bool = False) -> Tensor:
     """Reference implementation of :func:`rotate`."""
     rotated, unrotated = _wide(x).split([cosine.shape[-1], x.shape[-1] - cosine.shape[-1]], -1)
-    c, s = _wide(cosine)[:, None], _wide(sine)[:, None]
+    c = _wide(cosine)[:, None]
+    s = _wide(sine)[:, None]
     if backward:
         first, second = (rotated * s).chunk(2, -1)
         out = rotated * c + torch.cat([second, -first], -1)
@@ -234,12 +235,14 @@ def cross_entropy_reference_(
     logits: Tensor, targets: Tensor, weights: Tensor, *, scale: float, softcap: float, grad: bool
 ) -> Tensor:
     """Reference implementation of :func:`cross_entropy_`."""
-    z, slope = _wide(logits) if scale == 1.0 else _wide(logits) * scale, weights[:, None] * scale
+    z = _wide(logits) if scale == 1.0 else _wide(logits) * scale
+    slope = weights[:, None] * scale
     if softcap > 0:
         capped = torch.tanh(z / softcap)
         z = softcap * capped
         slope = slope * (1 - capped.square())
-    log_sum, target = z.logsumexp(-1, keepdim=True), targets[:, None]
+    log_sum = z.logsumexp(-1, keepdim=True)
+    target = targets[:, None]
     losses = (log_sum - z.gather(1, target))[:, 0]
     if grad:  # z is overwritten: chunks of logits are large
         is_target = target == torch.arange(z.shape[1], device=z.device)
@@ -251,13 +254,12 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-_compiled_norm, _compiled_norm_backward = CompiledFunction(norm_reference), CompiledFunction(norm_backward_reference)
+_compiled_norm = CompiledFunction(norm_reference)
+_compiled_norm_backward = CompiledFunction(norm_backward_reference)
 _compiled_activation = CompiledFunction(activation_reference)
 _compiled_activation_backward = CompiledFunction(activation_backward_reference)
-_compiled_rotate, _compiled_cross_entropy = (
-    CompiledFunction(rotate_reference),
-    CompiledFunction(cross_entropy_reference_),
-)
+_compiled_rotate = CompiledFunction(rotate_reference)
+_compiled_cross_entropy = CompiledFunction(cross_entropy_reference_)
 
 
 @define(
@@ -269,7 +271,8 @@ def _norm(x, weight, bias, offset, eps, centered):  # type: ignore[no-untyped-de
         return _compiled_norm(x=x, weight=weight, bias=bias, offset=offset, eps=eps, centered=centered)
     x = x.contiguous()
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    y, stats = torch.empty_like(x), torch.empty(x.shape[0], 2)
+    y = torch.empty_like(x)
+    stats = torch.empty(x.shape[0], 2)
     loader.kernels().dw_norm(
         loader.dtype_code(x.dtype), *x.shape, x.data_ptr(), x.stride(0), loader.address(weight),
         loader.address(bias), offset, eps, centered, y.data_ptr(), stats.data_ptr(),
@@ -286,7 +289,8 @@ def _norm_backward(grad, x, weight, stats, offset, centered, addend):  # type: i
     if not loader.supports(grad, x, weight, addend):
         arguments = {"weight": weight, "stats": stats, "offset": offset, "centered": centered, "addend": addend}
         return _compiled_norm_backward(grad=grad, x=x, **arguments)
-    x, grad = x.contiguous(), grad.contiguous()
+    x = x.contiguous()
+    grad = grad.contiguous()
     weight, addend = (None if t is None else t.contiguous() for t in (weight, addend))
     stats = stats.float().contiguous()
     dx = torch.empty_like(x)
@@ -301,7 +305,8 @@ def _norm_backward(grad, x, weight, stats, offset, centered, addend):  # type: i
 def _activation(gate, up, kind):  # type: ignore[no-untyped-def]
     if not loader.supports(gate, up):
         return _compiled_activation(gate=gate, up=up, kind=ACTIVATIONS[kind])
-    gate, up = gate.contiguous(), None if up is None else up.contiguous()
+    gate = gate.contiguous()
+    up = None if up is None else up.contiguous()
     y = torch.empty_like(gate)
     loader.kernels().dw_activation(
         loader.dtype_code(gate.dtype), kind, *gate.shape, gate.data_ptr(), loader.address(up), y.data_ptr()
@@ -320,8 +325,11 @@ def _activation(gate, up, kind):  # type: ignore[no-untyped-def]
 def _activation_backward(grad, gate, up, kind):  # type: ignore[no-untyped-def]
     if not loader.supports(grad, gate, up):
         return _compiled_activation_backward(grad=grad, gate=gate, up=up, kind=ACTIVATIONS[kind])
-    grad, gate, up = grad.contiguous(), gate.contiguous(), None if up is None else up.contiguous()
-    d_gate, y = torch.empty_like(gate), torch.empty_like(gate)
+    grad = grad.contiguous()
+    gate = gate.contiguous()
+    up = None if up is None else up.contiguous()
+    d_gate = torch.empty_like(gate)
+    y = torch.empty_like(gate)
     d_up = gate.new_empty(0) if up is None else torch.empty_like(gate)
     loader.kernels().dw_activation_backward(
         loader.dtype_code(gate.dtype), kind, *gate.shape, grad.data_ptr(), gate.data_ptr(), loader.address(up),
@@ -334,7 +342,9 @@ def _activation_backward(grad, gate, up, kind):  # type: ignore[no-untyped-def]
 def _rotate(x, cosine, sine, backward):  # type: ignore[no-untyped-def]
     if not loader.supports(x) or not cosine.dtype == sine.dtype == torch.float32:
         return _compiled_rotate(x=x, cosine=cosine, sine=sine, backward=backward)
-    x, cosine, sine = x.contiguous(), cosine.contiguous(), sine.contiguous()
+    x = x.contiguous()
+    cosine = cosine.contiguous()
+    sine = sine.contiguous()
     out = torch.empty_like(x)
     loader.kernels().dw_rotate(
         loader.dtype_code(x.dtype), *x.shape, cosine.shape[-1], x.data_ptr(), x.stride(0), cosine.data_ptr(),
@@ -354,7 +364,8 @@ def _cross_entropy(logits, targets, weights, scale, softcap, grad):  # type: ign
     if not loader.supports(logits) or not logits.is_contiguous():
         arguments = {"targets": targets, "weights": weights, "scale": scale, "softcap": softcap, "grad": grad}
         return _compiled_cross_entropy(logits=logits, **arguments)
-    targets, weights = targets.contiguous(), weights.float().contiguous()
+    targets = targets.contiguous()
+    weights = weights.float().contiguous()
     losses = torch.empty(logits.shape[0])
     loader.kernels().dw_cross_entropy(
         loader.dtype_code(logits.dtype), *logits.shape, logits.data_ptr(), targets.data_ptr(), weights.data_ptr(),

@@ -10,9 +10,8 @@ No other file uses names of torch with a leading underscore. ``tests/test_privat
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -20,10 +19,10 @@ from torch import Tensor, nn
 
 from deltaw.errors import UserError, look_up
 
-_Module = TypeVar("_Module", bound=nn.Module)
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 
-def _missing_name_error(feature: str, name: str) -> UserError:
+def missing_name_error(feature: str, name: str) -> UserError:
     hint = "install another version of torch, or of deltaw"
     return UserError(f"{feature} needs {name}, which torch {torch.__version__} does not have", hint=hint)
 
@@ -32,7 +31,8 @@ def _missing_name_error(feature: str, name: str) -> UserError:
 
 
 def _observer_checks() -> tuple[Callable[[], Any], Callable[[], Any]]:
-    count, profiler = look_up(torch, "_C._len_torch_dispatch_stack"), torch.autograd.profiler
+    count = look_up(torch, "_C._len_torch_dispatch_stack")
+    profiler = torch.autograd.profiler
     if count is None:
         return lambda: True, lambda: True
     if look_up(profiler, "_is_profiler_enabled") is None:
@@ -123,7 +123,8 @@ def in_backward() -> bool:
 
 
 def _fake_constructor() -> Callable[[Any, dict[str, Any], Tensor, torch.device], Tensor]:
-    make_subclass, set_throw = look_up(Tensor, "_make_subclass"), look_up(torch, "_C._set_throw_on_mutable_data_ptr")
+    make_subclass = look_up(Tensor, "_make_subclass")
+    set_throw = look_up(torch, "_C._set_throw_on_mutable_data_ptr")
 
     def construct(mode: Any, attributes: dict[str, Any], meta: Tensor, device: torch.device) -> Tensor:
         return FakeTensor(mode, meta, device)
@@ -196,7 +197,7 @@ def sized_tensor(cls: Any, size: torch.Size, dtype: torch.dtype) -> Any:
         UserError: if this version of torch does not support it.
     """
     if (make := look_up(Tensor, "_make_wrapper_subclass")) is None:
-        raise _missing_name_error("train.sharding: base", "Tensor._make_wrapper_subclass")
+        raise missing_name_error("train.sharding: base", "Tensor._make_wrapper_subclass")
     return make(cls, size, dtype=dtype, device="cpu")
 
 
@@ -208,130 +209,18 @@ def mark_dynamic(tensor: Tensor, dim: int) -> None:
 
 def compile_errors() -> tuple[type[Exception], ...]:
     """Return the exception types of torch.compile. Importing them is slow, so call this only after a failure."""
-    failed, exceeded = (
-        look_up(torch, "_dynamo.exc.TorchDynamoException"),
-        look_up(torch, "_dynamo.exc.FailOnRecompileLimitHit"),
-    )
+    failed = look_up(torch, "_dynamo.exc.TorchDynamoException")
+    exceeded = look_up(torch, "_dynamo.exc.FailOnRecompileLimitHit")
     return tuple(filter(None, (failed, exceeded))) or (RuntimeError,)
 
 
 def inductor_backend() -> Callable[..., Any]:
     """Return the function with which torch.compile compiles a graph. Importing it is slow."""
     if (find := look_up(torch, "_dynamo.lookup_backend")) is None:
-        raise _missing_name_error("FlexAttention", "torch._dynamo.lookup_backend")
+        raise missing_name_error("FlexAttention", "torch._dynamo.lookup_backend")
     return find("inductor")
 
 
 def compiled_modules() -> list[Any]:
     """Return the loaded modules that torch.compile generated. Without the private name the list is empty."""
     return list(look_up(torch, "_inductor.codecache.PyCodeCache.modules") or ())
-
-
-# Modules
-
-_TABLES = ("_parameters", "_buffers", "_modules")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-_HAS_TABLES = all(look_up(nn.Module(), name) is not None for name in _TABLES)
-_HAS_HOOKS = all(look_up(nn.Module(), name) is not None for name in _HOOKS)
-
-
-def direct_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """Return the parameters registered directly in a module, by name. Unset names map to None."""
-    return module._parameters
-
-
-def direct_buffers(module: nn.Module) -> dict[str, Tensor | None]:
-    """Return the buffers registered directly in a module, by name."""
-    return module._buffers
-
-
-def direct_modules(module: nn.Module) -> dict[str, nn.Module | None]:
-    """Return the direct submodules of a module, by name."""
-    return module._modules
-
-
-def _parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    unset: dict[str, nn.Parameter | None] = {k: None for k in ("weight", "bias") if getattr(module, k, module) is None}
-    return {**unset, **dict(module.named_parameters(recurse=False, remove_duplicate=False))}
-
-
-def _buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
-    return dict(module.named_buffers(recurse=False, remove_duplicate=False))
-
-
-def _modules_of(module: nn.Module) -> dict[str, nn.Module | None]:
-    return dict(module.named_children())
-
-
-if not _HAS_TABLES:
-    direct_parameters, direct_buffers, direct_modules = _parameters_of, _buffers_of, _modules_of
-
-
-def cast_module(cls: type[_Module], module: nn.Module) -> _Module:
-    """Create an object of ``cls`` with the attributes of ``module``.
-
-    Parameters, buffers and submodules are in new tables. Hooks are shared.
-
-    Raises:
-        UserError: if nn.Module of this torch version has a different structure.
-    """
-    if not _HAS_TABLES:
-        raise _missing_name_error("an adapter", "the tables of nn.Module")
-    copied = cls.__new__(cls)
-    vars(copied).update(vars(module))
-    for table in _TABLES:
-        vars(copied)[table] = dict(vars(module)[table])
-    return copied
-
-
-def with_tensors(
-    module: _Module, parameters: Mapping[str, nn.Parameter], buffers: Mapping[str, Tensor | None] | None = None
-) -> _Module:
-    """Return a copy of a module with these parameters, and these buffers or the original ones.
-
-    Raises:
-        UserError: as for :func:`cast_module`.
-    """
-    if not _HAS_TABLES:
-        raise _missing_name_error("a copy of a module", "the tables of nn.Module")
-    copied = copy.copy(module)
-    vars(copied)["_parameters"] = dict(parameters)
-    vars(copied)["_buffers"] = dict(direct_buffers(module) if buffers is None else buffers)
-    return copied
-
-
-def share_parameters(module: nn.Module, table: dict[str, nn.Parameter | None]) -> None:
-    """Replace a module's parameter table by ``table``, which other modules share.
-
-    Raises:
-        UserError: as for :func:`cast_module`.
-    """
-    if not _HAS_TABLES:
-        raise _missing_name_error("train.sharding: base", "the tables of nn.Module")
-    table.update(direct_parameters(module))
-    vars(module)["_parameters"] = table
-
-
-def are_hooked(tables: Iterable[Mapping[str, Any]]) -> bool:
-    """True if any module has a hook. Modules are given by their ``vars``. Always True without the private names."""
-    if not _HAS_HOOKS:
-        return True
-    return any(table["_forward_hooks"] or table["_forward_pre_hooks"] or table["_backward_hooks"] for table in tables)
-
-
-def remove_forward_hooks(module: nn.Module, ids: Iterable[int]) -> None:
-    """Remove forward hooks by the ids of their handles. Hooks that are not found are ignored."""
-    for hook_id in ids:
-        for name in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called"):
-            vars(module).get(name, {}).pop(hook_id, None)
-
-
-def convolves_as(cls: type[nn.Module], convolution: Any) -> bool:
-    """True if a class computes the same as torch's convolution class."""
-    implementations = (look_up(module_class, "_conv_forward") for module_class in (cls, convolution))
-    return len(set(implementations)) == 1 and cls.forward is convolution.forward
-
-
-def inside_compiled(model: nn.Module) -> nn.Module | None:
-    """Return the module wrapped by ``torch.compile``, or None if the module is not compiled."""
-    return direct_modules(model).get("_orig_mod")

@@ -20,7 +20,9 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 LIST = FOLDER / "csrc" / "variants.txt"
 # Environment variables that force a variant and disable all of them, and the name for no compiled kernels.
-VARIABLE, OFF, NONE = "DELTAW_KERNELS", "DELTAW_NATIVE", "none"
+VARIABLE = "DELTAW_KERNELS"
+OFF = "DELTAW_NATIVE"
+NONE = "none"
 # Environment variable that passes measured rates to child processes; see deltaw.machine.kernel_choice.
 MEASURED = "DELTAW_MEASURED"
 # Environment variables that disable an approximation if they are 0, for benchmarks. See arithmetic.py.
@@ -167,12 +169,14 @@ def kernel_overrides(environment: Mapping[str, str] | None = None) -> KernelOver
     from deltaw.errors import UserError, did_you_mean
 
     environment = os.environ if environment is None else environment
-    value, is_disabled = environment.get(VARIABLE, "").strip(), environment.get(OFF, "1").strip() == "0"
+    value = environment.get(VARIABLE, "").strip()
+    is_disabled = environment.get(OFF, "1").strip() == "0"
     if not value:
         return KernelOverrides(NONE, None, f"{OFF}=0") if is_disabled else KernelOverrides()
     source = f"{VARIABLE}={value}"
     name, _, arithmetic = value.partition(":")
-    names, runnable = [v.name for v in all_variants()], [v.name for v in for_machine()]
+    names = [v.name for v in all_variants()]
+    runnable = [v.name for v in for_machine()]
     if name not in (*names, ANY, NONE, "torch"):
         raise UserError(f"unknown kernels '{name}'", location=source, hint=did_you_mean(name, [*runnable, NONE]))
     if arithmetic and arithmetic not in ARITHMETICS:

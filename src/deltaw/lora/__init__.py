@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from deltaw.lora.attachment import adapter_parameters as adapter_parameters
     from deltaw.lora.attachment import count_parameters as count_parameters
     from deltaw.lora.attachment import is_factor_B as is_factor_B
-    from deltaw.lora.attachment import merge as merge
-    from deltaw.lora.attachment import unmerge as unmerge
     from deltaw.lora.config import LoRAConfig as LoRAConfig
     from deltaw.lora.files import load_adapter as load_adapter
     from deltaw.lora.files import read_adapter as read_adapter
@@ -53,13 +51,15 @@ if TYPE_CHECKING:
     from deltaw.lora.layers_parts import TrainedTokens as TrainedTokens
     from deltaw.lora.layers_parts import TrainedTokensEmbedding as TrainedTokensEmbedding
     from deltaw.lora.layers_parts import TrainedTokensLinear as TrainedTokensLinear
+    from deltaw.lora.merging import merge as merge
+    from deltaw.lora.merging import unmerge as unmerge
 
 # Public names by module.
 _MODULES = {
     "activations": "ActivationInit initialize_from_activations",
     "adapt": "Summary attach detach disabled",
     "config": "LoRAConfig",
-    "attachment": "ParameterCount adapter_parameters count_parameters is_factor_B merge unmerge",
+    "attachment": "ParameterCount adapter_parameters count_parameters is_factor_B",
     "files": "load_adapter read_adapter save_adapter",
     "fingerprint": "OtherBaseModelWarning",
     "layers": (
@@ -67,6 +67,7 @@ _MODULES = {
         "LoRABiasLinear LoRABiasConv1D LoRABiasConv LoRABiasConv1d LoRABiasConv2d LoRABiasConv3d DoRALayer "
         "DoRALinear DoRAConv1D DoRAEmbedding DoRAConv DoRAConv1d DoRAConv2d DoRAConv3d"
     ),
+    "merging": "merge unmerge",
     "layers_parts": "LoRAParameter TrainedTokens TrainedTokensEmbedding TrainedTokensLinear",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}

@@ -150,7 +150,8 @@ class _ActivationStatistics:
         """Add ``rows`` (n, in) in fp32."""
         count = rows.shape[0]
         mean = rows.mean(0)
-        old_count, new_count = self.tokens, self.tokens + count
+        old_count = self.tokens
+        new_count = self.tokens + count
         rows = rows - mean
         shift = (self.mean - mean) * (old_count * count / new_count) ** 0.5
         stacked = torch.cat([self.strengths[:, None] * self.directions.t(), rows, shift[None]])

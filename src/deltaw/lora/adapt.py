@@ -18,21 +18,16 @@ import torch
 from torch import nn
 
 from deltaw.errors import UserError
-from deltaw.kernels.torch_private import direct_buffers, direct_parameters
+from deltaw.kernels.torch_modules import direct_buffers, direct_parameters
 from deltaw.lora.adapted import Activation, AdaptedLayer
 from deltaw.lora.attachment import (
     Attachment,
     ParameterCount,
-    ParameterUpdate,
-    Replacement,
-    TrainedBias,
     base_model_active,
     count_parameters,
-    find_spots,
     get_attachment,
     require_attachment,
     set_attachment,
-    shared_weights,
     unwrap_model,
 )
 from deltaw.lora.complete_names import complete_names
@@ -41,6 +36,8 @@ from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.lora.initialize import init_refusal, initialize
 from deltaw.lora.kinds import adapter_for, get_output_head, is_linear
 from deltaw.lora.layers_parts import LoRAParameter, trained_tokens_of
+from deltaw.lora.merging import shared_weights
+from deltaw.lora.replacements import ParameterUpdate, Replacement, TrainedBias, find_spots
 from deltaw.lora.select import Selection, Target, TokenTarget, select
 from deltaw.tensor_files import has_values
 
@@ -139,7 +136,8 @@ def attach_selected(
     if init_factors and config.init == "eva":
         notes.append("initialize_from_activations must initialize A from the first batches")
     set_attachment(model, record)
-    count, adapted = count_parameters(model), len(record.layers) + len(record.parameters)
+    count = count_parameters(model)
+    adapted = len(record.layers) + len(record.parameters)
     return Summary(count.total, count.trained, count.per_module, selection.matches, adapted, tuple(notes))
 
 
@@ -191,13 +189,18 @@ def _adapt(
     model: nn.Module, target: Target, record: Attachment, init: str | None, generator: torch.Generator | None
 ) -> None:
     """Create the adapted layer or the updates for ``target``. Errors include its name."""
-    config, module, name = record.config, target.module, target.names[0]
-    rank, alpha, rslora = target.rank, target.alpha, config.rslora
+    config = record.config
+    module = target.module
+    name = target.names[0]
+    rank = target.rank
+    alpha = target.alpha
+    rslora = config.rslora
     update = partial(LoRAParameter, rank=rank, alpha=alpha, rslora=rslora, init=init, generator=generator)
     updates: dict[str, LoRAParameter] = {}
     try:
         if key := target.attribute:
-            name, is_in_out = f"{name}.{key}", bool(getattr(module, "is_transposed", False))
+            name = f"{name}.{key}"
+            is_in_out = bool(getattr(module, "is_transposed", False))
             updates[f"lora_{key}"] = update(module, key, is_in_out=is_in_out)
         elif isinstance(module, nn.MultiheadAttention):
             update(module.out_proj, "weight")  # PEFT samples these factors twice, which changes all later ones
@@ -313,9 +316,11 @@ def _switch_fast_paths(model: nn.Module, record: Attachment) -> None:
     replaced |= {id(update.runner) for update in record.parameters}
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
-            attribute, value = "activation_relu_or_gelu", 0
+            attribute = "activation_relu_or_gelu"
+            value = 0
         elif isinstance(module, nn.TransformerEncoder):
-            attribute, value = "use_nested_tensor", False
+            attribute = "use_nested_tensor"
+            value = False
         else:
             continue
         if any(id(inner) in replaced for inner in module.modules()):
@@ -332,7 +337,8 @@ def _restore(model: nn.Module, record: Attachment, keep_trained: bool = False) -
             update.layer.restore_base()
         update.remove()
     for replacement in (*record.layers, *record.tokens):
-        layer, original = replacement.current, replacement.original
+        layer = replacement.current
+        original = replacement.original
         if isinstance(layer, AdaptedLayer) and not keep_trained:
             layer.restore_base()
         # The model may have been moved or cast in the meantime, so the original gets the layer's current tensors.

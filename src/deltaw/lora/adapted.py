@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
-from deltaw.kernels.torch_private import direct_parameters
+from deltaw.kernels.torch_modules import direct_parameters
 
 # Activated LoRA (Greenewald et al., arXiv 2504.12397).
 #
@@ -124,7 +124,8 @@ def find_invocation_starts(ids: Tensor, tokens: Sequence[int]) -> Tensor:
     Returns:
         (rows,) positions. T for rows without an occurrence.
     """
-    length, size = ids.shape[1], len(tokens)
+    length = ids.shape[1]
+    size = len(tokens)
     if length < size:
         return torch.full((ids.shape[0],), length, device=ids.device)
     matches = (ids.unfold(1, size, 1) == torch.tensor(tokens, dtype=ids.dtype, device=ids.device)).all(-1)
@@ -235,7 +236,8 @@ class AdaptedLayer(nn.Module):
         if self._unmerged_weight is None:
             raise UserError("the weights from before the merge were not kept", hint="merge with keep_original=True")
         self.weight.data = cast_like(self._unmerged_weight, self.weight)
-        self._unmerged_weight, self.merged = None, False
+        self._unmerged_weight = None
+        self.merged = False
 
     @property
     def can_restore_base(self) -> bool:
@@ -254,12 +256,14 @@ class AdaptedLayer(nn.Module):
     @contextlib.contextmanager
     def base_weight_active(self) -> Iterator[None]:
         """Context manager in which the layer behaves as the base layer."""
-        enabled, weight = self.enabled, self.weight.data
+        enabled = self.enabled
+        weight = self.weight.data
         self.enabled, self.weight.data = False, self.base_weight()
         try:
             yield
         finally:
-            self.enabled, self.weight.data = enabled, weight
+            self.enabled = enabled
+            self.weight.data = weight
 
 
 def cast_like(tensor: Tensor, other: Tensor) -> Tensor:

@@ -92,60 +92,124 @@ class LoRAConfig:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    rank: int = setting(16, "rank r of ΔW = scaling · A·B", minimum=1)
+    rank: int = setting(
+        16,
+        "rank r of ΔW = scaling · A·B",
+        when=(
+            "Raise it to 32 or 64 for many thousand rows of new content, and alpha with it; the adapter "
+            "and its memory grow in proportion."
+        ),
+        minimum=1,
+    )
     alpha: float = setting(
         32.0,
         "scaling numerator: the update is scaled by alpha / rank, or alpha / √rank with rslora",
+        when="Change it by the same factor as the rank; a higher ratio acts like a higher learning rate.",
         exclusiveMinimum=0,
     )
     dropout: float = setting(
-        0.0, "dropout probability of the adapter's inputs, 0 ≤ p < 1", minimum=0, exclusiveMaximum=1
+        0.0,
+        "dropout probability of the adapter's inputs, 0 ≤ p < 1",
+        when=(
+            "Try 0.05 to 0.1 if the evaluation loss rises on few rows; prefixes are then no longer "
+            "shared, so steps can be slower."
+        ),
+        minimum=0,
+        exclusiveMaximum=1,
     )
     target_modules: str | list[str] = setting(
         "all-linear",
         "modules to adapt: 'all-linear', 'attention', 'mlp', a list of name suffixes, or a regular expression",
+        when="Use attention to halve the adapter; all-linear learns more per step.",
     )
     exclude_modules: str | list[str] | None = setting(
-        None, "modules to exclude: name suffixes (including their submodules) or a regular expression"
+        None,
+        "modules to exclude: name suffixes (including their submodules) or a regular expression",
+        when="Set it to leave modules to the base model, such as a router.",
     )
     layers: str | list[int] | None = setting(
         None,
         "layers to adapt, such as '16-', '0-7', '3' or [1, 2]",
+        when=(
+            "Use the upper half, such as '16-', if the plan exceeds the memory or time: lower blocks then "
+            "need no backward pass."
+        ),
         anyOf=[{"type": "string"}, _NUMBER, {"type": "array", "items": _NUMBER}, {"type": "null"}],
     )
     rank_pattern: dict[str, int] = setting(
-        dict, "ranks of individual modules, by a regular expression for a name suffix"
+        dict,
+        "ranks of individual modules, by a regular expression for a name suffix",
+        when="Use it if some modules need a higher rank than the others; vLLM and llama.cpp may not read it.",
     )
     alpha_pattern: dict[str, float] = setting(
-        dict, "alphas of individual modules, by a regular expression for a name suffix"
+        dict,
+        "alphas of individual modules, by a regular expression for a name suffix",
+        when="Use it to imitate another tool's adapter; leave it empty otherwise.",
     )
     init: str = setting(
-        "uniform", "initialization of A and B: uniform, gaussian, orthogonal, pissa, olora or eva", enum=list(INITS)
+        "uniform",
+        "initialization of A and B: uniform, gaussian, orthogonal, pissa, olora or eva",
+        when=(
+            "The values pissa and olora can lower the loss of the first steps; they take minutes for large models "
+            "and change the frozen weights during training."
+        ),
+        enum=list(INITS),
     )
-    rslora: bool = setting(False, "scale by alpha / √rank instead of alpha / rank")
-    dora: bool = setting(False, "train magnitude and direction of the weights separately (DoRA)")
-    bias: str = setting("none", "biases to train: none, all, or lora_only (adapted layers)", enum=list(BIASES))
-    lora_bias: bool = setting(False, "train a bias of B, which is added to the output of each adapted layer")
+    rslora: bool = setting(
+        False,
+        "scale by alpha / √rank instead of alpha / rank",
+        when="Use it from rank 64 on, where alpha / rank becomes small.",
+    )
+    dora: bool = setting(
+        False,
+        "train magnitude and direction of the weights separately (DoRA)",
+        when="Can help at ranks below 8; steps are slower, and some servers reject it.",
+    )
+    bias: str = setting(
+        "none",
+        "biases to train: none, all, or lora_only (adapted layers)",
+        when="Leave none: the effect is small, and adapters with biases are not portable.",
+        enum=list(BIASES),
+    )
+    lora_bias: bool = setting(
+        False,
+        "train a bias of B, which is added to the output of each adapted layer",
+        when="Leave false unless you compare with an adapter that has it.",
+    )
     target_parameters: list[str] = setting(
-        list, "2-D or 3-D parameters to adapt, by name suffix, such as 'experts.gate_up_proj'", **_TEXT_OR_LIST
+        list,
+        "2-D or 3-D parameters to adapt, by name suffix, such as 'experts.gate_up_proj'",
+        when="Needed for experts that are stored as one parameter.",
+        **_TEXT_OR_LIST,
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = setting(
-        None, "ids of tokens whose embeddings are trained, or such lists by module name suffix"
+        None,
+        "ids of tokens whose embeddings are trained, or such lists by module name suffix",
+        when="Use it for tokens that you added, instead of training the whole embedding.",
     )
-    train_modules: list[str] = setting(list, "additional modules to train in full, by name suffix", **_TEXT_OR_LIST)
+    train_modules: list[str] = setting(
+        list,
+        "additional modules to train in full, by name suffix",
+        when="Use it for a new head or embedding; such modules are saved in full size.",
+        **_TEXT_OR_LIST,
+    )
     vision_tower: bool = setting(
-        False, "apply these settings also to the vision tower and the connector of a vision-language model"
+        False,
+        "apply these settings also to the vision tower and the connector of a vision-language model",
+        when="Use it if images differ from photos, such as scans; features are then computed in each step.",
     )
     active: str = setting(
         "always",
         "tokens that the adapter changes: always (all), or completion (from the invocation sequence on; Activated "
         "LoRA)",
+        when="Use completion for one of several adapters over one long prompt: its keys and values are shared.",
         enum=list(ACTIVATIONS),
     )
     invocation_tokens: list[int] | str | None = setting(
         None,
         "token ids or text that activate an activated adapter; null: the start of an assistant turn in the chat "
         "template, or the common end of all prompts",
+        when="Set it if completions begin with a text of your own.",
     )
 
     def __post_init__(self) -> None:

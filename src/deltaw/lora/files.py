@@ -110,7 +110,8 @@ class AdapterTensors(Mapping[str, Tensor]):
         paths = FilePaths(record)
         self._factories: dict[str, Callable[[], Tensor]] = {}
         for name, layer in record.updated():
-            path, doubled = paths.of_layer(name), paths.counts_twice(name)
+            path = paths.of_layer(name)
+            doubled = paths.counts_twice(name)
             for key, _ in peft_format.file_tensors(path, layer):
                 self._factories[key] = partial(_layer_tensor, path, layer, key, doubled)
         for bias in record.biases:
@@ -290,7 +291,8 @@ def read_factors(model: nn.Module, folder: str | Path) -> AdapterFactors:
     remaining = dict(adapter.tensors)
     layers: dict[str, Factors] = {}
     for target in stored_selection(model, adapter, location).targets:
-        name, rank = target.names[0], target.rank
+        name = target.names[0]
+        rank = target.rank
         path = PREFIX + next((n for n in target.names if f"{PREFIX}{n}.lora_A.weight" in remaining), name)
         if not is_linear(target.module):
             message = f"it adapts '{name}', which is a {type(target.module).__name__}, not a linear layer"
@@ -398,7 +400,8 @@ def stored_selection(model: nn.Module, adapter: AdapterFile, location: str) -> S
     Raises:
         UserError: if tensors and settings are inconsistent or do not fit the model.
     """
-    config, tensors = adapter.config, adapter.tensors
+    config = adapter.config
+    tensors = adapter.tensors
     modules = unique_modules(model)
     by_name = {name: entry for entry in modules for name in entry.names}
     extra = _extra_modules(config, tensors, modules)
@@ -419,7 +422,8 @@ def stored_selection(model: nn.Module, adapter: AdapterFile, location: str) -> S
         if parent is not None and isinstance(parent.module, nn.MultiheadAttention):
             continue  # one of the two projections of an attention, which is selected by the attention's name
         entry = by_name[name]
-        rank, alpha = int(ranks.get(name, config.rank)), alphas.get(name, config.alpha)
+        rank = int(ranks.get(name, config.rank))
+        alpha = alphas.get(name, config.alpha)
         targets[name] = Target((name, *(n for n in entry.names if n != name)), entry.module, rank, alpha)
     if not (targets or selection.parameters or selection.tokens):
         raise UserError("the file contains no LoRA factors", location=location, hint="save the adapter again")

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from deltaw.errors import UserError
-from deltaw.kernels.torch_private import convolves_as, direct_buffers, direct_parameters, with_tensors
+from deltaw.kernels.torch_modules import convolves_as, direct_buffers, direct_parameters, with_tensors
 from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.layers import (
     Convolution,

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaw.errors import UserError
-from deltaw.kernels.torch_private import cast_module, direct_parameters, functorch_is_active, version_of
+from deltaw.kernels.torch_modules import cast_module, direct_parameters
+from deltaw.kernels.torch_private import functorch_is_active, version_of
 from deltaw.lora import math as closed_form
 from deltaw.lora import math_dora
 from deltaw.lora.adapted import AdaptedLayer, cast_like, factor_dtype
@@ -98,7 +99,8 @@ class LoRALayer(AdaptedLayer):
         if not 0.0 <= dropout < 1.0:
             message = f"dropout is {dropout}, but must be at least 0 and below 1"
             raise UserError(message, location="dropout", hint="use for example 0.05")
-        dropout, scaling = float(dropout) if self.has_dropout else 0.0, scaling_of(rank, float(alpha), rslora)
+        dropout = float(dropout) if self.has_dropout else 0.0
+        scaling = scaling_of(rank, float(alpha), rslora)
         self._freeze(rank=rank, alpha=float(alpha), dropout=dropout, rslora=rslora, scaling=scaling, changed_init=None)
         zeros = partial(torch.zeros, dtype=factor_dtype(self.weight), device=self.weight.device)
         self.lora_A, self.lora_B = (nn.Parameter(zeros(shape)) for shape in self._shapes(rank))
@@ -186,7 +188,8 @@ class _LinearUpdate(LoRALayer):
                 return frozen_linear(input, self.weight, self.bias, stored)
             return self._base(input)
         dropout = self.dropout if self.training else 0.0
-        in_out, bias = self.weight_is_in_out, self.output_bias()
+        in_out = self.weight_is_in_out
+        bias = self.output_bias()
         factors = (self.lora_A, self.lora_B, self.scaling, dropout)
         if (mask := self.active_mask) is None:
             return closed_form.linear(input, self.weight, bias, *factors, in_out, stored)
@@ -243,7 +246,8 @@ class LoRAConv1D(_LinearUpdate):
     nx: int
 
     def _init_from(self, module: nn.Module) -> None:
-        in_out, (rows, columns) = weight_scales(self) is None, self.weight.shape
+        in_out = weight_scales(self) is None
+        rows, columns = self.weight.shape
         inputs, outputs = (rows, columns) if in_out else (columns, rows)
         vars(self).update(weight_is_in_out=in_out, in_features=inputs, out_features=outputs)
 
@@ -509,7 +513,8 @@ class LoRABias(LoRALayer):
 
     def output_bias(self) -> Tensor:
         """Return b + scaling·c in the dtype of b, or of the weight without a b."""
-        update, bias = self.lora_bias * self.scaling, self._base_bias
+        update = self.lora_bias * self.scaling
+        bias = self._base_bias
         if bias is not None:
             return bias + update.to(bias.dtype)
         return update.to(self.weight.dtype) if self.weight.is_floating_point() else update
@@ -642,7 +647,8 @@ class DoRALayer(LoRALayer):
     @torch.no_grad()
     def merged_weight(self, *, rounded: bool = True) -> Tensor:
         """Return m∘(W + ΔW) / ‖W + ΔW‖, computed in fp32 (fp64 for an fp64 weight)."""
-        delta, gain = self.delta_weight(), self.gain()
+        delta = self.delta_weight()
+        gain = self.gain()
         gain = gain if self.weight_is_in_out else gain.view(-1, *(1 for _ in self.weight.shape[1:]))
         total = delta.add_(self.weight.to(delta.dtype)).mul_(gain)
         return total.to(self.weight.dtype) if rounded else total

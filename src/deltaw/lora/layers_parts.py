@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltaw.kernels.torch_private import cast_module, direct_parameters, remove_forward_hooks
+from deltaw.kernels.torch_modules import cast_module, direct_parameters, remove_forward_hooks
 from deltaw.lora.adapted import AdaptedLayer, factor_dtype
 from deltaw.lora.layers import LoRALayer, ScaledEmbedding
 from deltaw.lora.math_dora import without_autocast
@@ -102,7 +102,8 @@ class LoRAParameter(LoRALayer):
         dtype = weight.dtype
         # Autocast would round W and the product separately, and the module's product casts the sum in any case.
         with without_autocast(weight.device.type):
-            factor_A, factor_B = self.lora_A.to(dtype), self.lora_B.to(dtype)
+            factor_A = self.lora_A.to(dtype)
+            factor_B = self.lora_B.to(dtype)
             left, right = (factor_A, factor_B) if self.weight_is_in_out else (factor_B.mT, factor_A.mT)
             return (torch.baddbmm if weight.dim() == 3 else torch.addmm)(weight, left, right, alpha=self.scaling)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from deltaw.kernels import quantize
 from deltaw.kernels.block_linear import NF4_BLOCK, BlockWeight, quantize_nf4
-from deltaw.kernels.torch_private import direct_parameters
+from deltaw.kernels.torch_modules import direct_parameters
 from deltaw.lora.fingerprint import record_base_digest
 from deltaw.lora.stored import BLOCK_BUFFERS, Scales, block_weight, frozen_linear
 
@@ -74,7 +74,8 @@ class Int8Linear(_Int8, nn.Linear):
         """
         layer = cls.__new__(cls)
         layer._init_quantized(linear, linear.weight, columns, in_blocks)
-        layer.in_features, layer.out_features = linear.in_features, linear.out_features
+        layer.in_features = linear.in_features
+        layer.out_features = linear.out_features
         return layer
 
 

@@ -140,7 +140,10 @@ class _Linear(torch.autograd.Function):
         needs = ctx.needs_input_grad
         inputs = (x, h) if needs[3] or needs[4] else (None, None)
         ctx.save_for_backward(*inputs, lora_A, lora_B, weight if needs[0] or fused else None, mask)
-        ctx.fused, ctx.scaling, ctx.stored, ctx.weight_is_in_out = fused, scaling, stored, weight_is_in_out
+        ctx.fused = fused
+        ctx.scaling = scaling
+        ctx.stored = stored
+        ctx.weight_is_in_out = weight_is_in_out
         ctx.bias_dtype = bias.dtype if bias is not None else None
         return reshape_output(y, x.shape[:-1])
 
@@ -252,7 +255,8 @@ class _Embedding(torch.autograd.Function):
         h = F.embedding(flat, A).to(y.dtype)
         y.addmm_(h, lookup.scaled(B * scaling).to(y.dtype))
         ctx.save_for_backward(ids, h if ctx.needs_input_grad[3] else None, A, B)
-        ctx.scaling, ctx.lookup = scaling, lookup
+        ctx.scaling = scaling
+        ctx.lookup = lookup
         return reshape_output(y, ids.shape)
 
     @staticmethod

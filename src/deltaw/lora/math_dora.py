@@ -44,7 +44,8 @@ def weight_norm(weight: Tensor, squares: Tensor, lora_A: Tensor, lora_B: Tensor,
     Returns:
         (out): √(‖wᵢ‖² + 2s·(W·A)ᵢ·bᵢ + s²·bᵢᵀ(AᵀA)bᵢ), without a graph.
     """
-    factor_A, factor_B = lora_A.detach(), lora_B.detach()
+    factor_A = lora_A.detach()
+    factor_B = lora_B.detach()
     with without_autocast(weight.device.type):
         if weight.dtype == factor_A.dtype:
             crossed = weight.detach() @ factor_A
@@ -149,18 +150,22 @@ class _DoRALinear(torch.autograd.Function):
         inputs = x if needs[3] or needs[4] else None, h if needs[4] else None
         frozen = weight if needs[0] or needs[5] else None
         ctx.save_for_backward(*inputs, lora_A, lora_B, magnitude, norm, frozen, bias, mask, saved)
-        ctx.scaling, ctx.keep, ctx.weight_is_in_out = scaling, keep_share, weight_is_in_out
+        ctx.scaling = scaling
+        ctx.keep = keep_share
+        ctx.weight_is_in_out = weight_is_in_out
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, h, lora_A, lora_B, magnitude, norm, weight, bias, mask, saved = ctx.saved_tensors
         needs_x, _, needs_bias, needs_A, needs_B, needs_m = ctx.needs_input_grad[:6]
-        grad, dtype = grads[0], grads[0].dtype
+        grad = grads[0]
+        dtype = grads[0].dtype
         rows = num_rows(grad)
         grad_y = grad.reshape(rows, grad.shape[-1])
         grad_x = grad_bias = grad_A = grad_B = grad_m = adapter_input = narrow = None
-        g, create_graph = gain(magnitude, norm) / ctx.keep, torch.is_grad_enabled()
+        g = gain(magnitude, norm) / ctx.keep
+        create_graph = torch.is_grad_enabled()
         if needs_A or needs_B or (needs_m and create_graph):
             adapter_input = x if mask is None else x * mask
             adapter_input = adapter_input.reshape(rows, adapter_input.shape[-1])

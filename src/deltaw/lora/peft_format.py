@@ -227,9 +227,11 @@ def complete_targets(names: Sequence[str], adapted: Sequence[str], prefix: str) 
     expressions = [re.escape(name) for name in adapted if not name.startswith(dotted)]
     if targets:
         entries = target_entries(inside, targets)
-        start, choice = r"\.", entries
+        start = r"\."
+        choice = entries
         if not isinstance(entries, str):
-            start, choice = r"\.(.*\.)?", "|".join(map(re.escape, entries))
+            start = r"\.(.*\.)?"
+            choice = "|".join(map(re.escape, entries))
         expressions.insert(0, f"{re.escape(prefix)}{start}({choice})")
     return "|".join(expressions) or []
 
@@ -254,7 +256,8 @@ def base_settings(base_model: str | None) -> dict[str, str | None]:
 
 def base_reference(settings: Mapping[str, object]) -> str | None:
     """Return the base model in an ``adapter_config.json`` as one reference, or None."""
-    name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    name = settings.get("base_model_name_or_path")
+    revision = settings.get("revision")
     if not isinstance(name, str) or not isinstance(revision, str):
         return name if isinstance(name, str) else None
     joined = f"{name}@{revision}"
@@ -302,7 +305,8 @@ def file_tensors(path: str, layer: AdaptedLayer) -> Iterator[tuple[str, Tensor]]
     """
     tensors = {attribute: getattr(layer, attribute).detach() for attribute in layer.trained}
     if isinstance(layer, LoRALayer) and (first := layer.changed_init) is not None:
-        factor_A, factor_B = tensors["lora_A"], tensors["lora_B"]
+        factor_A = tensors["lora_A"]
+        factor_B = tensors["lora_B"]
         tensors["lora_A"] = torch.cat([factor_A, first.lora_A.to(factor_A)], dim=1)
         tensors["lora_B"] = torch.cat([factor_B, -first.lora_B.to(factor_B)], dim=0)
     for key, attribute in tensor_names(path, layer):

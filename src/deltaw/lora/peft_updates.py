@@ -89,7 +89,9 @@ def read_content(adapter: AdapterFile) -> FileContent:
     """Classify an adapter's tensors."""
     config = adapter.config
     factors: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    biases, rows, other_tensors = {}, {}, {}
+    biases = {}
+    rows = {}
+    other_tensors = {}
     for name, tensor in adapter.tensors.items():
         plain = without_wrappers(name)
         if match := _FACTOR.fullmatch(name):
@@ -121,7 +123,8 @@ def _updates(factors: Mapping[str, Factors], config: LoRAConfig, doubled: bool) 
             attention = _find_attention(path, factors)
             # PEFT gives the output projection the rank and the alpha of its attention.
             owner = module if attention is None else without_wrappers(attention)
-            rank, times = factors[path]["A"].shape[0], 2 if doubled and attention is not None else 1
+            rank = factors[path]["A"].shape[0]
+            times = 2 if doubled and attention is not None else 1
             yield patterns.update(module, path, factors[path], rank, patterns.alpha(owner), times)
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from deltaw.errors import UserError, did_you_mean, nearest
-from deltaw.kernels.torch_private import direct_parameters
+from deltaw.kernels.torch_modules import direct_parameters
 from deltaw.lora.complete_names import NameMap, complete_names
 from deltaw.lora.config import KEYWORDS, LoRAConfig, parse_layers
 from deltaw.lora.expressions import matches as names_matching
@@ -36,7 +36,8 @@ _MLP = """
     gate_proj up_proj down_proj gate_up_proj fc1 fc2 fc_in fc_out c_fc dense_h_to_4h dense_4h_to_h
     wi wi_0 wi_1 wo w1 w2 w3 lin1 lin2 linear1 linear2 ffn ffn_output
 """
-ATTENTION_NAMES, MLP_NAMES = frozenset(_ATTENTION.split()), frozenset(_MLP.split())
+ATTENTION_NAMES = frozenset(_ATTENTION.split())
+MLP_NAMES = frozenset(_MLP.split())
 """Last parts of the names of modules in attention and in MLPs."""
 
 _MLP_WORDS = ("mlp", "ffn", "feed_forward", "feedforward", "expert", "densereludense")
@@ -202,7 +203,9 @@ class _TargetSelector:
     """
 
     def __init__(self, model: nn.Module, config: LoRAConfig, strict: bool) -> None:
-        self.model, self.config, self.strict = model, config, strict
+        self.model = model
+        self.config = config
+        self.strict = strict
         self.modules = unique_modules(model)
         self.by_name = {name: named_module.module for named_module in self.modules for name in named_module.names}
         self.matches: dict[str, tuple[str, ...]] = {}
@@ -226,7 +229,8 @@ class _TargetSelector:
         alphas = self._match_pattern("alpha_pattern", config.alpha_pattern, patterned)
 
         def target(named_module: NamedModule, name: str, attribute: str = "") -> Target:
-            rank, alpha = int(ranks.get(name, config.rank)), alphas.get(name, config.alpha)
+            rank = int(ranks.get(name, config.rank))
+            alpha = alphas.get(name, config.alpha)
             return Target(named_module.names, named_module.module, rank, alpha, attribute)
 
         return Selection(
@@ -418,7 +422,8 @@ class _TargetSelector:
             elif id(named_module.module) in self.fully_trained:
                 reason = "train_modules trains its module in full"
             if reason is not None:
-                message, location = f"'{full.names[0]}' cannot be adapted: {reason}", "target_parameters"
+                message = f"'{full.names[0]}' cannot be adapted: {reason}"
+                location = "target_parameters"
                 raise UserError(message, location=location, hint=f"remove it from {location}")
         return selected
 
@@ -455,7 +460,8 @@ class _TargetSelector:
         raise UserError(message, location="trainable_token_indices", hint="name it, for example {embed: [5, 6]}")
 
     def _check_tokens(self, named_module: NamedModule, tokens: tuple[int, ...]) -> None:
-        name, module = named_module.names[0], named_module.module
+        name = named_module.names[0]
+        module = named_module.module
         if (reason := self._rows_refusal(named_module)) is not None:
             message = f"tokens of '{name}' cannot be trained: {reason}"
             hint = "name each module in one setting only, and only embeddings or linear heads here"
@@ -519,7 +525,8 @@ class _TargetSelector:
 def _role(named_module: NamedModule) -> str | None:
     """Return 'attention' or 'mlp' by the name of the module and its parents, or None."""
     parts = named_module.names[0].split(".")
-    child_name, lowercase = parts[-1], [part.lower() for part in parts]
+    child_name = parts[-1]
+    lowercase = [part.lower() for part in parts]
     if child_name in ATTENTION_NAMES or any("attn" in part or "attention" in part for part in lowercase):
         return "attention"
     if child_name in ROUTER_NAMES:

@@ -64,7 +64,8 @@ def check_factors(adapter: AdapterFile, location: str) -> None:
         raise damaged("it has no low-rank factors")
     ranks = values_by_pattern("rank_pattern", config.rank_pattern, names.values())
     for name, module in names.items():
-        factor_A, factor_B = adapter.tensors[name], adapter.tensors.get(_name_of_B(name))
+        factor_A = adapter.tensors[name]
+        factor_B = adapter.tensors.get(_name_of_B(name))
         if factor_B is None:
             raise damaged(f"'{_name_of_B(name)}' is missing")
         shapes = f"{tuple(factor_A.shape)} and {tuple(factor_B.shape)}"
@@ -90,7 +91,8 @@ def require_finite(tensors: Mapping[str, Tensor], location: str) -> None:
     """
     for name, tensor in tensors.items():
         if has_values(tensor) and tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-            message, hint = f"'{name}' of the adapter has values that are not finite", "start from another adapter"
+            message = f"'{name}' of the adapter has values that are not finite"
+            hint = "start from another adapter"
             raise UserError(message, location=location, hint=hint)
 
 
@@ -127,7 +129,8 @@ def concatenate(adapters: Sequence[AdapterFile], weights: Sequence[float], targe
             raise UserError(message, location=location, hint="continue this adapter alone (start_mode: continue)")
         alphas = values_by_pattern("alpha_pattern", adapter.config.alpha_pattern, names.values())
         for name, module in names.items():
-            factor_A, factor_B = adapter.tensors[name], adapter.tensors[_name_of_B(name)]
+            factor_A = adapter.tensors[name]
+            factor_B = adapter.tensors[_name_of_B(name)]
             alpha = alphas.get(module, adapter.config.alpha)
             factor = weight * scaling(factor_A.shape[0], alpha, adapter.config.rslora) / target
             sizes.setdefault(name, (factor_A.shape[1], factor_B.shape[0]))
@@ -238,7 +241,8 @@ def save_new_directions(model: nn.Module, folder: Path, rank: int, *, base_model
     for key, value in AdapterTensors(record).items():
         is_factor_B = _FACTOR_A.search(key.replace("_B", "_A"))
         parts[key] = value[rank:] if _FACTOR_A.search(key) else value[:, rank:] if is_factor_B else value
-    config, new_rank = record.config, record.config.rank - rank
+    config = record.config
+    new_rank = record.config.rank - rank
     settings = adapter_settings(model, record, base_model, task_type_of(model))
     settings |= {"r": new_rank, "lora_alpha": scaling(config.rank, config.alpha) * new_rank}
     fingerprint = {FINGERPRINT_KEY: record.fingerprint} if record.fingerprint else {}

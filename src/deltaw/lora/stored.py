@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from deltaw.kernels.block_linear import BlockWeight
 from deltaw.kernels.linear import LinearProduct, linear, linear_backward, uses_int8_gradients
-from deltaw.kernels.torch_private import direct_buffers, direct_parameters
+from deltaw.kernels.torch_modules import direct_buffers, direct_parameters
 
 
 class Scales(NamedTuple):
@@ -54,7 +54,8 @@ def block_weight(module: nn.Module) -> BlockWeight | None:
     """Return the weight of a layer stored in blocks, or None for other layers."""
     if (name := module.__dict__.get("block_format")) is None:  # torch.compile of older versions does not trace vars()
         return None
-    buffers, data = direct_buffers(module), direct_parameters(module)["weight"]
+    buffers = direct_buffers(module)
+    data = direct_parameters(module)["weight"]
     assert data is not None
     return BlockWeight(data.detach(), name, vars(module)["block_columns"], *map(buffers.get, BLOCK_BUFFERS))
 

@@ -16,7 +16,8 @@ from dataclasses import astuple, dataclass
 
 import torch
 
-from deltaw.cache import load_result, store_result, versions
+from deltaw.cache.keys import versions
+from deltaw.cache.results import load_result, store_result
 from deltaw.kernels import loader, variants
 from deltaw.kernels.arithmetic import APPROXIMATIONS, TORCH, WEIGHT_TYPES, Arithmetic
 from deltaw.kernels.processor import processor_flags, processor_name, second_level_cache
@@ -25,7 +26,8 @@ from deltaw.machine.product_rates import GENERIC, Candidate, ProductRates, Rates
 
 # TORCH_MARGIN: minimum speedup of torch's product over a kernel, since it cannot be fused with other operations.
 # VARIANT_MARGIN: minimum speedup of a variant over one of higher rank, which has all of its instructions.
-TORCH_MARGIN, VARIANT_MARGIN = 1.05, 1.1
+TORCH_MARGIN = 1.05
+VARIANT_MARGIN = 1.1
 # Minimum speedup over bf16 at which logits and gradients in int8 are offered, to cover the cost of quantizing.
 INT8_MARGIN = 1.1
 # Another precision is suggested if its products take at most this share of the time.

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import psutil
 
-from deltaw.machine import choices
+from deltaw.machine import container_limits
 from deltaw.machine.choices import Choice
 
 _ROOT = Path("/")
 # From glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
 MAX_RETAINED_BYTES = 2**25
 """Size in bytes above which a freed block is returned to the system. Every glibc version accepts this value."""
 
@@ -30,7 +32,7 @@ def memory_limit_bytes(root: Path = _ROOT) -> Choice[int]:
     physical memory.
     """
     physical = _sizes(root / "proc/meminfo").get("MemTotal") or int(psutil.virtual_memory().total)
-    limit = choices.memory_limit(root)
+    limit = container_limits.memory_limit(root)
     if limit is not None and limit < physical:
         return Choice(limit, "control group limit")
     return Choice(physical, "physical memory")
@@ -39,7 +41,7 @@ def memory_limit_bytes(root: Path = _ROOT) -> Choice[int]:
 def free_memory_bytes(root: Path = _ROOT) -> int:
     """Return the bytes of main memory that this process can still allocate, limited by its control group."""
     available = _sizes(root / "proc/meminfo").get("MemAvailable") or int(psutil.virtual_memory().available)
-    in_group = choices.memory_free(root)
+    in_group = container_limits.memory_free(root)
     return available if in_group is None else min(available, in_group)
 
 
@@ -90,11 +92,13 @@ class PeakMemory:
     bytes = 0
 
     def __enter__(self) -> PeakMemory:
-        self._peak, self._resident = peak_resident_bytes(), resident_bytes()
+        self._peak = peak_resident_bytes()
+        self._resident = resident_bytes()
         return self
 
     def __exit__(self, *_: object) -> None:
-        peak, resident = peak_resident_bytes(), resident_bytes()
+        peak = peak_resident_bytes()
+        resident = resident_bytes()
         self.bytes = max(peak if peak > self._peak else 0, resident, self._resident)
 
 
@@ -180,7 +184,7 @@ def _set_allocator(options: dict[int, int], unless: tuple[str, ...] = ()) -> boo
 def _sizes(path: Path) -> dict[str, int]:
     """Return the sizes in a kernel file by name. Values in kB are converted to bytes."""
     sizes = {}
-    for line in choices.read_lines(path):
+    for line in container_limits.read_lines(path):
         key, _, value = line.partition(":")
         if value.endswith(" kB"):
             sizes[key] = int(value.split()[0]) * 1024

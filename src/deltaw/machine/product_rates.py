@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deltaw.cache import load_result, result_digest, store_result
+from deltaw.cache.results import load_result, result_digest, store_result
 from deltaw.kernels import linear, loader, quantize
 from deltaw.kernels.arithmetic import TORCH, WEIGHT_TYPES, Arithmetic, supported_arithmetics
 from deltaw.kernels.processor import second_level_cache
@@ -119,13 +119,18 @@ def _name(key: object) -> str:
 
 
 # Rank of the low-rank update, rows of a full product, and rows of a probe that rules out slow candidates.
-RANK, ROWS, PROBE_ROWS = 16, 512, 16
+RANK = 16
+ROWS = 512
+PROBE_ROWS = 16
 # Time limit of a measurement, and target time of one product.
-SECONDS, SECONDS_PER_PRODUCT = 0.28, 1e-3
+SECONDS = 0.28
+SECONDS_PER_PRODUCT = 1e-3
 # Rounds before slow candidates are dropped, and maximum number of rounds.
-MIN_ROUNDS, MAX_ROUNDS = 3, 8
+MIN_ROUNDS = 3
+MAX_ROUNDS = 8
 # A candidate slower than the best of its type by this factor is dropped, after the probe or after full products.
-PROBE_SLOW_FACTOR, SLOW_FACTOR = 8.0, 1.8
+PROBE_SLOW_FACTOR = 8.0
+SLOW_FACTOR = 1.8
 # Maximum ratio of the second fastest to the fastest time in an undisturbed measurement.
 STEADY_RATIO = 1.15
 # Size of the L2 cache in bytes if the system does not report it.
@@ -286,7 +291,9 @@ class _Operands:
 
     def __init__(self, weight_type: str, outputs: int, inputs: int, generator: torch.Generator) -> None:
         dtype = _DTYPES[weight_type]
-        self.outputs, self.inputs, self.dtype = outputs, inputs, dtype
+        self.outputs = outputs
+        self.inputs = inputs
+        self.dtype = dtype
         weight = torch.rand(outputs, inputs, generator=generator).sub_(0.5)
         self.scale = None
         if weight_type == "int8":
@@ -295,7 +302,8 @@ class _Operands:
             weight = weight.to(dtype)
         copies = max(2, -(-2 * (second_level_cache() or _CACHE) // (weight.numel() * weight.element_size())))
         self.weights = weight.repeat(copies, 1, 1)
-        self.lora_A, self.lora_B = torch.zeros(inputs, RANK), torch.zeros(RANK, outputs)
+        self.lora_A = torch.zeros(inputs, RANK)
+        self.lora_B = torch.zeros(RANK, outputs)
         self.operands = {width: torch.rand(ROWS, width, generator=generator).to(dtype) for width in (inputs, outputs)}
         self._next = 0
 
@@ -320,7 +328,8 @@ class _Trial:
     """
 
     def __init__(self, candidate: Candidate, products: list[tuple[Callable[[int], None], int]]) -> None:
-        self.candidate, self.products = candidate, products
+        self.candidate = candidate
+        self.products = products
         self.timings: dict[int, list[list[float]]] = {}
 
     def time(self, rows: int, clock: Callable[[], float]) -> None:
@@ -420,7 +429,8 @@ def sizes_of(config: object) -> Sizes:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     hidden = _number(text, "hidden_size", "d_model", "n_embd") or GENERIC.hidden
     mlp = _number(text, "intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size") or 4 * hidden
-    heads, size = _number(text, "num_attention_heads"), _number(text, "head_dim")
+    heads = _number(text, "num_attention_heads")
+    size = _number(text, "head_dim")
     return Sizes(hidden, mlp, heads * size if heads and size else hidden)
 
 

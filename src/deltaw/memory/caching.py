@@ -6,8 +6,13 @@ from bisect import bisect_left, insort
 
 # Constants of CUDACachingAllocator.cpp, in bytes. Blocks are multiples of BLOCK. Blocks up to SMALL are in segments of
 # SMALL_SEGMENT, larger ones in segments of LARGE_SEGMENT. From OWN_SEGMENT on, a block has a segment of its size.
-BLOCK, MIB = 512, 2**20
-SMALL, SMALL_SEGMENT, LARGE_SEGMENT, OWN_SEGMENT, SEGMENT_MULTIPLE = MIB, 2 * MIB, 20 * MIB, 10 * MIB, 2 * MIB
+BLOCK = 512
+MIB = 2**20
+SMALL = MIB
+SMALL_SEGMENT = 2 * MIB
+LARGE_SEGMENT = 20 * MIB
+OWN_SEGMENT = 10 * MIB
+SEGMENT_MULTIPLE = 2 * MIB
 
 
 class CachingAllocator:
@@ -21,12 +26,14 @@ class CachingAllocator:
         self.reserved_bytes = self._end = 0
         # Free blocks: sorted (size, start) per pool (True: small), sizes by start, and starts by end.
         self._pools: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
-        self._sizes, self._starts = dict[int, int](), dict[int, int]()
+        self._sizes = dict[int, int]()
+        self._starts = dict[int, int]()
 
     def allocate(self, size: int) -> tuple[int, int]:
         """Return the start and the size of a block of at least ``size`` bytes. Small remainders are not split off."""
         size = -(-size // BLOCK) * BLOCK
-        pool, min_remainder = self._pools[size <= SMALL], BLOCK if size <= SMALL else SMALL + 1
+        pool = self._pools[size <= SMALL]
+        min_remainder = BLOCK if size <= SMALL else SMALL + 1
         if (index := bisect_left(pool, (size, 0))) < len(pool):
             total, start = pool[index]
             self._take(start, size <= SMALL)
@@ -48,7 +55,8 @@ class CachingAllocator:
             size += self._take(start + size, is_small)
         if start in self._starts:
             before = self._starts[start]
-            start, size = before, size + self._take(before, is_small)
+            start = before
+            size = size + self._take(before, is_small)
         self._add(start, size, is_small)
 
     def _take(self, start: int, is_small: bool) -> int:
@@ -61,4 +69,5 @@ class CachingAllocator:
 
     def _add(self, start: int, size: int, is_small: bool) -> None:
         insort(self._pools[is_small], (size, start))
-        self._sizes[start], self._starts[start + size] = size, start
+        self._sizes[start] = size
+        self._starts[start + size] = start

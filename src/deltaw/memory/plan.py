@@ -30,6 +30,14 @@ KINDS = (
     "workspace",  # all other tensors: temporary results, and buffers inside operators
 )
 PHASES = ("forward", "backward", "optimizer")
+# Memory fragmentation, relative to the tensors that are allocated and freed within a step. It is a property of glibc's
+# allocation strategy and does not depend on version or processor.
+ALLOCATOR_SLACK = 0.06
+# A few long rows are reported if they cause at least this share of the process's memory.
+LONG_ROWS_SHARE = 0.15
+# Phases of a process. The parts of its memory are those of the training phase. If another phase needs more, the excess
+# is a part with the name of that phase.
+PROCESS_PHASES = ("reading", "loading", "training", "rollouts", "saving")
 
 
 @dataclass(frozen=True)
@@ -68,17 +76,6 @@ def downsample(timeline: list[tuple[int, int]], points: int = 400) -> tuple[tupl
     interval = max(1, -(-len(timeline) // points))
     highest = (max(timeline[i : i + interval], key=lambda p: p[1]) for i in range(0, len(timeline), interval))
     return tuple((PHASES[phase], size) for phase, size in highest)
-
-
-# Memory fragmentation, relative to the tensors that are allocated and freed within a step. It is a property of glibc's
-# allocation strategy and does not depend on version or processor.
-ALLOCATOR_SLACK = 0.06
-
-# A few long rows are reported if they cause at least this share of the process's memory.
-LONG_ROWS_SHARE = 0.15
-# Phases of a process. The parts of its memory are those of the training phase. If another phase needs more, the excess
-# is a part with the name of that phase.
-PROCESS_PHASES = ("reading", "loading", "training", "rollouts", "saving")
 
 
 @dataclass(frozen=True)
@@ -348,7 +345,8 @@ def resident_parts(
     Returns:
         Bytes by part, which add up to the peak, and bytes by phase.
     """
-    kinds, slack = footprint.parts, ALLOCATOR_SLACK * (device == "cpu")
+    kinds = footprint.parts
+    slack = ALLOCATOR_SLACK * (device == "cpu")
     permanent = sum(kinds[kind] for kind in ("weights", "trained", "optimizer", "gradients"))
     training = {
         "process": process_bytes,
@@ -387,7 +385,8 @@ def memory_fields(footprint: Footprint, process_bytes: int, other: OtherBytes, d
         weights = footprint.parts["weights"] + other.mapped + other.features
         fields["host_bytes"] = max(other.reading, process_bytes + weights)
         fields["overhead"] = {"allocator": footprint.retained_bytes, "context": context_bytes()}
-        footprint, process_bytes = dataclasses.replace(footprint, retained_bytes=0), 0
+        footprint = dataclasses.replace(footprint, retained_bytes=0)
+        process_bytes = 0
         other = OtherBytes(decoder=other.decoder, rollouts=other.rollouts, kernels=workspace_bytes(device))
     resident, phases = resident_parts(footprint, process_bytes, other, device)
     sizes = {"peak_bytes": footprint.peak_bytes, "peak_resident_bytes": sum(resident.values())}

@@ -33,10 +33,12 @@ Rule: TypeAlias = Callable[[Arguments], int]
 
 
 def _linear_arena_bytes(args: Arguments, in_blocks: bool, backward: bool, need_x: bool, in_int8: bool) -> int:
-    x, (product, _) = args[0], split_arguments(args)
+    x = args[0]
+    product, _ = split_arguments(args)
     if not _uses_compiled_product(x, product.scale):
         return 0
-    (inputs, outputs), rank = product.sizes, 0 if product.lora_A is None else product.lora_A.shape[1]
+    inputs, outputs = product.sizes
+    rank = 0 if product.lora_A is None else product.lora_A.shape[1]
     return loader.kernels().dw_linear_scratch_size(
         loader.dtype_code(x.dtype), x.shape[0], outputs, inputs, product.number, product.by_column,
         product.scale is not None or in_int8, in_blocks, rank, backward, need_x,
@@ -77,7 +79,8 @@ def _head_gradient_arena(args: Arguments) -> int:
 
 
 def _cross_entropy_arena(args: Arguments) -> int:
-    logits, with_gradient = args[0], args[5]
+    logits = args[0]
+    with_gradient = args[5]
     return torch.get_num_threads() * -(-logits.shape[1] // 16) * 16 * 4 if with_gradient else 0
 
 
@@ -103,24 +106,29 @@ def _cross_entropy_reference(args: Arguments) -> int:
 
 def _linear_tensors(args: Arguments) -> int:
     """Return the bytes of the quantized input, or of the reference implementation if torch computes the product."""
-    x, (product, (added, x_int8, _)) = args[0], split_arguments(args)
+    x = args[0]
+    product, (added, x_int8, _) = split_arguments(args)
     if _uses_compiled_product(x, product.scale):
         # 0 if the caller passed the input in int8
         return _int8_bytes(x, product.in_blocks) if product.scale is not None and x_int8 is None else 0
     result = _reference_bytes(x, product, product.sizes[1], product.bias is not None or added is not None)
     if product.format is None:
         return result
-    chunk, size = reference_chunk_rows(*product.sizes[::-1]), x.dtype.itemsize
+    chunk = reference_chunk_rows(*product.sizes[::-1])
+    size = x.dtype.itemsize
     return max(result, _unpacked_chunk_bytes(product, size) + x.shape[0] * chunk * size)
 
 
 def _linear_backward_tensors(args: Arguments) -> int:
     """Return the bytes of the quantized gradient, or of the reference implementation."""
-    grad, (product, (added, need_x, in_int8)) = args[0], split_arguments(args)
+    grad = args[0]
+    product, (added, need_x, in_int8) = split_arguments(args)
     if _uses_compiled_product(grad, product.scale):
         # The gradient in int8, with a scale per block of a row.
         return _int8_bytes(grad, True) if (product.scale is not None or in_int8) and need_x else 0
-    rows, inputs, size = grad.shape[0], product.sizes[0] if need_x else 0, grad.dtype.itemsize
+    rows = grad.shape[0]
+    inputs = product.sizes[0] if need_x else 0
+    size = grad.dtype.itemsize
     result = _reference_bytes(grad, product, inputs, added is not None)
     if product.format is not None and need_x:
         # fp32 accumulators, their summands, and a chunk of weight rows. The result is not allocated yet.
@@ -253,7 +261,8 @@ def _mean_scratch(args: Arguments) -> int:
 
 def _pointwise_scratch(args: Arguments) -> int:
     """Return the bytes of the copies of inputs that are converted to a common type."""
-    first, second = args[0], args[1]
+    first = args[0]
+    second = args[1]
     if not isinstance(second, Tensor) or first.dtype == second.dtype:
         return 0
     common = torch.result_type(first, second)
@@ -262,7 +271,8 @@ def _pointwise_scratch(args: Arguments) -> int:
 
 def _in_place_scratch(args: Arguments) -> int:
     """Return the bytes as in :func:`_pointwise_scratch`, plus a copy for the result if the first input is converted."""
-    first, second = args[0], args[1]
+    first = args[0]
+    second = args[1]
     common = torch.result_type(first, second)
     result_bytes = first.numel() * common.itemsize if first.dtype != common else 0
     return _pointwise_scratch(args) + result_bytes

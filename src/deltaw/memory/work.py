@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import flop_registry
 
-from deltaw.cache import load_result, store_result
+from deltaw.cache.results import load_result, store_result
 from deltaw.kernels.processor import processor_flags, processor_name
 from deltaw.kernels.torch_private import FLASH_BACKWARD, GROUPED_PRODUCT, DispatchMode
 from deltaw.machine.memory import resident_bytes, trim_memory
@@ -38,7 +38,9 @@ SHORT_LENGTH = 64
 
 def warm_up(dtype: torch.dtype) -> None:
     """Run every kind of operator of a training step once, with weights of this type."""
-    rows, width, classes = 64, 256, 512
+    rows = 64
+    width = 256
+    classes = 512
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         weight = torch.ones(width, width, dtype=dtype)
         factor = torch.ones(width, 8, requires_grad=True)
@@ -103,7 +105,8 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 # Number of kernels that oneDNN caches by default (configurable by environment variable), and the factor for memory of
 # evicted kernels that the process cannot return.
-DEFAULT_CAPACITY, EVICTION_OVERHEAD = 1024, 1.125
+DEFAULT_CAPACITY = 1024
+EVICTION_OVERHEAD = 1.125
 
 
 class ProductShape(NamedTuple):
@@ -162,7 +165,8 @@ class WorkCounter(DispatchMode):
         if formula is not None:
             self.operations += int(formula(*args, **kwargs, out_val=result))
         if packet is GROUPED_PRODUCT:
-            rows, weight = args[0], args[1]
+            rows = args[0]
+            weight = args[1]
             self.routed[RoutedProduct(rows.dtype in HALF_DTYPES, rows.shape[0], tuple(weight.shape))] += 1
         elif packet in _PRODUCTS:
             self._note_product(packet, args)

@@ -21,9 +21,9 @@ for _entry in (
         compared_by_default=True,
     ),
     MethodEntry(
-        "head", "deltaw.methods.in_place:Head", HeadSettings, "only the output layer", compared_by_default=True
+        "head", "deltaw.methods.whole_parameters:Head", HeadSettings, "only the output layer", compared_by_default=True
     ),
-    MethodEntry("input", "deltaw.methods.in_place:Input", InputSettings, "the input layer"),
+    MethodEntry("input", "deltaw.methods.single_weights:Input", InputSettings, "the input layer"),
     MethodEntry(
         "prompt",
         "deltaw.methods.prompt:SoftPrompt",
@@ -33,18 +33,22 @@ for _entry in (
         search=("prompt.length=[5, 10, 20, 50]",),
         compared_by_default=True,
     ),
-    MethodEntry("bias", "deltaw.methods.in_place:Bias", compared_by_default=True),
+    MethodEntry("bias", "deltaw.methods.whole_parameters:Bias", compared_by_default=True),
     MethodEntry(
         "random",
-        "deltaw.methods.in_place:Random",
+        "deltaw.methods.single_weights:Random",
         RandomSettings,
         "a random subset of weights",
         search=("random.weights=0.001..0.05:log",),
         compared_by_default=True,
     ),
     MethodEntry(
-        "last", "deltaw.methods.in_place:Last", LastSettings, "the last blocks", search=("last.blocks=[1, 2, 4]",)
+        "last",
+        "deltaw.methods.whole_parameters:Last",
+        LastSettings,
+        "the last blocks",
+        search=("last.blocks=[1, 2, 4]",),
     ),
-    MethodEntry("full", "deltaw.methods.in_place:Full", compared_by_default=True),
+    MethodEntry("full", "deltaw.methods.whole_parameters:Full", compared_by_default=True),
 ):
     register(_entry)

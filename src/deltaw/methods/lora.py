@@ -57,8 +57,11 @@ class LoRA(Method):
         return cls(config, 1.0 if train is None else train.loraplus_lr_ratio)
 
     def _set_config(self, config: LoRAConfig) -> None:
-        self.config, self.is_activated, tokens = config, config.active == "completion", config.invocation_tokens
-        self.requested_invocation, self.invocation = tokens, tokens if isinstance(tokens, list) else None
+        self.config = config
+        self.is_activated = config.active == "completion"
+        tokens = config.invocation_tokens
+        self.requested_invocation = tokens
+        self.invocation = tokens if isinstance(tokens, list) else None
 
     @property
     def trained_modules(self) -> Sequence[str]:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from deltaw.errors import UserError, did_you_mean
-from deltaw.kernels.torch_private import direct_parameters
-from deltaw.lora.attachment import ReplacedParameter, find_spots, originals_restored
+from deltaw.kernels.torch_modules import direct_parameters
+from deltaw.lora.replacements import ReplacedParameter, find_spots, originals_restored
 from deltaw.lora.stored import block_weight, describe_quantization
 
 

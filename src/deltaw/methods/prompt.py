@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaw.errors import UserError
-from deltaw.lora.attachment import ReplacedParameter
 from deltaw.lora.files import read_tensors, task_type_of
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, warn_other_base
 from deltaw.lora.peft_format import PEFT_FORMAT, base_reference, base_settings
+from deltaw.lora.replacements import ReplacedParameter
 from deltaw.lora.stored import count_logical_parameters
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Calibration, Folder, Metadata, Method, Names, Start
 from deltaw.methods.files import read_config, read_metadata, text_or_none, write_adapter
@@ -126,12 +126,14 @@ def read_prompt(folder: Path) -> PromptFile:
     Raises:
         UserError: if a file is missing or damaged, the adapter is of another kind, or its parts are inconsistent.
     """
-    settings, location = read_config(folder), str(folder / ADAPTER_CONFIG)
+    settings = read_config(folder)
+    location = str(folder / ADAPTER_CONFIG)
     kind = settings.get("peft_type") or settings.get("method")
     if kind != KIND:
         message = f"the adapter was made by {kind!r}, not by prompt tuning"
         raise UserError(message, location=location, hint="use the method that it was trained with")
-    task, parts = settings.get("task_type"), settings.get("num_transformer_submodules")
+    task = settings.get("task_type")
+    parts = settings.get("num_transformer_submodules")
     if task not in _TASKS or parts not in (1, None):
         message = f"a soft prompt for task_type {task!r} with {parts} parts is not supported"
         raise UserError(message, location=location, hint="use a soft prompt of a model with one input sequence")
@@ -277,7 +279,8 @@ class SoftPrompt(Method):
         Token embeddings are inputs that the model has seen in training. Noise with the same variance learned more
         slowly, and N(0, 1), PEFT's default, has a norm that is many times larger.
         """
-        length, text = self.settings.length, self.settings.text
+        length = self.settings.length
+        text = self.settings.text
         if text is None:
             generator = torch.Generator().manual_seed(seed)
             return torch.randint(vocabulary, (length,), generator=generator), "initialized with random tokens"

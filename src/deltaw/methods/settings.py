@@ -19,7 +19,11 @@ class _Section:
 class HeadSettings(_Section):
     """The ``head:`` section."""
 
-    modules: list[str] | None = setting(None, "modules trained by method head; null: the model's output layer")
+    modules: list[str] | None = setting(
+        None,
+        "modules trained by method head; null: the model's output layer",
+        when="Set it if the model has several output layers.",
+    )
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,11 @@ class InputSettings(_Section):
     """The ``input:`` section."""
 
     modules: list[str] | None = setting(None, "modules trained by method input; null: the model's input layer")
-    tokens: list[str] | None = setting(None, "tokens whose embeddings are trained; null: all")
+    tokens: list[str] | None = setting(
+        None,
+        "tokens whose embeddings are trained; null: all",
+        when="Set it to train a few new tokens, such as role names.",
+    )
 
     def __post_init__(self) -> None:
         if self.modules and self.tokens:
@@ -42,9 +50,16 @@ class PromptSettings(_Section):
         UserError: if a value is out of range, or ``init`` and ``text`` contradict each other.
     """
 
-    length: int = setting(20, "number of virtual tokens prepended to every row", minimum=1)
+    length: int = setting(
+        20,
+        "number of virtual tokens prepended to every row",
+        when="Use 50 to 100 for harder tasks; each virtual token lengthens every row.",
+        minimum=1,
+    )
     init: Literal["random", "text"] = setting(
-        "random", "initialization with the embeddings of random tokens, or of the tokens of prompt.text"
+        "random",
+        "initialization with the embeddings of random tokens, or of the tokens of prompt.text",
+        when="Use text with an instruction: it learns faster than random tokens.",
     )
     text: str | None = setting(None, "text for init: text; repeated or truncated to prompt.length tokens")
 
@@ -63,7 +78,10 @@ class RandomSettings(_Section):
     """The ``random:`` section."""
 
     weights: float = setting(
-        0.01, "weights to train: a fraction (below 1), or a number of weights (from 1)", exclusiveMinimum=0
+        0.01,
+        "weights to train: a fraction (below 1), or a number of weights (from 1)",
+        when="Raise it toward 0.05 if the loss stays high; the adapter stores an index and a value per weight.",
+        exclusiveMinimum=0,
     )
 
     def __post_init__(self) -> None:
@@ -76,7 +94,12 @@ class RandomSettings(_Section):
 class LastSettings(_Section):
     """The ``last:`` section."""
 
-    blocks: int = setting(2, "number of blocks to train, from the top", minimum=1)
+    blocks: int = setting(
+        2,
+        "number of blocks to train, from the top",
+        when="Raise it if the loss stays high; memory and time grow with the number of blocks.",
+        minimum=1,
+    )
 
     def __post_init__(self) -> None:
         if self.blocks < 1:

@@ -18,7 +18,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from deltaw.errors import UserError, clean
-from deltaw.hub.folders import adapter_folder, read_json_object
+from deltaw.hub.folders import adapter_folder
+from deltaw.hub.outside_references import read_json_object
 from deltaw.hub.tokenizers import load_tokenizer
 from deltaw.lora.config import LoRAConfig, scaling
 from deltaw.lora.files import AdapterFile, find_weights, read_adapter, unsupported_reason
@@ -275,7 +276,8 @@ def _check_kind(source: AdapterFolder, config: RunConfig) -> None:
             message, location=location, hint="use an adapter of deltaw, or of LoRA or prompt tuning in PEFT"
         )
     require_same_kind(entry.name, source.task, config, location)
-    stored, has_fingerprint = base_reference(source.adapter), FINGERPRINT_KEY in read_metadata(source.folder)
+    stored = base_reference(source.adapter)
+    has_fingerprint = FINGERPRINT_KEY in read_metadata(source.folder)
     if stored and not has_fingerprint and Path(stored).name.lower() != Path(config.model).name.lower():
         raise _other_base_error(source, f"'{config.model}'")
 

@@ -134,7 +134,8 @@ def read_folder(folder: Path, *, trust_remote_code: bool | None) -> AdapterFolde
     if not is_adapter(folder):
         raise _missing_adapter_error(folder)
     require_contained(folder)
-    adapter, settings = read_config(folder), folder / SETTINGS
+    adapter = read_config(folder)
+    settings = folder / SETTINGS
     if not settings.is_file():
         return AdapterFolder(folder, adapter, None)
     run = RunConfig.read(settings)
@@ -196,7 +197,8 @@ def _with_saved_template(config: RunConfig, folder: Path, overrides: Mapping[str
     Raises:
         UserError: if the folder contains no template and only the folder names the original file.
     """
-    key, saved = "data.chat_template", folder / CHAT_TEMPLATE
+    key = "data.chat_template"
+    saved = folder / CHAT_TEMPLATE
     if config.data.chat_template is None:
         return config
     if saved.is_file():

@@ -56,7 +56,8 @@ def _score_table(result: ChainResult, held_out: HeldOutScores) -> FigureTable:
     if first is None:
         return FigureTable(f"No scores on the held-out rows of '{held_out.stage}'", ("model",), (), errors)
     parents = parents_of(result)
-    rows, has_loss = [], first.metric != "loss" and "loss" in first.metrics
+    rows = []
+    has_loss = first.metric != "loss" and "loss" in first.metrics
     for model, score in scores.items():
         value = metric_value(score.metric, score.value)
         if score.interval is not None:
@@ -82,12 +83,14 @@ def warning_lines(result: ChainResult) -> list[str]:
     lines = []
     for held_out in result.held_out:
         for name, parent in parents_of(result).items():
-            after, before = held_out.scores.get(name), held_out.scores.get(parent)
+            after = held_out.scores.get(name)
+            before = held_out.scores.get(parent)
             if name == held_out.stage or after is None or before is None or None in (after.value, before.value):
                 continue
             change = (after.value or 0.0) - (before.value or 0.0)
             if (change < 0) == after.higher_is_better and change:
-                metric, text = metric_name(after.metric), _difference(before, after)
+                metric = metric_name(after.metric)
+                text = _difference(before, after)
                 lines.append(f"'{name}' is worse than '{parent}' on the rows of '{held_out.stage}': {metric} {text}")
     return lines
 
@@ -98,7 +101,9 @@ def _difference(before: StageScore | None, after: StageScore) -> str:
         return ""
     change = np.array(after.per_row) - np.array(before.per_row)
     share = is_share(after.metric.rpartition(" ")[2])  # without the name of the set
-    bounds, factor, digits = mean_interval(change), 100.0 if share else 1.0, ".1f" if share else ".3f"
+    bounds = mean_interval(change)
+    factor = 100.0 if share else 1.0
+    digits = ".1f" if share else ".3f"
     mean = float(change.mean())
     if bounds is None or not math.isfinite(mean) or bounds[0] == bounds[1]:  # all rows changed equally
         return f"{factor * mean:+{digits}}"
@@ -107,7 +112,8 @@ def _difference(before: StageScore | None, after: StageScore) -> str:
 
 def terminal_tables(result: ChainResult) -> list[tuple[str, Table]]:
     """Return the captions and tables for the terminal."""
-    stages, scores = stages_table(result), score_tables(result)
+    stages = stages_table(result)
+    scores = score_tables(result)
     captions = [stages.caption, *(f"{part.caption}{part.note and f' ({part.note})'}" for part in scores)]
     return [(caption, table(t.head, t.rows, fold=True)) for caption, t in zip(captions, [stages, *scores], strict=True)]
 

@@ -79,7 +79,8 @@ def draw_plans(plans: Mapping[str, Plan]) -> str:
         Bar(name, gigabytes(plan.peak_resident_bytes), stack(memory_parts(process_parts(plan))))
         for name, plan in plans.items()
     ]
-    title, text = "Peak memory of the process", "; ".join(f"{bar.name}: {bar.note}" for bar in items)
+    title = "Peak memory of the process"
+    text = "; ".join(f"{bar.name}: {bar.note}" for bar in items)
     return standalone([Figure("plan", title, "", bars("plan", title, text, items), legend=memory_legend(items))])
 
 
@@ -131,9 +132,11 @@ def _memory_figure(results: Sequence[MethodResult]) -> Figure:
     for result in results:
         sizes = {"planned": result.planned_bytes, "measured": result.peak_bytes}
         note = ", ".join(f"{gigabytes(size)} {name}" for name, size in sizes.items() if size) or MISSING
-        planned, peak = result.planned_bytes or 0, result.peak_bytes or math.nan
+        planned = result.planned_bytes or 0
+        peak = result.peak_bytes or math.nan
         items.append(Bar(result.method, note, [*stack([("p2", "planned", planned)]), ("ink", "measured", peak, peak)]))
-    title, text = "Peak memory of a run", "; ".join(f"{bar.name}: {bar.note}" for bar in items)
+    title = "Peak memory of a run"
+    text = "; ".join(f"{bar.name}: {bar.note}" for bar in items)
     legend = [(swatch(kind, area=True), label) for kind, label in (("p2", "planned"), ("ink", "measured"))]
     return Figure("memory", title, "", bars("memory", title, text, items), legend=legend)
 
@@ -187,8 +190,10 @@ def task_table(scores: Mapping[str, Sequence[TaskScore]]) -> Table:
     rows: list[list[Cell]] = []
     previous_task = ""
     for task_scores in zip(*scores.values(), strict=True):
-        first, direction = task_scores[0], {True: " ↑", False: " ↓", None: ""}[task_scores[0].higher_is_better]
-        task, previous_task = "" if first.task == previous_task else first.task, first.task
+        first = task_scores[0]
+        direction = {True: " ↑", False: " ↓", None: ""}[task_scores[0].higher_is_better]
+        task = "" if first.task == previous_task else first.task
+        previous_task = first.task
         values = [f"{s.value:.4f}" + ("" if s.stderr is None else f" ± {s.stderr:.4f}") for s in task_scores]
         counts = ["" if number is None else f"{number:,}" for number in (first.rows, first.fewshot)]
         rows.append([task, first.metric + direction, *counts, *values])

@@ -8,7 +8,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 # Width of the progress bar in characters.
-MIN_BAR_WIDTH, MAX_BAR_WIDTH = 8, 30
+MIN_BAR_WIDTH = 8
+MAX_BAR_WIDTH = 30
 # Decay of the running mean of the loss or reward.
 SMOOTHING = 0.9
 

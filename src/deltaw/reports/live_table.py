@@ -27,7 +27,8 @@ from deltaw.reports.work_display import NEXT_LINE
 from deltaw.runs.folder import FINISHED, KILLED, RUNNING, STATES, Run, find_runs, is_alive, is_run
 
 # Minimum seconds between scans, and minimum interval as a multiple of the duration of a scan.
-REFRESH, IDLE_FACTOR = 1.0, 20
+REFRESH = 1.0
+IDLE_FACTOR = 20
 # States of a run that has started.
 STARTED_STATES = (*STATES, KILLED)
 # Number of recent steps from which the speed and the remaining time are computed.
@@ -67,9 +68,11 @@ def _scan(names: Sequence[str], followed: dict[Path, None]) -> tuple[list[Run], 
     waiting = {}
     for name in names:
         try:
-            path, hint = find_folder(name), ""
+            path = find_folder(name)
+            hint = ""
         except UserError as error:
-            path, hint = Path(name), f" ({error.hint})" if "did you mean" in str(error.hint) else ""
+            path = Path(name)
+            hint = f" ({error.hint})" if "did you mean" in str(error.hint) else ""
         is_folder = path.is_dir() and not is_run(path)
         paths = find_runs(path) if is_folder else [path]
         states = (RUNNING,) if is_folder else STARTED_STATES
@@ -89,7 +92,9 @@ def live_line(run: Run) -> LiveLine:
     """Return the progress line of a run. The memory is that of the running process, or the peak of a process that
     exited.
     """
-    columns, steps, mean = run.metrics.columns, min(len(run.metrics), RECENT_STEPS), None
+    columns = run.metrics.columns
+    steps = min(len(run.metrics), RECENT_STEPS)
+    mean = None
     values, lengths = (run.metrics.column(name)[1].tolist() for name in (run.progress, "length"))
     for value in values[-2 * RECENT_STEPS :]:
         mean = update_mean(mean, value)
@@ -123,7 +128,8 @@ def outcome_text(run: Run) -> str:
 
 def progress_values(name: str, run: Run) -> dict[str, Any]:
     """Return the progress of a run as plain values."""
-    line, last = live_line(run), None
+    line = live_line(run)
+    last = None
     for step, metrics in run.metrics.evaluations[-1:]:
         last = {"step": step, **{name: value if math.isfinite(value) else None for name, value in metrics.items()}}
     return {
@@ -178,11 +184,13 @@ class _LogLines:
                 self.out.print_line(prefix + outcome_text(run))
 
     def _is_new(self, key: object, value: object) -> bool:
-        previous, self._last_values[key] = self._last_values.get(key), value
+        previous = self._last_values.get(key)
+        self._last_values[key] = value
         return previous != value
 
     def progress(self, prefix: str, run: Run) -> None:
-        now, is_new = time.monotonic(), self._is_new(run.path, evaluation_text(run))
+        now = time.monotonic()
+        is_new = self._is_new(run.path, evaluation_text(run))
         if is_new or now - self._last_line_times[run.path] >= NEXT_LINE:
             self._last_line_times[run.path] = now
             self.out.print_line(prefix + live_line(run).log_line(WIDTH - len(prefix)))

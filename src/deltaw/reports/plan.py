@@ -113,7 +113,8 @@ def long_rows_lines(plan: Plan) -> list[str]:
     """Return the memory cost of rare long rows and the settings that avoid it, or no lines if the cost is small."""
     if not plan.long_rows:
         return []
-    rows, limit = plan.long_rows["rows"], plan.long_rows["max_length"]
+    rows = plan.long_rows["rows"]
+    limit = plan.long_rows["max_length"]
     verb, determine = ("is", "sets") if rows == 1 else ("are", "set")
     remaining_size = gigabytes(plan.peak_resident_bytes - plan.long_rows["saves"])
     return [
@@ -163,7 +164,8 @@ def chain_report(plans: Mapping[str, Plan], free: int) -> RenderableType:
     for name, plan in plans.items():
         times = duration(plan.seconds_per_step), duration(plan.seconds)
         add_row(result, (name, f"{plan.trained_parameters:,}", gigabytes(plan.peak_resident_bytes), *times))
-    peak, seconds = max(plan.peak_resident_bytes for plan in plans.values()), [p.seconds for p in plans.values()]
+    peak = max(plan.peak_resident_bytes for plan in plans.values())
+    seconds = [p.seconds for p in plans.values()]
     total = None if None in seconds else sum(second or 0.0 for second in seconds)
     add_row(result, ("all, without the final scores", "", gigabytes(peak), "", duration(total)), "bold")
     verdict = Text("fits", "bold green") if peak <= free else Text("does not fit", "bold red")
@@ -177,7 +179,8 @@ def plan_bars(plans: Mapping[str, Plan]) -> RenderableType:
     for name, plan in plans.items():
         bar = Text(f"{name:>8} ")
         parts = process_parts(plan)
-        filled, cumulative = 0, 0
+        filled = 0
+        cumulative = 0
         for part, _, color in PARTS:
             cumulative += parts.get(part, 0)
             end = round(BAR * cumulative / largest)

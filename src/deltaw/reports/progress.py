@@ -37,7 +37,7 @@ from deltaw.reports.tables import (
 )
 from deltaw.reports.work_display import FIRST_LINE, NEXT_LINE
 from deltaw.runs.folder import FINISHED, INTERRUPTED, Run
-from deltaw.runs.record import Result
+from deltaw.runs.result import Result
 from deltaw.runs.summary import next_commands
 from deltaw.training.callbacks import Callback, RateSearch, RunStart, Sample
 from deltaw.training.evaluation.base import Evaluation
@@ -46,7 +46,8 @@ from deltaw.training.state import Outcome, Step, TrainState
 # A plan above this share of the available memory is reported as tight.
 TIGHT_SHARE = 0.9
 # Number of suggested commands and sample answers that are printed. The run's page shows all of them.
-MAX_COMMANDS, MAX_SAMPLES = 4, 2
+MAX_COMMANDS = 4
+MAX_SAMPLES = 2
 
 
 def print_summary(console: TerminalOutput, result: Result) -> None:
@@ -58,7 +59,8 @@ def print_summary(console: TerminalOutput, result: Result) -> None:
         console.print_line(f"report: {result.output / REPORT}")
     commands = next_commands(result.output, state, result.method, result.task, generates_text=result.generates_text)
     for suggestion in commands[: None if console.verbose else MAX_COMMANDS]:
-        line, comment = f"next: {suggestion['command']}", f"  # {suggestion['what']}"
+        line = f"next: {suggestion['command']}"
+        comment = f"  # {suggestion['what']}"
         console.print(line + comment if len(line + comment) <= WIDTH else f"{line}\n{comment}")
     if verdict := result.generation.get("line"):
         console.print(Text(verdict), soft_wrap=True)  # one line, so that scripts can read the last one
@@ -66,7 +68,8 @@ def print_summary(console: TerminalOutput, result: Result) -> None:
 
 def summary_rows(result: Result) -> Iterator[tuple[str, str]]:
     """Yield a name and a text for each line of the summary."""
-    outcome, generation = result.outcome, result.generation
+    outcome = result.outcome
+    generation = result.generation
     if text := generation.get("line"):
         name, _, reasons = str(text).partition(": ")
         yield name, reasons
@@ -85,7 +88,8 @@ def summary_rows(result: Result) -> Iterator[tuple[str, str]]:
         yield "training loss", f"{outcome.loss:.4f}, the mean over all steps"
     if result.stopped_early is not None:
         yield "stopped early", result.stopped_early
-    evaluation, base = result.evaluation, {metric_name(k): v for k, v in run.base.items()}
+    evaluation = result.evaluation
+    base = {metric_name(k): v for k, v in run.base.items()}
     intervals = evaluation.named_intervals()
     if base and evaluation.metrics:
         is_base = result.generates_text and not run.values.get("start")
@@ -114,7 +118,8 @@ def summary_rows(result: Result) -> Iterator[tuple[str, str]]:
 
 def start_lines(start: RunStart) -> Iterator[str]:
     """Yield the lines about the method, steps and output of a run. Rows, memory and precision were printed earlier."""
-    config, train = start.config, start.config.train
+    config = start.config
+    train = start.config.train
     share = start.trained_parameters / start.total_parameters if start.total_parameters else 0.0
     rank = f" of rank {config.lora.rank}" if config.method == "lora" else ""
     trained = f"{count(start.trained_parameters)} of {count(start.total_parameters)} parameters trained"
@@ -199,7 +204,8 @@ class TerminalCallback(Callback):
         self._step_progress.close()
         line = self._line
         line.metric = "reward" if "reward" in step.metrics else "loss"
-        line.value, line.length = step.metrics.get("reward", step.loss), step.metrics.get("length")
+        line.value = step.metrics.get("reward", step.loss)
+        line.length = step.metrics.get("length")
         self._mean = line.mean = update_mean(self._mean, line.value)
         self._tokens += step.tokens
         self._seconds += step.seconds
@@ -229,7 +235,8 @@ class TerminalCallback(Callback):
         if step == 0:
             self._base = {sample.row: sample.answer for sample in samples}
         for sample in samples[:MAX_SAMPLES]:
-            prompt, width = one_line(sample.prompt, 24), WIDTH - len(f'step {step}, row {sample.row}: "" -> ""') - 24
+            prompt = one_line(sample.prompt, 24)
+            width = WIDTH - len(f'step {step}, row {sample.row}: "" -> ""') - 24
             if not self._is_finished:
                 line = f'step {step}, row {sample.row}: "{prompt}" -> "{one_line(sample.answer, width)}"'
                 self.on_line(line if step else Detail(line))

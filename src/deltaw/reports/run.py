@@ -15,7 +15,7 @@ from deltaw.progress import track_progress
 from deltaw.reports.page.write import write_page
 from deltaw.reports.tables import count, format_time, metric_name, metric_value
 from deltaw.runs.folder import Run, number
-from deltaw.runs.record import Result
+from deltaw.runs.result import Result
 from deltaw.settings.config import SETTINGS, RunConfig
 from deltaw.training.callbacks import Callback, RunStart
 from deltaw.training.evaluation.base import Evaluation
@@ -36,7 +36,8 @@ class PageCallback(Callback):
     """
 
     def __init__(self, log: Callback, clock: Callable[[], float] = time.monotonic) -> None:
-        self._log, self._clock = log, clock
+        self._log = log
+        self._clock = clock
         self._folder: Path | None = None
         self._not_before = 0.0
         self._next = 0.0
@@ -81,7 +82,8 @@ def finished_lines(result: Result, settings: str | None) -> Iterator[str]:
     Args:
         settings: Settings file of the command, or None if the command also has flags.
     """
-    run, output = Run(result.output), shell_word(result.output)
+    run = Run(result.output)
+    output = shell_word(result.output)
     score = f", {metric_name(run.score[0])} {metric_value(*run.score)}" if run.score else ""
     end_time = format_time(number(run.values.get("ended")) or run.changed)
     yield f"{result.output} is finished: {end_time}, {count(result.outcome.steps)} steps{score}"

@@ -236,7 +236,9 @@ def runs_as_dicts(records: Sequence[Run]) -> list[dict[str, Any]]:
 
 STYLES = {FINISHED: "green", RUNNING: "cyan", INTERRUPTED: "yellow"}
 # Maximum width of run names and model names, and the gap between columns.
-MAX_NAME_WIDTH, MAX_MODEL_WIDTH, COLUMN_GAP = 34, 26, 3
+MAX_NAME_WIDTH = 34
+MAX_MODEL_WIDTH = 26
+COLUMN_GAP = 3
 
 
 @dataclass(frozen=True)
@@ -321,7 +323,8 @@ def comparison_tables(records: Sequence[Run], width: int) -> list[RenderableType
     names = [one_line(name, MAX_NAME_WIDTH, end=True) for name in unique_names(records)]
     runs_per_table = max(1, (width - 26) // max(14, max(len(name) for name in names) + 3))
     parts: list[RenderableType] = []
-    results, differences = result_rows(records), differing_settings(records)
+    results = result_rows(records)
+    differences = differing_settings(records)
     for start in range(0, len(records), runs_per_table):
         selected = slice(start, start + runs_per_table)
         for numbers, title in ((results, results.head[0]), (differences, "settings that differ")):

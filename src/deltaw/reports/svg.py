@@ -150,7 +150,9 @@ def evenly_spaced(count: int, limit: int) -> list[int]:
 MAX_UNPLOTTED_POINTS = 2  # a chart with at most this number of points is replaced by its table
 MAX_HOVER_STRIPS = 50  # positions of a chart that show their values on hover
 WIDTH = 1000  # of the stretched inner drawing
-TOP, BOTTOM = 22, 24  # margins in pixels for the highest tick label and for the labels of the horizontal axis
+# margins in pixels for the highest tick label and for the labels of the horizontal axis
+TOP = 22
+BOTTOM = 24
 Point = tuple[float, float]
 # Label of a drawing: x as a share of the width, y in pixels, text, and class of the style sheet.
 TextLabel = tuple[float, float, str, str]
@@ -189,7 +191,10 @@ def swatch(kind: str, *, area: bool = False) -> Markup:
     return macro("swatch", kind, area)
 
 
-FILE_WIDTH, MARGIN, AXIS_MARGIN = 800, 20, 44  # of a file, in pixels
+# of a file, in pixels
+FILE_WIDTH = 800
+MARGIN = 20
+AXIS_MARGIN = 44
 LETTER_WIDTH = 7  # mean width of a letter in pixels, rounded up
 # Characters that XML 1.0 forbids.
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -197,8 +202,11 @@ _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 def standalone(figures: Sequence[Figure]) -> str:
     """Return figures, one below the other, as an SVG file with light and dark colors."""
-    y, width = MARGIN, FILE_WIDTH - 2 * MARGIN
-    texts, legend, drawings = [], [], []
+    y = MARGIN
+    width = FILE_WIDTH - 2 * MARGIN
+    texts = []
+    legend = []
+    drawings = []
     for figure in figures:
         texts.append((MARGIN, y + 14, figure.title, "heading"))
         y += 24
@@ -211,7 +219,8 @@ def standalone(figures: Sequence[Figure]) -> str:
             label_x = _size(sign, "width") + 6
             entry_width = label_x + LETTER_WIDTH * len(name) + 20
             if x + entry_width > FILE_WIDTH:
-                x, y = MARGIN, y + 20
+                x = MARGIN
+                y = y + 20
             legend.append((x, y + 6, sign, label_x, name))
             x += entry_width
         y += 32 if legend_entries else 8
@@ -285,7 +294,8 @@ def line_chart(
     x_min = min(x for x, _ in points) if x_from is None else x_from
     x_max = max(x for x, _ in points)
     if x_max <= x_min:
-        x_min, x_max = x_min - 1, x_max + 1
+        x_min = x_min - 1
+        x_max = x_max + 1
     plot = height - TOP - BOTTOM
 
     def down(value: float) -> float:
@@ -327,7 +337,8 @@ def _readings(curves: Sequence[ChartSeries], along: Callable[[float], float], x_
 
 
 def _range(values: Sequence[float], log: bool, from_zero: bool) -> tuple[float, float]:
-    low, high = min(values), max(values)
+    low = min(values)
+    high = max(values)
     if from_zero and not log:
         low = min(0.0, low)
     if low == high:
@@ -373,7 +384,9 @@ class Strip:
 def heat_map(identity: str, title: str, description: str, strips: Sequence[Strip], columns: Sequence[str]) -> Markup:
     """Return rows of cells with opacity proportional to the value, relative to the largest value."""
     top = max((v for strip in strips for v in strip.values if v is not None), default=0.0) or 1.0
-    line, cell, wide = 36, 16, 1 / max(1, len(columns))
+    line = 36
+    cell = 16
+    wide = 1 / max(1, len(columns))
     rects: list[Rect] = []
     texts: list[TextLabel] = []
     for y, strip in zip(range(0, line * len(strips), line), strips, strict=True):
@@ -405,7 +418,8 @@ class Bar:
 
 def stack(parts: Sequence[tuple[str, str, float]]) -> list[Span]:
     """Return the spans of stacked parts: class of the style sheet, name and size. Only positive sizes are shown."""
-    spans, end = [], 0.0
+    spans = []
+    end = 0.0
     for kind, name, size in parts:
         if size > 0:
             spans.append((kind, name, end, end + size))
@@ -425,7 +439,8 @@ def bars(
         return Markup()
     values = [x for bar in items for span in bar.spans for x in span[2:] if math.isfinite(x)] or [0.0]
     low, high = _range(values, False, False) if tick_format else (0.0, max(values) or 1.0)
-    line, thick = 44, 20
+    line = 44
+    thick = 20
     height = line * len(items) + 2
     rects: list[Rect] = []
     texts: list[TextLabel] = []
@@ -449,12 +464,15 @@ def histogram(identity: str, title: str, description: str, edges: Sequence[float
     """Return a histogram of token counts, or empty markup for a small number of bins."""
     if len(counts) <= MAX_UNPLOTTED_POINTS:
         return Markup()
-    largest, height = max(counts, default=0) or 1, 130
-    low, span = edges[0], (edges[-1] - edges[0]) or 1
+    largest = max(counts, default=0) or 1
+    height = 130
+    low = edges[0]
+    span = (edges[-1] - edges[0]) or 1
     plot = height - 10 - BOTTOM
     rects = []
     for (start, end), number in zip(itertools.pairwise(edges), counts, strict=True):
-        tall, wide = plot * number / largest, max(0.004, (end - start) / span - 0.005)
+        tall = plot * number / largest
+        wide = max(0.004, (end - start) / span - 0.005)
         hover = f"{start:g} to {end - 1:g} tokens: {number:,}"
         rects.append(Rect("column", (start - low) / span, 10 + plot - tall, wide, tall, hover))
     texts = [(share, height - 6, f"{edge:,.0f} tokens", "") for share, edge in ((0, edges[0]), (1, edges[-1] - 1))]

@@ -16,11 +16,13 @@ from rich.text import Text
 from deltaw.reports.tables import TerminalOutput
 
 # Seconds before the spinner is shown on a terminal, and between its updates.
-SPINNER_DELAY, SPINNER_INTERVAL = 0.6, 0.2
+SPINNER_DELAY = 0.6
+SPINNER_INTERVAL = 0.2
 
 
 # Without redrawing: seconds without output before the first line, and between two lines of work or steps.
-FIRST_LINE, NEXT_LINE = 5.0, 15.0
+FIRST_LINE = 5.0
+NEXT_LINE = 15.0
 
 
 @dataclass
@@ -71,7 +73,8 @@ class WorkingDisplay:
             self._works.pop()
             if self._works:
                 return
-            idle, thread = self._idle, self._thread
+            idle = self._idle
+            thread = self._thread
         if idle is not None and thread is not None:
             idle.set()
             thread.join()

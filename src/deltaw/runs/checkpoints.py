@@ -37,12 +37,15 @@ JSONMap: TypeAlias = Mapping[str, object]
 # Pickle is not used.
 
 
-VALUES, TENSORS, MANIFEST = "state.json", "state.safetensors", "manifest.json"
+VALUES = "state.json"
+TENSORS = "state.safetensors"
+MANIFEST = "manifest.json"
 # Version of the format. Increased if older checkpoints cannot be read.
 VERSION = 1
 PREFIX = "step-"
 # Hidden name prefixes of folders that are being written or deleted. A killed process may leave them behind.
-PARTIAL, DELETED = ".partial-", ".deleted-"
+PARTIAL = ".partial-"
+DELETED = ".deleted-"
 _CHUNK = 4 * 2**20
 
 
@@ -71,7 +74,8 @@ class CheckpointWriter:
     """Checkpoint with written files that has not been flushed or renamed yet."""
 
     def __init__(self, temporary: Path, target: Path) -> None:
-        self._temporary, self.target = temporary, target
+        self._temporary = temporary
+        self.target = target
 
     def publish(self) -> Path:
         """Flush the files and rename the folder, replacing a checkpoint of the same name.
@@ -181,7 +185,9 @@ class _HashingWriter:
     """Writes to a file and computes the hash of its content."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._digest, self._bytes = file, hashlib.sha256(), 0
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._bytes = 0
 
     def write(self, data: bytes | memoryview) -> None:
         for start in range(0, len(data), _CHUNK):
@@ -267,7 +273,8 @@ class Checkpoints:
 
     def start(self, state: TrainState) -> None:
         """Prepare for the first step. ``state`` is updated during the training."""
-        self._state, self._last_write = state, time.monotonic()
+        self._state = state
+        self._last_write = time.monotonic()
 
     def resume_from(self, checkpoint: Checkpoint) -> None:
         """Register the checkpoint that the training resumes from, and restore the additional state.
@@ -275,7 +282,8 @@ class Checkpoints:
         Raises:
             KeyError, TypeError, ValueError: If its content is invalid.
         """
-        self.last, self._written_step = checkpoint.path, checkpoint.step
+        self.last = checkpoint.path
+        self._written_step = checkpoint.step
         if (best := checkpoint.values["best"]) is not None:
             self._best = (float(best["rank"]), int(best["step"]))
         for name, extra in self.extras.items():
@@ -330,7 +338,8 @@ class Checkpoints:
             return
         step = state.step
         try:
-            lines, saved = self.sync(), state.view()
+            lines = self.sync()
+            saved = state.view()
             values = {**self.common_values, "training": saved.values, "metrics_lines": lines, **self.extra_state()}
             writer = write_checkpoint(self.folder, step, values, saved.tensors)
         except OSError as error:
@@ -362,7 +371,8 @@ class Checkpoints:
         try:
             pending.result()
         except OSError as error:
-            step, self._written_step = self._written_step or 0, None
+            step = self._written_step or 0
+            self._written_step = None
             raise self._cannot_write(step, error) from error
         self.durable()
 

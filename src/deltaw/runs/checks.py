@@ -25,15 +25,16 @@ from deltaw.data.report import BadRows
 from deltaw.data.row_reader import Reader, RowPreview, RunData
 from deltaw.data.sources import with_lines
 from deltaw.errors import UserError, first_line
-from deltaw.hub.checkpoint import folder_digests, match_names, record_stored_digests
+from deltaw.hub.checkpoint import match_names
 from deltaw.hub.folders import config_folder, resolve
-from deltaw.hub.loading import skeleton
+from deltaw.hub.skeletons import skeleton
+from deltaw.hub.weight_digests import folder_digests, record_stored_digests
 from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.methods.start import StartAdapter, open_start
 from deltaw.progress import LogFunction, ignore_line
+from deltaw.runs.decision import decide_start
 from deltaw.runs.folder import CHECKPOINT_FOLDER, Run, check_output
-from deltaw.runs.record import decide_start
 from deltaw.runs.tracking import check_installed
 from deltaw.settings import task_registry
 from deltaw.settings.config import RunConfig
@@ -212,7 +213,8 @@ def preview_rows(
 def _merge_bad_rows(rows: Iterator[RowPreview], bad: BadRows, status: str) -> Iterator[RowPreview]:
     """Yield the rows and the unreadable ones, in file order."""
     pending: deque[RowPreview] = deque()
-    num_reported, last = 0, None
+    num_reported = 0
+    last = None
     for row in itertools.chain(rows, [None]):
         if len(bad) > num_reported:
             pending.extend(_bad_row(line, status) for line in itertools.islice(bad.lines(), num_reported, None))

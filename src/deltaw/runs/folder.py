@@ -81,9 +81,9 @@ class Run:
         """State for resuming, or None if the run cannot be resumed.
 
         Keys: ``steps`` done, ``settings`` as :func:`deltaw.runs.resuming.dump_settings`, ``features`` of
-        :class:`deltaw.training.features.store.FeatureRecord` before the first step, and ``finished``. The latter is
-        None if the run never finished. Otherwise it contains the ``steps`` and metrics ``lines`` at that time, and the
-        result of :meth:`deltaw.runs.checkpoints.Checkpoints.extra_state`.
+        :class:`deltaw.training.features.feature_record.FeatureRecord` before the first step, and ``finished``. The
+        latter is None if the run never finished. Otherwise it contains the ``steps`` and metrics ``lines`` at that
+        time, and the result of :meth:`deltaw.runs.checkpoints.Checkpoints.extra_state`.
         """
         saved = mapping(self.values.get("training"))
         complete = isinstance(saved.get("settings"), dict) and type(saved.get("steps")) is int

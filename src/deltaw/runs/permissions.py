@@ -47,7 +47,8 @@ class FolderPermissions:
     def __init__(self, folders: Sequence[Path], allow_remote: bool, *, allow_hidden: bool = True) -> None:
         if missing := [folder for folder in folders if not folder.is_dir()]:
             raise UserError("no such folder", location=f"--allow {missing[0]}", hint="create it first")
-        self.folders, self.allow_remote = [folder.resolve() for folder in folders], allow_remote
+        self.folders = [folder.resolve() for folder in folders]
+        self.allow_remote = allow_remote
         self._allowed = AllowedFolders(tuple(self.folders), allow_hidden)
 
     def environment(self) -> dict[str, str]:
@@ -107,7 +108,9 @@ class FolderPermissions:
             if values[key]:
                 raise UserError("this is not allowed here", location=key, hint=f"remove {key}")
         config = RunConfig.read(values)
-        name, section, references = str(config.section_name), config.section, config.external_references()
+        name = str(config.section_name)
+        section = config.section
+        references = config.external_references()
         for key in getattr(section, "code_keys", ()):
             location = f"{name}.{key}"
             if location in references:

@@ -25,7 +25,8 @@ from deltaw.atomic_files import write_text
 from deltaw.data.example import Example, rows_of, token_spans
 from deltaw.data.sources import commit_of
 from deltaw.errors import escape_control_characters
-from deltaw.hub.folders import find_cached, read_json_object, resolve_hub_id
+from deltaw.hub.folders import find_cached, resolve_hub_id
+from deltaw.hub.outside_references import read_json_object
 from deltaw.kernels.processor import processor_name
 from deltaw.machine.choices import usable_processors
 from deltaw.methods.start import lineage_lines
@@ -62,7 +63,8 @@ def write_card(
     generation: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write the model card of a run, ``README.md``, into its folder."""
-    config, generates_text = session.config, session.task.generates_text
+    config = session.config
+    generates_text = session.task.generates_text
     card_rows = {
         "base model": config.model,
         "task": config.task,
@@ -109,7 +111,8 @@ def _cell(text: str) -> str:
 
 def _scores(evaluation: Evaluation) -> dict[str, str]:
     """Return the formatted metrics of the held-out rows with their intervals."""
-    scores, intervals = {}, evaluation.named_intervals()
+    scores = {}
+    intervals = evaluation.named_intervals()
     for name, value in evaluation.named_metrics().items():
         number_format = metric_format(name.rpartition(" ")[2])
         bounds = " to ".join(f"{bound:{number_format}}" for bound in intervals.get(name, ()))
@@ -243,7 +246,8 @@ def _limit_length(pieces: list[dict[str, object]]) -> list[dict[str, object]]:
 
 
 # Maximum number of entries of a dictionary or list, and of characters of a text.
-MAX_ENTRIES, MAX_CHARACTERS = 64, 4000
+MAX_ENTRIES = 64
+MAX_CHARACTERS = 4000
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
 
 
@@ -255,7 +259,8 @@ def describe_run(session: Session, plan: Plan | None, chosen: Mapping[str, Choic
         chosen: Automatic choices.
         limit: Available memory in bytes.
     """
-    data, config = session.data, session.config
+    data = session.data
+    config = session.config
     description: dict[str, Any] = to_plain(
         {
             "model": config.model,

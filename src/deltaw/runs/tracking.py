@@ -109,7 +109,8 @@ class TrackingCallback(Callback):
     """
 
     def __init__(self, name: str, callback: Callback) -> None:
-        self._name, self._callback = name, callback
+        self._name = name
+        self._callback = callback
         self._start: RunStart | None = None
         self._tracker: Tracker | None = None
 
@@ -137,7 +138,8 @@ class TrackingCallback(Callback):
 
     def close(self) -> None:
         """Flush and close the tracker at the end of the run."""
-        tracker, self._tracker = self._tracker, None
+        tracker = self._tracker
+        self._tracker = None
         if tracker is not None:
             self._try(tracker.close)
 

@@ -22,27 +22,27 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from deltaw.hub.loading import has_values
+from deltaw.hub.skeletons import has_values
 from deltaw.kernels import compiled
 from deltaw.kernels.operators import simulated_device
-from deltaw.kernels.torch_private import direct_modules
+from deltaw.kernels.torch_modules import direct_modules
 from deltaw.machine.choices import Choice
+from deltaw.runtime.block_roles import BlockRoles, norm_form
 from deltaw.runtime.fused import FusedBlock, FusedNorm, Layouts
 from deltaw.runtime.recognition import (
     AttentionConfig,
     BlockCall,
-    BlockRoles,
     Signature,
     blocks_of,
     find_roles,
-    measure_once,
-    norm_form,
     relative_difference,
     signature,
 )
+from deltaw.runtime.small_copy import measure_once
 
 # Device types of fused blocks, and the maximum relative difference from the model's code in 16-bit types.
-DEVICES, DEVICE_TOLERANCE = ("cpu", "cuda"), 5e-2
+DEVICES = ("cpu", "cuda")
+DEVICE_TOLERANCE = 5e-2
 # Active recordings of attention calls: the calling module and its parameters.
 _RECORDERS: list[list[tuple[nn.Module, AttentionConfig]]] = []
 # Names of the norm after the last block in models of transformers.
@@ -206,7 +206,8 @@ def recognize(model: PreTrainedModel, mode: Mode) -> FusedBlocks:
     if model.device.type != "cpu" and has_values(model) and (why := _mismatch(calls, blocks, mode, model)):
         return FusedBlocks([], Choice(False, why))
     norm = final_norm(backbone)
-    block_configs, fused_norm = [fused.config for fused in blocks], None if norm is None else FusedNorm(norm)
+    block_configs = [fused.config for fused in blocks]
+    fused_norm = None if norm is None else FusedNorm(norm)
     choice = Choice(True, recognized.why)
     return FusedBlocks(blocks, choice, backbone, path, recognized, block_configs, mode.layouts, fused_norm)
 
@@ -274,7 +275,8 @@ def _mismatch(calls: list[BlockCall], blocks: list[FusedBlock], mode: Mode, mode
     """
     kinds = {(fused.roles, fused.config.kind): (call, fused) for call, fused in zip(calls, blocks, strict=True)}
     for call, fused in kinds.values():
-        original_forward, fused.original_forward = fused.original_forward, _reject_call
+        original_forward = fused.original_forward
+        fused.original_forward = _reject_call
         try:
             with mode.attention(model):
                 difference = relative_difference(call, fused)

@@ -20,9 +20,9 @@ from deltaw.hub.mrope import encode_grid, has_grid_positions, image_grids
 from deltaw.hub.vision import Tower, VisionLanguageModel, unsupported_family
 from deltaw.hub.vision_parts import fold_statistics
 from deltaw.kernels.layout import Layout, PositionShifts
-from deltaw.kernels.torch_private import cast_module
+from deltaw.kernels.torch_modules import cast_module
 from deltaw.lora import kinds
-from deltaw.lora.attachment import Replacement, find_module_spots
+from deltaw.lora.replacements import Replacement, find_module_spots
 from deltaw.runtime.virtual_tokens import embedding_weight, input_embedding
 from deltaw.tensor_files import has_values
 
@@ -94,7 +94,8 @@ class ImageTokens(nn.Module):
 
         See :mod:`deltaw.hub.mrope`. They are 0 if image tokens have the same positions as text.
         """
-        steps, shifts = np.ones(len(tokens), np.int64), np.zeros(len(tokens), np.int64)
+        steps = np.ones(len(tokens), np.int64)
+        shifts = np.zeros(len(tokens), np.int64)
         is_image = tokens >= self.first_image_id
         if self.has_grid_positions and is_image.any():
             index, height, width = self.features.grids(tokens[is_image])
@@ -144,8 +145,11 @@ def attach_images(
     embedding = input_embedding(model)
     kind = type(embedding)
     layer: Any = cast_module(type(f"{kind.__name__}WithImages", (ImageTokens, kind), {}), embedding)
-    layer.features, layer.first_image_id = features, int(embedding_weight(embedding).shape[0])
-    layer.connector_name, layer.statistics, layer.has_grid_positions = None, None, has_grid_positions(model)
+    layer.features = features
+    layer.first_image_id = int(embedding_weight(embedding).shape[0])
+    layer.connector_name = None
+    layer.statistics = None
+    layer.has_grid_positions = has_grid_positions(model)
     layer.tower = tower
     named = {name.rpartition(".")[2]: module for name, module in parts.items()}
     if tower is not None:
@@ -183,12 +187,14 @@ def statistics_folded(model: nn.Module) -> Iterator[None]:
         yield
         return
     linear = next(module for module in layer.connector.modules() if isinstance(module, nn.Linear))
-    weight, bias = linear.weight.data, linear.bias.data
+    weight = linear.weight.data
+    bias = linear.bias.data
     linear.weight.data, linear.bias.data = fold_statistics(weight, bias, *layer.statistics)
     try:
         yield
     finally:
-        linear.weight.data, linear.bias.data = weight, bias
+        linear.weight.data = weight
+        linear.bias.data = bias
 
 
 @contextlib.contextmanager
@@ -221,7 +227,8 @@ def verify_view(parts: VisionLanguageModel, tokens: Tensor, inputs: Mapping[str,
     """
     device = parts.view.device
     nn.Module.to(parts.model, device)
-    tokens, inputs = tokens.to(device), {name: tensor.to(device) for name, tensor in inputs.items()}
+    tokens = tokens.to(device)
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     is_image = tokens == image_token
     has_types = "mm_token_type_ids" in inspect.signature(parts.model.forward).parameters
     types = {"mm_token_type_ids": is_image.long()[None]} if has_types else {}
@@ -240,7 +247,9 @@ class _Features:
     """Features of consecutive ids."""
 
     def __init__(self, values: Tensor, first_id: int, grids: Sequence[tuple[int, int]]) -> None:
-        self._values, self._first_id, self.width = values, first_id, values.shape[1]
+        self._values = values
+        self._first_id = first_id
+        self.width = values.shape[1]
         sizes = [(np.arange(height * width), height, width) for height, width in grids]
         self._grids = [np.stack(np.broadcast_arrays(*size)) for size in sizes]
 

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import ModelOutput
 
-from deltaw.runtime.recognition import blocks_of, forward_replaced
+from deltaw.runtime.block_roles import forward_replaced
+from deltaw.runtime.recognition import blocks_of
 
 # Bytes of a weight that are hashed at a time.
 HASH_CHUNK_BYTES = 64 * 2**20

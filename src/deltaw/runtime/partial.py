@@ -89,7 +89,8 @@ class _PartialAttention(torch.autograd.Function):
         keys, values = layout.update_keys(layer, key, value)
         out, saved = attend(query, keys, values, layout.row_layout, **options)
         ctx.save_for_backward(query, keys, values, out if is_compiled(query, keys, values) else None, *saved)
-        ctx.layout, ctx.options = layout, options
+        ctx.layout = layout
+        ctx.options = options
         return out
 
     @staticmethod

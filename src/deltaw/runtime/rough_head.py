@@ -62,7 +62,10 @@ class RoughLogits:
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: RoughHead) -> None:
-        self.hidden, self.weight, self.bias, self.head = hidden, weight, bias, head
+        self.hidden = hidden
+        self.weight = weight
+        self.bias = bias
+        self.head = head
         self.rounded: Tensor = hidden
         self.lora_A: Tensor | None = None
         self.lora_B: Tensor | None = None
@@ -70,7 +73,8 @@ class RoughLogits:
             return
         outliers = hidden.abs().amax(0).topk(OUTLIER_COLUMNS).indices
         self.rounded = hidden.index_fill(1, outliers, 0)
-        index, ones = (outliers, torch.arange(OUTLIER_COLUMNS)), torch.ones(OUTLIER_COLUMNS)
+        index = (outliers, torch.arange(OUTLIER_COLUMNS))
+        ones = torch.ones(OUTLIER_COLUMNS)
         self.lora_A = torch.zeros(hidden.shape[1], OUTLIER_COLUMNS).index_put_(index, ones)
         # Selecting column by column is several times as fast as a single index_select.
         columns = [weight.index_select(1, outliers[n : n + 1])[:, 0] for n in range(OUTLIER_COLUMNS)]

@@ -27,7 +27,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from deltaw.errors import UserError
 from deltaw.hub.stored_weights import Rows, StoredWeights, assign_values, meta_model
 from deltaw.hub.transformers_private import attention_name
-from deltaw.kernels.torch_private import direct_parameters, is_view, share_parameters, sized_tensor
+from deltaw.kernels.torch_modules import direct_parameters, share_parameters
+from deltaw.kernels.torch_private import is_view, sized_tensor
 from deltaw.lora.fingerprint import TensorDigest, record_base_digest, record_digest, recorded_digest
 from deltaw.lora.stored import weight_scales
 from deltaw.machine.choices import Choice
@@ -56,7 +57,9 @@ class ShardedLoader:
     """
 
     def __init__(self, group: dist.ProcessGroup, wire: GatherCallback, *, rounded: bool) -> None:
-        self._group, self._wire, self._rounded = group, wire, rounded
+        self._group = group
+        self._wire = wire
+        self._rounded = rounded
 
     def __call__(
         self, folder: Path, config: PretrainedConfig, task: str, dtype: str, attention: str, trust_remote_code: bool
@@ -103,7 +106,10 @@ class ShardedBlocks:
     ) -> None:
         from torch.distributed.device_mesh import DeviceMesh
 
-        self._blocks, self._prefix, self._weights, self._wire = blocks, prefix, files, wire
+        self._blocks = blocks
+        self._prefix = prefix
+        self._weights = files
+        self._wire = wire
         self._group = group
         self._mesh = DeviceMesh.from_group(group, "cpu")
         self._classes: list[type | None] = [None] * len(blocks)
@@ -182,11 +188,13 @@ class ShardedBlocks:
             names = {self._name(index, name): name for name, _ in block.named_parameters()}
             values = self._weights.read(dict.fromkeys(names))
             assign_values(block, {names[name]: value for name, value in values.items()})
-            self._filled, self._read = index, [m for m in block.modules() if direct_parameters(m)]
+            self._filled = index
+            self._read = [m for m in block.modules() if direct_parameters(m)]
 
     def _shard_or_release(self, index: int) -> None:
         """Shard a block that was loaded completely if it was quantized, else release its weights."""
-        block, self._filled = self._blocks[index], None
+        block = self._blocks[index]
+        self._filled = None
         current_modules = set(block.modules())
         rounded = any(weight_scales(module) is not None for module in current_modules)
         for module in self._read:  # other references to a quantized layer must not keep its weights alive
@@ -224,7 +232,8 @@ class ShardedBlocks:
         parameters = dict(self._blocks[index].named_parameters())
         rows = {}
         for name, value in values.items():
-            shape, stride = parameters[name].shape, parameters[name].stride()
+            shape = parameters[name].shape
+            stride = parameters[name].stride()
             rows[name] = DTensor.from_local(value, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
         with self._as_sharded(index) as block:
             block.load_state_dict(rows, assign=True, strict=False)
@@ -249,7 +258,8 @@ class ShardedBlocks:
     @contextlib.contextmanager
     def _as_sharded(self, index: int) -> Iterator[Any]:
         """Context in which the block has the class that FSDP assigned, with FSDP's methods."""
-        block, sharded_class = self._blocks[index], self._classes[index]
+        block = self._blocks[index]
+        sharded_class = self._classes[index]
         assert sharded_class is not None, f"block {index} is not divided"
         original_class = type(block)
         block.__class__ = sharded_class
@@ -279,7 +289,8 @@ class _Gather:
     """
 
     def __init__(self, index: int, wire: GatherCallback) -> None:
-        self._number, self._wire = index, wire
+        self._number = index
+        self._wire = wire
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return _LazyGatherBuffer(torch.Size(map(int, size)), dtype)
@@ -321,7 +332,8 @@ class _LazyGatherBuffer(Tensor):
             return local_rows[0], buffer
         if operator is ops.aten.view.default:
             view = _LazyGatherBuffer(torch.empty(args[0].shape, device="meta").view(args[1]).shape, args[0].dtype)
-            view.rows, view.receive = args[0].rows, args[0].receive
+            view.rows = args[0].rows
+            view.receive = args[0].receive
             return view
         if operator is ops.fsdp.split_with_sizes_copy.default:
             return args[0].receive(args[0].rows, kwargs["out"])
@@ -335,14 +347,16 @@ def gather_rows(rows: Sequence[Tensor], out: Sequence[Tensor], group: dist.Proce
         rows: Local shards of each weight, flattened to rows, of one type.
         out: For each weight a contiguous tensor (processes, numbers of ``rows``).
     """
-    rank, size = group.rank(), group.size()
+    rank = group.rank()
+    size = group.size()
     small = [n for n, local in enumerate(rows) if local.numel() * local.element_size() < SMALL_BYTES]
     flat = torch.cat([rows[n] for n in small]) if small else rows[0][:0]
     received_flat = flat.new_empty(size, len(flat))
     transfers = [(rows[n], out[n]) for n in range(len(rows)) if n not in small] + [(flat, received_flat)] * bool(small)
     requests: list[Any] = []
     for step in range(1, size):  # at each, every process sends to one and receives from one
-        target, source = (rank + step) % size, (rank - step) % size
+        target = (rank + step) % size
+        source = (rank - step) % size
         for tag, (local, destination) in enumerate(transfers):
             requests.append(dist.isend(local, group=group, group_dst=target, tag=tag))
             requests.append(dist.irecv(destination[source], group=group, group_src=source, tag=tag))

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
-from deltaw.kernels.torch_private import cast_module
+from deltaw.kernels.torch_modules import cast_module
 from deltaw.lora import kinds
 from deltaw.lora.adapted import factor_dtype
-from deltaw.lora.attachment import ReplacedModule, Replacement, find_module_spots, originals_restored
+from deltaw.lora.replacements import ReplacedModule, Replacement, find_module_spots, originals_restored
 from deltaw.lora.stored import weight_shape
 
 _RECORD = "_deltaw_virtual_tokens"
@@ -59,7 +59,8 @@ def input_embedding(model: nn.Module) -> nn.Module:
     Raises:
         UserError: if the model has none, or virtual tokens would not reach all parts of it.
     """
-    config, embedding = getattr(model, "config", None), kinds.get_input_embedding(model)
+    config = getattr(model, "config", None)
+    embedding = kinds.get_input_embedding(model)
     weight = getattr(embedding, "weight", None)
     problem = None
     if getattr(model, "main_input_name", "input_ids") != "input_ids":

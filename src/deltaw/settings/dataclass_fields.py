@@ -6,14 +6,16 @@ from dataclasses import field
 from typing import Any
 
 
-def dataclass_setting(default: Any, description: str, **schema: Any) -> Any:
+def dataclass_setting(default: Any, description: str, when: str = "", **schema: Any) -> Any:
     """Return a dataclass field of a settings class.
 
     Args:
         default: Default value, or ``dict`` or ``list`` for an empty one.
         description: Description for ``--help``.
+        when: Sentence on when to change the setting, to which value, and what that costs.
         schema: Additions to the JSON schema that the type does not imply.
     """
+    schema = {**schema, "when": when} if when else schema
     metadata = {"description": description, **({"json_schema_extra": schema} if schema else {})}
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)

@@ -19,9 +19,16 @@ if TYPE_CHECKING:
 Auto = Literal["auto"]
 
 
-def setting(default: Any, description: str, **constraints: Any) -> Any:
-    """Return a pydantic field with a default, a description and constraints."""
-    return Field(default, description=description, **constraints)
+def setting(default: Any, description: str, when: str = "", **constraints: Any) -> Any:
+    """Return a pydantic field of a settings class.
+
+    Args:
+        default: Default value.
+        description: Description for ``--help``.
+        when: Sentence on when to change the setting, to which value, and what that costs.
+        constraints: Constraints of the value, as for a pydantic field.
+    """
+    return Field(default, description=description, json_schema_extra={"when": when} if when else None, **constraints)
 
 
 class TextSource(BaseModel):

@@ -17,7 +17,8 @@ Train = Annotated[str | list[str | dict[str, Any]], LocalReference("reference")]
 _KEYS = ("from", "weight", "columns", "form")
 _MAX_WEIGHT = 1000.0
 # A list of sources in the settings' JSON schema.
-_TEXT, _COLUMN_NAMES = {"type": "string"}, {"propertyNames": {"enum": list(all_columns())}}
+_TEXT = {"type": "string"}
+_COLUMN_NAMES = {"propertyNames": {"enum": list(all_columns())}}
 _SECTION = {
     "type": "object",
     "additionalProperties": False,
@@ -90,7 +91,8 @@ def _source(entry: object, location: str) -> MixtureSource:
     for key in entry:
         if key not in _KEYS:
             raise UserError(f"unknown key '{key}'", location=location, hint=did_you_mean(str(key), _KEYS))
-    columns, form = entry.get("columns"), entry.get("form")
+    columns = entry.get("columns")
+    form = entry.get("form")
     if columns is not None:
         if not isinstance(columns, dict) or not all(isinstance(v, str) for v in columns.values()):
             hint = "write columns: {prompt: question, completion: answer}"

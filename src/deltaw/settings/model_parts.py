@@ -16,7 +16,8 @@ from deltaw.errors import UserError, did_you_mean
 from deltaw.settings.local_names import Reference
 
 CONNECTORS = ("linear", "mlp")
-_PREFIX, _SEPARATOR = "parts:", " + "
+_PREFIX = "parts:"
+_SEPARATOR = " + "
 _KEYS = ("language", "vision", "connector")
 
 

@@ -14,13 +14,9 @@ from deltaw.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from importlib import metadata
-
-
 # Packages that register the built-in entries when they are imported. The top-level package names them, because they
 # are above this module in the import order.
 built_in_packages: tuple[str, ...] = ()
-
-
 # Classes of the callbacks that each run has, as "package.module:Class". Also set by the top-level package.
 default_callbacks: tuple[str, ...] = ()
 
@@ -54,7 +50,10 @@ class Registry(Generic[Entry]):
     def __init__(
         self, kind: str, entry_type: type[Entry], group: str, check: Callable[[Entry], None] | None = None
     ) -> None:
-        self._kind, self._entry_type, self._group, self._check = kind, entry_type, group, check
+        self._kind = kind
+        self._entry_type = entry_type
+        self._group = group
+        self._check = check
         self._plugins: list[metadata.EntryPoint] | None = None
         self._loading = False
         self._entries: dict[str, Entry] = {}

@@ -95,8 +95,10 @@ def _format(name: str, columns: str, optional: str = "") -> RowKind:
     return RowKind(name, required, tuple(optional.split()), required)
 
 
-_PAIR, _SCORED_PAIR = (("chosen",), ("rejected",)), (("sentence1",), ("sentence2",), ("score",))
-_SEARCH, _GRADED = ((*QUERIES, *TEXTS), PASSAGES), (*SCORES, *NEGATIVES, "negative_1")
+_PAIR = (("chosen",), ("rejected",))
+_SCORED_PAIR = (("sentence1",), ("sentence2",), ("score",))
+_SEARCH = ((*QUERIES, *TEXTS), PASSAGES)
+_GRADED = (*SCORES, *NEGATIVES, "negative_1")
 _QUERY_NAMES = ("anchor", "query", "question")
 _PASSAGE_NAMES = ("positive", "passage", "passages", "document", "documents")
 _ANSWERED = ("answer", "completion", "response", "output")

@@ -75,7 +75,8 @@ _TYPES = {"integer": "N", "number": "NUMBER", "string": "TEXT", "array": "LIST",
 
 def value_types(keys: Iterable[str]) -> dict[str, str]:
     """Return the choices and types of each setting for display, for example ``auto|NUMBER``."""
-    schema, types = run_schema(), {}
+    schema = run_schema()
+    types = {}
     for key in keys:
         schemas = _kinds_at(key, schema)
         names = [_TYPES[k["type"]] for k in schemas if k.get("type") in _TYPES and not {"enum", "const"} & k.keys()]

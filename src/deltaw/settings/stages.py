@@ -31,7 +31,8 @@ from deltaw.errors import UserError, did_you_mean
 from deltaw.settings.config import STAGES, RunConfig, merge_settings, read_yaml
 
 DEFAULT_FOLDER = "runs/chain"
-NAME, START_FROM = "name", "start_from"
+NAME = "name"
+START_FROM = "start_from"
 # Names of files and folders that a chain's folder contains besides those of the stages.
 _RESERVED_NAMES = ("base", "pieces", "logs")
 VALID_NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
@@ -158,7 +159,8 @@ def _entries(listed: object, location: str) -> list[dict[str, Any]]:
         raise UserError("'stages' is not a list of stages", location=location, hint=example)
     names: set[str] = set()
     for number, entry in enumerate(listed, 1):
-        name, where = entry.get(NAME), f"{location}: stage {number}"
+        name = entry.get(NAME)
+        where = f"{location}: stage {number}"
         if not isinstance(name, str) or not re.fullmatch(VALID_NAME, name):
             message = "the stage has no name" if name is None else f"{name!r} cannot be the name of a stage"
             hint = "give a name of up to 64 letters, digits, '_' and '-', which is also the name of its folder"
@@ -180,7 +182,8 @@ def _check_references(entries: Sequence[Mapping[str, Any]], location: str) -> No
     Raises:
         UserError: if it is not.
     """
-    names, earlier = [entry[NAME] for entry in entries], set[str]()
+    names = [entry[NAME] for entry in entries]
+    earlier = set[str]()
     for entry in entries:
         for reference in _references(entry[START_FROM]):
             where = f"{location}, stage '{entry[NAME]}': {START_FROM}"

@@ -62,7 +62,9 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 def router(studio: Studio) -> APIRouter:
     """Return the routes of the start page and of static files."""
-    routes, workspace, static = APIRouter(), studio.workspace, _static_files()
+    routes = APIRouter()
+    workspace = studio.workspace
+    static = _static_files()
 
     def draft_of(file: Path, is_upload: bool = False) -> str:
         """Create a draft and return the address of its first page."""
@@ -73,7 +75,8 @@ def router(studio: Studio) -> APIRouter:
     @routes.get("/")
     def start(request: Request) -> Response:
         last_changed = sorted(runs.all_runs(workspace), key=lambda run: run.changed, reverse=True)
-        jobs, paths = studio.queue.active(), [(workspace.relative(run.path), run) for run in last_changed]
+        jobs = studio.queue.active()
+        paths = [(workspace.relative(run.path), run) for run in last_changed]
         recent_runs = [item for item in paths if item[0] not in {job.run for job in jobs}][:MAX_RUNS]
         files = [(name, name) for name in map(workspace.relative, workspace.data_files())]
         started = {job.draft for job in studio.queue.jobs() if job.verb == "train"}

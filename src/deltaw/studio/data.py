@@ -29,7 +29,9 @@ from deltaw.studio.worker import Pending
 from deltaw.studio.workspace import Draft
 
 # Rows of a page of the table, rows that can be shown, and characters of a cell.
-PAGE_ROWS, MAX_ROWS, MAX_CELL = 25, 1000, 300
+PAGE_ROWS = 25
+MAX_ROWS = 1000
+MAX_CELL = 300
 # Bars of a chart.
 MAX_BARS = 20
 # Location of a row in a file and a remark.
@@ -43,18 +45,22 @@ CONTENTS |= {"anchor": "queries", "positive": "matching passages", "score": "sco
 
 def router(studio: Studio) -> APIRouter:
     """Return the routes of the page of the rows."""
-    routes, workspace, worker = APIRouter(prefix="/drafts/{identity}"), studio.workspace, studio.worker
+    routes = APIRouter(prefix="/drafts/{identity}")
+    workspace = studio.workspace
+    worker = studio.worker
 
     @routes.get("/data")
     def show(request: Request, identity: str) -> Response:
-        first, row = _number(request, "from", 1), _number(request, "row", 0)
+        first = _number(request, "from", 1)
+        row = _number(request, "row", 0)
         draft = workspace.draft(identity)
         sheets = [(name, name) for name in draft.sheets]
         return page(request, "data.html", draft=draft, sheets=sheets, first=first, row=row)
 
     @routes.post("/data")
     async def choose(request: Request, identity: str) -> Response:
-        draft, fields = workspace.draft(identity), await form(request)
+        draft = workspace.draft(identity)
+        fields = await form(request)
         task = fields.get("task", [""])[0]
         if task not in task_registry.names():
             raise UserError("there is no such task", location="task", hint="choose one of the list")
@@ -66,23 +72,29 @@ def router(studio: Studio) -> APIRouter:
             "task", task_registry.default_task()
         ):  # columns of another task are inferred
             settings["data"]["columns"] = {name: column for name, column in chosen.items() if name != column}
-        draft.settings, draft.preview = settings, None
+        draft.settings = settings
+        draft.preview = None
         draft.save()
         return JSONResponse({}) if wants_json(request) else RedirectResponse(f"/drafts/{identity}/data", 303)
 
     @routes.post("/sheet")
     async def choose_sheet(request: Request, identity: str) -> Response:
-        draft, sheet = workspace.draft(identity), (await form(request)).get("sheet", [""])[0]
+        draft = workspace.draft(identity)
+        sheet = (await form(request)).get("sheet", [""])[0]
         file = workspace.path(draft.name, location="file")
         rows = await asyncio.to_thread(convert, workspace, file, sheet=sheet)
-        draft.settings, draft.preview = {"data": {"train": workspace.relative(rows.file)}}, None
-        draft.note, draft.sheet, draft.sheets = rows.note, rows.sheet, rows.sheets
+        draft.settings = {"data": {"train": workspace.relative(rows.file)}}
+        draft.preview = None
+        draft.note = rows.note
+        draft.sheet = rows.sheet
+        draft.sheets = rows.sheets
         draft.save()
         return RedirectResponse(f"/drafts/{identity}/data", 303)
 
     @routes.post("/classes")
     async def merge_classes(request: Request, identity: str) -> Response:
-        draft, labels = workspace.draft(identity), (await form(request)).get("label", [])
+        draft = workspace.draft(identity)
+        labels = (await form(request)).get("label", [])
         chosen = {label: name for label, name, _, _ in _merges(draft) if label in labels}
         merged = {label: chosen.get(name, name) for label, name in _merged(draft).items()}
         draft.set("data.classes", {**merged, **chosen} if chosen else None)
@@ -96,7 +108,8 @@ def router(studio: Studio) -> APIRouter:
 
     @routes.get("/part/rows")
     def rows(request: Request, identity: str) -> Response:
-        draft, first = workspace.draft(identity), _number(request, "from", 1)
+        draft = workspace.draft(identity)
+        first = _number(request, "from", 1)
         try:
             columns, shown, total = _read(str(workspace.path(draft.rows, location="file")), first)
         except UserError:
@@ -106,7 +119,8 @@ def router(studio: Studio) -> APIRouter:
 
     @routes.get("/part/tokens")
     def tokens(request: Request, identity: str) -> Response:
-        draft, row = workspace.draft(identity), _number(request, "row", 1)
+        draft = workspace.draft(identity)
+        row = _number(request, "row", 1)
         try:
             result = worker.result(
                 "rows", {"config": workspace.config(draft), "first": row, "count": 1}, draft=identity
@@ -122,7 +136,9 @@ def router(studio: Studio) -> APIRouter:
 
 def _check(studio: Studio, draft: Draft, file: str) -> Response:
     """Return the summary and the findings of a file, as far as they are known."""
-    checked, error, pending = None, None, None
+    checked = None
+    error = None
+    pending = None
     try:
         if draft.preview is None:
             columns = draft.settings["data"].get("columns")
@@ -140,7 +156,8 @@ def _check(studio: Studio, draft: Draft, file: str) -> Response:
     except UserError as raised:
         error = studio.workspace.shorten(raised)
     if isinstance(checked, Pending):
-        pending, checked = checked, None
+        pending = checked
+        checked = None
     preview = draft.preview or {}
     columns = preview.get("columns", [])
     with contextlib.suppress(UserError):
@@ -197,7 +214,8 @@ def _num_dropped(draft: Draft, checked: Mapping[str, Any]) -> int:
 
 def _roles(task: str, columns: Sequence[str], mapped: Mapping[str, str]) -> dict[str, str]:
     """Return the column of the file for each column that the task requires, or '' if it is unknown."""
-    kinds, names = task_registry.entry_of(task).row_kinds, mapped_columns(columns, mapped)
+    kinds = task_registry.entry_of(task).row_kinds
+    names = mapped_columns(columns, mapped)
     usual = [kind for kind in kinds if len(kind.required) == min(2, len(columns))]
     kind = next((kind for kind in kinds if kind.fits(names)), [*usual, *kinds][0])
     used = {group[0]: next((name for name in group if name in names), "") for group in kind.required}
@@ -215,7 +233,9 @@ def _numbers(file: str, locations: Sequence[str]) -> str:
 
 def _figures(result: Mapping[str, Any]) -> list[Figure]:
     """Return the plots of a check, or of a preview if the rows are not checked."""
-    figures, lengths, counts = [], result.get("lengths"), result.get("class_counts")
+    figures = []
+    lengths = result.get("lengths")
+    counts = result.get("class_counts")
     if lengths:
         bins = [(item["from"], item["to"], item["examples"]) for item in lengths["bins"]]
         title = "Length of the rows"
@@ -225,7 +245,8 @@ def _figures(result: Mapping[str, Any]) -> list[Figure]:
         cells = [(f"{low:,} – {high:,}", f"{number:,}") for low, high, number in bins]
         figures.append(Figure("lengths", title, text, drawing, FigureTable(title, ("tokens", "rows"), cells)))
     if counts:
-        title, text = "Rows of each class", "Classes with few rows are learned less well."
+        title = "Rows of each class"
+        text = "Classes with few rows are learned less well."
         cells = [(name, f"{number:,}") for name, number in sorted(counts.items(), key=lambda item: -item[1])]
         items = [Bar(name, number, [("p1", name, 0, counts[name])]) for name, number in cells[:MAX_BARS]]
         table = FigureTable(title, ("class", "rows"), cells)

@@ -40,13 +40,15 @@ class Token:
     """
 
     def __init__(self, announce: Callable[[str], None]) -> None:
-        self._announce, self._used = announce, ""
+        self._announce = announce
+        self._used = ""
         self.value = secrets.token_urlsafe(32)
 
     def use(self, text: str) -> bool:
         """Return True if a token is valid. Announce a new one if the token is the last one that was used."""
         if self.value and hmac.compare_digest(text.encode(), self.value.encode()):
-            self._used, self.value = self.value, ""
+            self._used = self.value
+            self.value = ""
             return True
         if self._used and not self.value and hmac.compare_digest(text.encode(), self._used.encode()):
             self.value = secrets.token_urlsafe(32)
@@ -76,7 +78,10 @@ class SessionGuard:
     """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, token: Token, secret: str) -> None:
-        self._app, self._settings, self._token, self._secret = app, settings, token, secret
+        self._app = app
+        self._settings = settings
+        self._token = token
+        self._secret = secret
         self._cookie = f"deltaw-studio-{settings.port}"
         self._hosts = frozenset(name.lower() for name in (settings.host, *settings.hosts))
 
@@ -89,7 +94,8 @@ class SessionGuard:
         async def send_with_headers(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
-                started, headers = True, MutableHeaders(scope=message)
+                started = True
+                headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
@@ -107,7 +113,9 @@ class SessionGuard:
 
     def _guard_response(self, request: Request) -> Response | None:
         """Return a rejection or a redirect, or None if the application handles the request."""
-        path, host = request.scope["path"], request.headers.get("host", "")  # Host is part of url in older Starlette
+        # Host is part of url in older Starlette
+        path = request.scope["path"]
+        host = request.headers.get("host", "")
         if not known_host(host, self._hosts):
             hint = "start the studio with --allow-host NAME"
             return error_response(
@@ -149,5 +157,6 @@ def _is_permitted_read(request: Request) -> bool:
 
 def _is_same_origin(request: Request) -> bool:
     headers = request.headers
-    origin, site = headers.get("origin", ""), headers.get("sec-fetch-site", "same-origin")
+    origin = headers.get("origin", "")
+    site = headers.get("sec-fetch-site", "same-origin")
     return origin == f"{request.scope['scheme']}://{headers.get('host', '')}" and site == "same-origin"

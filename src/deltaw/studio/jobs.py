@@ -33,10 +33,13 @@ from deltaw.studio.workspace import Workspace, load_fields
 QUEUED, RUNNING, DONE, FAILED, STOPPED = STATES = ("queued", "running", "done", "failed", "stopped")
 VERBS = {"train": "Training", "eval": "Scoring", "predict": "Predicting", "merge": "Merging", "export": "Exporting"}
 VERBS |= {"deploy": "Adding to the program", "plan": "Downloading the model"}
-POLL_SECONDS, RETRY_SECONDS = 0.5, 30.0
+POLL_SECONDS = 0.5
+RETRY_SECONDS = 30.0
 # Maximum bytes that are read of a job's output, and number of lines of its log on the page.
-MAX_OUTPUT_BYTES, MAX_LOG_LINES = 2**24, 40
-_JOB, _SETTINGS = "job.json", "settings.yaml"
+MAX_OUTPUT_BYTES = 2**24
+MAX_LOG_LINES = 40
+_JOB = "job.json"
+_SETTINGS = "settings.yaml"
 _ERROR = re.compile(r"(.*?)(?:\n  where: (.*?))?(?:\n  hint:  (.*?))?", re.DOTALL)
 # A shell that starts the studio in the background disables SIGINT, and children inherit that.
 _CHILD = "import signal, sys; sys.path[:] = {paths!r}; signal.signal(signal.SIGINT, signal.default_int_handler); {code}"
@@ -48,7 +51,8 @@ def python_command(code: str, workspace: Workspace, arguments: Sequence[str] = (
     Modules are not imported from the current folder, because it may contain uploaded files. The process reads images of
     rows only from the studio's folder.
     """
-    here, package = os.getcwd(), str(Path(platforms.__file__).parents[1])
+    here = os.getcwd()
+    package = str(Path(platforms.__file__).parents[1])
     paths = [os.path.abspath(path) for path in sys.path if path and (os.path.abspath(path) != here or here == package)]
     flags = {"creationflags": 0x200} if platforms.WINDOWS else {"start_new_session": True}  # CREATE_NEW_PROCESS_GROUP
     command = [sys.executable, "-I", "-u", "-X", "utf8", "-c", _CHILD.format(paths=paths, code=code), *arguments]
@@ -152,8 +156,10 @@ class JobQueue:
     """
 
     def __init__(self, workspace: Workspace) -> None:
-        self._workspace, self._folder = workspace, workspace.state / "jobs"
-        self._lock, self._closed = threading.RLock(), threading.Event()
+        self._workspace = workspace
+        self._folder = workspace.state / "jobs"
+        self._lock = threading.RLock()
+        self._closed = threading.Event()
         self._file_lock = FileLock(workspace.state / "lock", timeout=0, thread_local=False)
         self._folder_lock: int | None = None
         self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
@@ -218,7 +224,8 @@ class JobQueue:
             arguments: Command line after ``deltaw``, including the verb.
             settings: Settings to write to the job's folder. The path of the file is appended to the command line.
         """
-        identity, now = secrets.token_hex(6), time.time()
+        identity = secrets.token_hex(6)
+        now = time.time()
         folder = self._folder / identity
         paths = [None if path is None else self._workspace.relative(path) for path in (run, output)]
         words = [*arguments] if settings is None else [*arguments, str(folder / _SETTINGS)]
@@ -293,7 +300,10 @@ class JobQueue:
             if any(other.run == job.run and other is not job for other in trainings):
                 hint = "start it again from its settings, which gives it a folder of its own"
                 raise UserError(f"another training uses the folder {job.run}", hint=hint)
-            job.state, job.process, job.stops, job.order = QUEUED, None, 0, time.time()
+            job.state = QUEUED
+            job.process = None
+            job.stops = 0
+            job.order = time.time()
             job.save()
 
     def remove(self, identity: str) -> None:

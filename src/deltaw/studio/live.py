@@ -13,7 +13,8 @@ from fastapi.responses import RedirectResponse, Response
 
 from deltaw.data.sources import open_source
 from deltaw.errors import UserError
-from deltaw.reports.live_table import LiveLine, live_line
+from deltaw.reports.live_line import LiveLine
+from deltaw.reports.live_table import live_line
 from deltaw.reports.page.run_figures import loss_figure, memory_figure, metric_figures, reward_figure
 from deltaw.reports.svg import running_mean
 from deltaw.reports.tables import duration, format_interval, gigabytes, metric_name, metric_value, short
@@ -25,7 +26,11 @@ from deltaw.studio.runs import score_range_text, score_rows
 from deltaw.studio.state import Studio
 
 # Limits of a page: sample answers, predicted rows, values of a result, characters of a text, and classes.
-MAX_SAMPLES, MAX_PREDICTIONS, MAX_VALUES, MAX_CHARACTERS, MAX_CLASSES = 6, 10, 40, 2000, 12
+MAX_SAMPLES = 6
+MAX_PREDICTIONS = 10
+MAX_VALUES = 40
+MAX_CHARACTERS = 2000
+MAX_CLASSES = 12
 # Values of the results of commands, in words.
 RESULTS = {"rows": "rows in the file", "predicted": "rows with a prediction", "seconds": "time", "size": "size"}
 RESULTS |= {"program": "program", "name": "name in the program", "place": "location", "kind": "storage type"}
@@ -35,13 +40,17 @@ IDLE_FACTOR = 20
 
 def router(studio: Studio) -> APIRouter:
     """Return the routes of the pages of the jobs."""
-    routes, queue, workspace = APIRouter(prefix="/jobs"), studio.queue, studio.workspace
+    routes = APIRouter(prefix="/jobs")
+    queue = studio.queue
+    workspace = studio.workspace
     views: dict[str, tuple[float, float, object, dict[str, Any]]] = {}
     queue.on_start.append(lambda job: studio.worker.release())
 
     def view(job: StudioJob) -> dict[str, Any]:
         """Return the variables of the progress, which are computed more rarely if the run is long."""
-        started, cpu, state = time.monotonic(), time.thread_time(), (job.state, job.stops)
+        started = time.monotonic()
+        cpu = time.thread_time()
+        state = (job.state, job.stops)
         updated, seconds, last_state, values = views.get(job.identity, (0.0, 0.0, None, {}))
         if last_state != state or started - updated > IDLE_FACTOR * seconds:
             run = None if job.run is None else Run(workspace.folder / job.run)
@@ -140,7 +149,8 @@ def job_view(job: StudioJob, run: Run | None) -> dict[str, Any]:
     elif job.verb != "train" or run is None:
         values["values"] = result_values(job.result or {})
     elif run.values and (job.state != RUNNING or run.state == RUNNING):
-        line, progress = live_line(run), run.metrics.column(run.progress)[1]
+        line = live_line(run)
+        progress = run.metrics.column(run.progress)[1]
         line.mean = float(running_mean(progress)[-1]) if len(progress) else None  # as in the text of the figure
         values |= {"line": line, "percent": int(100 * line.step / line.total) if line.total else 0}
         figures = [loss_figure(run), reward_figure(run), *metric_figures(run), memory_figure(run)]
@@ -206,7 +216,8 @@ def scores(result: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in metrics.items()
         for text in [interval(name, intervals.get(name))]
     ]
-    name, classes = str(main.get("metric", "")), [str(label) for label in sequence(result.get("classes"))]
+    name = str(main.get("metric", ""))
+    classes = [str(label) for label in sequence(result.get("classes"))]
     counts = {
         (classes[i], classes[j]): (int(count), int(sum(row)))
         for i, row in enumerate(map(numbers, sequence(result.get("confusion")))) if i < len(classes)

@@ -36,12 +36,14 @@ _USES = {"AutoModelForCausalLM": (WRITES,), "AutoModelForImageClassification": (
 
 def router(studio: Studio) -> APIRouter:
     """Return the routes of the page of the model, of the plan, and of the start of a training run."""
-    routes, workspace = APIRouter(prefix="/drafts/{identity}"), studio.workspace
+    routes = APIRouter(prefix="/drafts/{identity}")
+    workspace = studio.workspace
     routes.include_router(_plan_router(studio))
     routes.include_router(_start_router(studio))
 
     def show_models(request: Request, draft: Draft, error: UserError | None, text: str) -> Response:
-        models, default = list_local_models(workspace.folder), default_model(draft.settings.get("task"))
+        models = list_local_models(workspace.folder)
+        default = default_model(draft.settings.get("task"))
         selected = draft.settings.get("model") or default
         for reference in (selected, default):
             if reference and reference not in {model.reference for model in models}:
@@ -62,7 +64,8 @@ def router(studio: Studio) -> APIRouter:
 
     @routes.post("/model")
     async def choose(request: Request, identity: str) -> Response:
-        draft, text = workspace.draft(identity), (await form(request)).get("model", [""])[0].strip()
+        draft = workspace.draft(identity)
+        text = (await form(request)).get("model", [""])[0].strip()
         settings = draft.settings
         try:
             if not text:
@@ -82,7 +85,9 @@ def router(studio: Studio) -> APIRouter:
 
 
 def _plan_router(studio: Studio) -> APIRouter:
-    routes, workspace, queue = APIRouter(), studio.workspace, studio.queue
+    routes = APIRouter()
+    workspace = studio.workspace
+    queue = studio.queue
 
     @routes.get("/part/plan")
     def show_plan(identity: str) -> Response:
@@ -95,7 +100,8 @@ def _plan_router(studio: Studio) -> APIRouter:
                 values["model"] = require_suitable(config)
             if values["download"] or not values["model"].is_local:
                 return part("model_plan.html", status=202 if values["download"] else 200, **values)
-            free, cached = free_memory_bytes(), load_cached_plans(RunConfig.read(config), [config["method"]])
+            free = free_memory_bytes()
+            cached = load_cached_plans(RunConfig.read(config), [config["method"]])
             plan = None if cached is None else cached.plans[config["method"]]
             result: Pending | Mapping[str, Any] = {"plan": {}, "fitting": []}
             if plan is None or plan.peak_resident_bytes > free:
@@ -117,7 +123,8 @@ def _plan_router(studio: Studio) -> APIRouter:
     @routes.post("/download")
     def start_download(identity: str) -> Response:
         draft = workspace.draft(identity)
-        config, title = workspace.config(draft), f"Download {draft.settings.get('model')}"
+        config = workspace.config(draft)
+        title = f"Download {draft.settings.get('model')}"
         if not download(identity):
             queue.add(
                 "plan", ["plan", "--methods", config["method"], "--json"], title=title, settings=config, draft=identity
@@ -128,11 +135,14 @@ def _plan_router(studio: Studio) -> APIRouter:
 
 
 def _start_router(studio: Studio) -> APIRouter:
-    routes, workspace, queue = APIRouter(), studio.workspace, studio.queue
+    routes = APIRouter()
+    workspace = studio.workspace
+    queue = studio.queue
 
     @routes.post("/start")
     async def start(request: Request, identity: str) -> Response:
-        draft, name = workspace.draft(identity), (await form(request)).get("name", [""])[0].strip()
+        draft = workspace.draft(identity)
+        name = (await form(request)).get("name", [""])[0].strip()
         name = run_name(name)
         platforms.reject_reserved_names(name)
         config = workspace.config(draft)
@@ -146,7 +156,8 @@ def _start_router(studio: Studio) -> APIRouter:
             if (job.verb, job.draft) == ("train", identity) and job.created > draft.changed:  # pressed twice
                 return RedirectResponse(f"/jobs/{job.identity}", 303)
         names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-        paths, taken = (workspace.folder / RUNS / name for name in names), {job.run for job in active}
+        paths = (workspace.folder / RUNS / name for name in names)
+        taken = {job.run for job in active}
         path = next(path for path in paths if not path.exists() and workspace.relative(path) not in taken)
         settings = config | {"output": str(path)}
         job = queue.add("train", ["train", "--json"], title=path.name, run=path, settings=settings, draft=identity)
@@ -181,7 +192,8 @@ def run_name(text: str) -> str:
 
 def plan_figure(plan: Plan, free: int) -> Figure:
     """Return a bar of the memory by part, and a bar of the free memory."""
-    parts, title = memory_parts(process_parts(plan)), "Memory that the training needs, and memory that is free"
+    parts = memory_parts(process_parts(plan))
+    title = "Memory that the training needs, and memory that is free"
     items = [
         Bar("needed at the peak", gigabytes(plan.peak_resident_bytes), stack(parts)),
         Bar("free now", gigabytes(free), [("ink", "free now", 0.0, float(free))]),

@@ -15,7 +15,8 @@ from deltaw.hub import packages
 from deltaw.reports.svg import templates
 from deltaw.reports.tables import count, duration, format_time, gigabytes, metric_name, metric_value, short
 
-MAX_FORM_BYTES, MAX_FIELDS = 2**20, 500
+MAX_FORM_BYTES = 2**20
+MAX_FIELDS = 500
 # Addresses and names of the navigation.
 NAVIGATION = {"/": "Start", "/jobs": "Jobs", "/runs": "Results"}
 

@@ -49,7 +49,7 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def rows(config: Mapping[str, Any], first: int, count: int) -> dict[str, Any]:
     """Return rows with the tokens of their examples, or the name of the model if it has to be downloaded first."""
-    from deltaw.reports.data import row_as_dict
+    from deltaw.reports.rendered_rows import row_as_dict
     from deltaw.runs.checks import preview_rows
     from deltaw.settings.config import RunConfig
 

@@ -16,7 +16,7 @@ from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Resp
 from starlette.background import BackgroundTask
 
 from deltaw.errors import UserError
-from deltaw.hub.folders import ADAPTER_CONFIG
+from deltaw.hub.outside_references import ADAPTER_CONFIG
 from deltaw.platforms import shell_word
 from deltaw.reports.runs import comparison_notes, differing_settings, result_rows, same_prompts, unique_names
 from deltaw.reports.tables import duration, format_interval, format_time, metric_name, metric_value
@@ -146,17 +146,22 @@ def _add_actions(routes: APIRouter, studio: Studio) -> None:
     @routes.post("/runs/ship")
     async def ship(request: Request) -> Response:
         fields = await form(request)
-        run, verb = run_of(workspace, fields.get("run", [""])[0]).path, fields.get("verb", [""])[0]
+        run = run_of(workspace, fields.get("run", [""])[0]).path
+        verb = fields.get("verb", [""])[0]
         if verb == "deploy":
             program = _choice(fields, "program", PROGRAMS)
-            title, arguments, output = f"{run.name} to {PROGRAMS[program]}", [verb, program, str(run)], None
+            title = f"{run.name} to {PROGRAMS[program]}"
+            arguments = [verb, program, str(run)]
+            output = None
         elif verb == "export":
             kind = _choice(fields, "type", GGUF_TYPES)
             output = export_path(studio, f"{run.name}-{kind}.gguf")
-            title, arguments = f"{run.name} as GGUF file", [verb, str(run), "--format=gguf", f"--type={kind}"]
+            title = f"{run.name} as GGUF file"
+            arguments = [verb, str(run), "--format=gguf", f"--type={kind}"]
         elif verb == "merge":
             output = export_path(studio, f"{run.name}-merged")
-            title, arguments = f"{run.name} as complete model", [verb, str(run)]
+            title = f"{run.name} as complete model"
+            arguments = [verb, str(run)]
         else:
             raise UserError(f"'{verb[:200]}' is not a way to export a run")
         arguments += ["--json"] if output is None else [f"--output={output}", "--json"]
@@ -248,7 +253,8 @@ def score_rows(run: Run) -> str:
 
 def _listed(run: Run) -> dict[str, str]:
     """Return the values of a run in the list by their titles."""
-    count, total = number(mapping(run.part("data").get("counts")).get("rows_kept")), run.metrics.total("rows")
+    count = number(mapping(run.part("data").get("counts")).get("rows_kept"))
+    total = run.metrics.total("rows")
     rows = f"{count:,.0f} rows × {round(total / count, 2):g}" if count else f"{total:,.0f}"
     values = {"model": model_name(run.model), "training rows × passes": rows, "state": run.state}
     times = {"time": duration(run.seconds or None), "when": format_time(run.started, short=True)}
@@ -259,7 +265,8 @@ def _score(run: Run) -> str:
     """Return the main metric with its value and interval, or ''."""
     if run.score is None:
         return ""
-    text, interval = f"{metric_name(run.score[0])} {metric_value(*run.score)}", score_range_text(run)
+    text = f"{metric_name(run.score[0])} {metric_value(*run.score)}"
+    interval = score_range_text(run)
     return f"{text} ({interval})" if interval else text
 
 

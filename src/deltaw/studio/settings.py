@@ -39,7 +39,8 @@ FORM = "form"
 
 def router(studio: Studio) -> APIRouter:
     """Return the routes of the page of the settings."""
-    routes, workspace = APIRouter(prefix="/drafts/{identity}/settings"), studio.workspace
+    routes = APIRouter(prefix="/drafts/{identity}/settings")
+    workspace = studio.workspace
 
     def show_form(request: Request, draft: Draft, errors: Mapping[str, str], texts: Mapping[str, str]) -> Response:
         sections = _sections(draft.settings, errors, texts)
@@ -56,8 +57,10 @@ def router(studio: Studio) -> APIRouter:
 
     @routes.post("")
     async def save(request: Request, identity: str) -> Response:
-        draft, fields = workspace.draft(identity), await form(request)
-        texts, errors = {key: values[0] for key, values in fields.items()}, {}
+        draft = workspace.draft(identity)
+        fields = await form(request)
+        texts = {key: values[0] for key, values in fields.items()}
+        errors = {}
         try:
             changed = replace(draft, settings=_changed(draft.settings, texts))
             workspace.config(changed)
@@ -78,7 +81,8 @@ def _changed(values: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, A
     Raises:
         UserError: if a setting does not exist or cannot be changed here.
     """
-    explicit, known = flat(values), {setting.key: setting for setting in settings()}
+    explicit = flat(values)
+    known = {setting.key: setting for setting in settings()}
     for key, text in texts.items():
         if key not in known or key in ELSEWHERE:
             raise UserError(f"'{key}' cannot be changed here", location=key)
@@ -122,9 +126,11 @@ def _sections(
         errors: Errors by key.
         texts: Texts that the user entered, by key.
     """
-    entry, method = task_registry.entry_of(values["task"]), values.get("method", "lora")
+    entry = task_registry.entry_of(values["task"])
+    method = values.get("method", "lora")
     leaves = {setting.key: setting for setting in settings() if setting.key not in ELSEWHERE}
-    explicit, kinds = flat(values), value_types(leaves)
+    explicit = flat(values)
+    kinds = value_types(leaves)
     names = {"train", "data", entry.section_name, *(entry.name for entry in method_registry.entries())}
     applies = {"train.keep_general": entry.generates_text, "lora.rank": method == "lora"}
     four = [key for key in FOUR if applies.get(key, True)]
@@ -144,7 +150,8 @@ def _sections(
 
 def _field(setting: Setting, kinds: str, text: str, error: str) -> dict[str, Any]:
     """Return the arguments of the macro of a field."""
-    key, default = setting.key, "none" if setting.default is None else _text(setting.key, setting.default)
+    key = setting.key
+    default = "none" if setting.default is None else _text(setting.key, setting.default)
     words = (kinds or "TEXT").split("|")
     label, note = FOUR.get(key, (key.rpartition(".")[2].replace("_", " ").capitalize(), ""))
     if not note:

@@ -16,7 +16,10 @@ from deltaw.serving.http.settings import KEY_VARIABLE
 from deltaw.studio.jobs import python_command, read_error
 from deltaw.studio.workspace import Workspace
 
-STOPPED, STARTING, READY, FAILED = "stopped", "starting", "ready", "failed"
+STOPPED = "stopped"
+STARTING = "starting"
+READY = "ready"
+FAILED = "failed"
 # Seconds without requests after which a starting job may stop the process.
 IDLE_SECONDS = 60.0
 # Maximum number of lines of output for the error message.
@@ -42,7 +45,8 @@ class TrialServer:
     """
 
     def __init__(self, workspace: Workspace) -> None:
-        self._workspace, self._lock = workspace, threading.Lock()
+        self._workspace = workspace
+        self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._lines: collections.deque[str] = collections.deque(maxlen=MAX_LINES)
         self._url = self.key = ""
@@ -81,7 +85,9 @@ class TrialServer:
             options |= {"env": {**options["env"], KEY_VARIABLE: self.key}, "cwd": self._workspace.state}
             options |= {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
             process = subprocess.Popen(command, text=True, encoding="utf-8", errors="replace", **options)
-            self._process, self.run, self.last_used = process, run, time.monotonic()
+            self._process = process
+            self.run = run
+            self.last_used = time.monotonic()
             self._lines = collections.deque(maxlen=MAX_LINES)
             threading.Thread(target=self._read, args=(process, self._lines), name="trial", daemon=True).start()
 
@@ -105,7 +111,10 @@ class TrialServer:
             self.stop()
 
     def _stop(self) -> None:
-        process, self._process, self._url, self.run = self._process, None, "", None
+        process = self._process
+        self._process = None
+        self._url = ""
+        self.run = None
         if process is not None:
             process.kill()  # no state to save
             process.wait()

@@ -27,7 +27,8 @@ from deltaw.studio.workspace import SPREADSHEETS, Workspace
 PAGE = "/trial/page/"
 CONNECT_SECONDS = 5.0
 # Maximum number of runs that are offered for a comparison, and bytes of a file that show its type.
-MAX_OTHERS, PEEK_BYTES = 5, 4096
+MAX_OTHERS = 5
+PEEK_BYTES = 4096
 # Headers that pass the proxy.
 _REQUEST_HEADERS = ("accept", "content-type", "content-length", "if-none-match")
 _RESPONSE_HEADERS = ("content-type", "content-length", "etag", "cache-control", "retry-after")
@@ -35,7 +36,9 @@ _RESPONSE_HEADERS = ("content-type", "content-length", "etag", "cache-control", 
 
 def router(studio: Studio) -> APIRouter:
     """Return the routes of the page of trials, of the proxy, and of scores."""
-    routes, workspace, trial = APIRouter(), studio.workspace, studio.trial
+    routes = APIRouter()
+    workspace = studio.workspace
+    trial = studio.trial
     studio.queue.on_start.append(lambda job: trial.stop_if_idle())
 
     def view(run: Run) -> dict[str, object]:
@@ -48,7 +51,8 @@ def router(studio: Studio) -> APIRouter:
     @routes.get("/runs/try/{path:path}")
     def show(request: Request, path: str) -> Response:
         run = run_of(workspace, path)
-        files, trained = [("", "choose a file")], run.setting("data.train")
+        files = [("", "choose a file")]
+        trained = run.setting("data.train")
         for file in filter(_may_contain_rows, workspace.data_files()):
             name = workspace.relative(file)
             files.append((name, f"{name} (used for training)" if str(file) == trained else name))
@@ -93,16 +97,15 @@ def router(studio: Studio) -> APIRouter:
         run = run_of(workspace, fields.get("run", "")).path
         chosen = workspace.path(fields.get("file", ""), location="file")
         file = (await asyncio.to_thread(convert, workspace, chosen)).file
-        verb, output = fields.get("verb", ""), None
+        verb = fields.get("verb", "")
+        output = None
         if verb == "eval":
             title = f"Score {run.name} on {chosen.name}"
             arguments = [verb, str(run), f"--data={file}", "--with-base", "--no-drift"]
         elif verb == "predict":
             output = export_path(studio, f"{run.name}-predictions.csv")
-            title, arguments = (
-                f"Predict {chosen.name} with {run.name}",
-                [verb, str(run), str(file), f"--output={output}"],
-            )
+            title = f"Predict {chosen.name} with {run.name}"
+            arguments = [verb, str(run), str(file), f"--output={output}"]
         else:
             raise UserError(f"'{verb[:200]}' is not possible", location="verb", hint="choose eval or predict")
         job = studio.queue.add(verb, [*arguments, "--json"], title=title, run=run, output=output)

@@ -20,18 +20,23 @@ from deltaw.studio.workspace import Workspace
 from deltaw.worker_process import PipeWorker, WorkerError, serve
 
 # Time limits of a call and of a plan, and time until an idle worker is killed, which frees its memory.
-CALL_SECONDS, PLAN_SECONDS, IDLE_SECONDS = 1800.0, 300.0, 300.0
+CALL_SECONDS = 1800.0
+PLAN_SECONDS = 300.0
+IDLE_SECONDS = 300.0
 # A call whose result is no longer needed is killed after about the time that a new worker needs to start.
 RESTART_SECONDS = 8.0
 # Pages request a result every second, or every minute in the background. A call is cancelled if no page has requested
 # its result for ABANDONED_SECONDS, or for WAITING_SECONDS if another call waits.
-ABANDONED_SECONDS, WAITING_SECONDS = 90.0, 15.0
+ABANDONED_SECONDS = 90.0
+WAITING_SECONDS = 15.0
 WATCH_SECONDS = 1.0
 # If a plan takes longer, no settings that fit are searched for, because the search computes several plans.
 MAX_SEARCHED_SECONDS = 20.0
 # Errors are forgotten after this time, so that the user can try again.
 ERROR_SECONDS = 3.0
-MAX_RESULTS, MAX_RESULT_BYTES, MAX_STAMPS = 100, 2**26, 500
+MAX_RESULTS = 100
+MAX_RESULT_BYTES = 2**26
+MAX_STAMPS = 500
 
 
 @dataclass(frozen=True)
@@ -87,10 +92,12 @@ class Worker:
         """
         key = json.dumps([call, arguments, _stamps(arguments)], sort_keys=True)
         with self._changed:
-            known, now = self._calls.get(key), time.monotonic()
+            known = self._calls.get(key)
+            now = time.monotonic()
             if known is None or (known.error and now - known.ended > ERROR_SECONDS):
                 known = self._add(key, _Call(call, arguments, draft))
-            known.is_needed, known.polled = True, now
+            known.is_needed = True
+            known.polled = now
             if known.error is not None:
                 raise known.error
             return Pending(max(0.0, now - known.requested)) if known.result is None else known.result
@@ -129,7 +136,8 @@ class Worker:
         while not self._is_closed:
             time.sleep(WATCH_SECONDS)
             with self._changed:
-                now, running = time.monotonic(), self._running
+                now = time.monotonic()
+                running = self._running
                 if running is None:
                     continue
                 limit = ABANDONED_SECONDS if self._next() is None else WAITING_SECONDS
@@ -148,7 +156,8 @@ class Worker:
                 if self._is_closed:
                     return
                 assert call is not None
-                self._running, call.started = call, time.monotonic()
+                self._running = call
+                call.started = time.monotonic()
             try:
                 request = json.dumps({"call": call.name, "arguments": call.arguments}).encode()
                 seconds = PLAN_SECONDS if call.name == plan.__name__ else CALL_SECONDS
@@ -163,7 +172,8 @@ class Worker:
                     hint += " command of the next step to a terminal and replace train by plan"
                 values = {"error": {"message": message, "location": None, "hint": hint}}
             with self._changed:
-                self._running, call.ended = None, time.monotonic()
+                self._running = None
+                call.ended = time.monotonic()
                 call.result = values.get("result")
                 call.error = UserError(**values["error"]) if "error" in values else None
 
@@ -197,7 +207,9 @@ def plan(config: dict[str, Any]) -> dict[str, Any]:
     from deltaw.training.planning.plan_run import plan_methods
     from deltaw.training.session import read_data
 
-    settings, lines, fitting = RunConfig.read(config), list[str](), []
+    settings = RunConfig.read(config)
+    lines = list[str]()
+    fitting = []
     if settings.start_from is not None:
         settings = resolve_start(settings, lines.append)
     check_settings(settings)

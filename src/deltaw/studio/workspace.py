@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
-from deltaw import cache, platforms
+from deltaw import platforms
 from deltaw.atomic_files import write_text
+from deltaw.cache import keys
 from deltaw.data.row_files import kind_of
 from deltaw.errors import UserError
 from deltaw.runs.folder import is_run, mapping
@@ -28,11 +29,14 @@ from deltaw.runs.permissions import FolderPermissions
 from deltaw.settings.config import merge_settings
 
 SPREADSHEETS = (".xlsx", ".xls", ".ods")
-RUNS, EXPORTS = "runs", "exports"
+RUNS = "runs"
+EXPORTS = "exports"
 # Free bytes that an upload must leave on the disk, and the default limit of an upload.
-MIN_FREE_BYTES, MAX_UPLOAD_BYTES = 10**9, 512 * 10**6
+MIN_FREE_BYTES = 10**9
+MAX_UPLOAD_BYTES = 512 * 10**6
 # Depth of the search for data files, and maximum number of files offered.
-MAX_DEPTH, MAX_FILES = 2, 200
+MAX_DEPTH = 2
+MAX_FILES = 200
 # Length of the name of an upload. File systems allow 255 bytes, of which a number and a suffix need some.
 MAX_NAME_BYTES = 200
 _FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f\x7f\ud800-\udfff]')
@@ -156,7 +160,7 @@ class Workspace:
             folder.mkdir(parents=True, exist_ok=True)
             self.folder = folder.resolve(strict=True)
             name = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:32]
-            self.state = cache.root().resolve() / "studio" / name
+            self.state = keys.root().resolve() / "studio" / name
             self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.state.chmod(0o700)
             (self.state / "drafts").mkdir(exist_ok=True)
@@ -247,7 +251,8 @@ class Workspace:
             hint = "use a table (.csv, .tsv, .xlsx, .xls, .ods, .parquet) or JSON lines (.jsonl)"
             raise UserError(f"'{name[:200]}' is not a file with rows", location="upload", hint=hint)
         platforms.reject_reserved_names(name)
-        partial, written = self.partial_file(), 0
+        partial = self.partial_file()
+        written = 0
         self._check_size(size or 0, size or 0)
         try:
             with partial.open("xb") as file:

@@ -141,7 +141,8 @@ def answers(
 
 
 # Rows whose exact match is verified by generation, and the maximum length of their answers in tokens.
-_MAX_VERIFIED, _MAX_VERIFIED_TOKENS = 8, 128
+_MAX_VERIFIED = 8
+_MAX_VERIFIED_TOKENS = 128
 
 
 def exact_match_warning(
@@ -198,7 +199,9 @@ def question_of(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
 
 FILE = "prompts.json"
 # Maximum number of stored prompts, characters per prompt, and rows to examine.
-MAX_EXAMPLES, MAX_PROMPT_LENGTH, MAX_TRIED_ROWS = 4, 400, 64
+MAX_EXAMPLES = 4
+MAX_PROMPT_LENGTH = 400
+MAX_TRIED_ROWS = 64
 # A character takes up to six bytes in JSON.
 _MAX_BYTES = 6 * (MAX_SYSTEM_CHARS + MAX_EXAMPLES * MAX_PROMPT_LENGTH) + 1024
 
@@ -338,7 +341,8 @@ def read_prompting(folder: Path) -> Prompting:
     stored_examples = found.get("examples")
     stored_examples = stored_examples if isinstance(stored_examples, list) else []
     examples = [text for value in stored_examples if (text := _text(value, MAX_PROMPT_LENGTH))]
-    system, joined = _text(found.get("system"), MAX_SYSTEM_CHARS), found.get("joined") is True
+    system = _text(found.get("system"), MAX_SYSTEM_CHARS)
+    joined = found.get("joined") is True
     return Prompting(system, joined, tuple(examples[:MAX_EXAMPLES]))
 
 

@@ -31,7 +31,9 @@ from deltaw.machine.memory import trim_memory
 from deltaw.progress import Advance
 from deltaw.runtime.recognition import blocks_of
 from deltaw.runtime.widened import widened
-from deltaw.training.microbatches import SINGLE_PROCESS, Batcher, Objective, Reducer
+from deltaw.training.batcher import Batcher
+from deltaw.training.objective import Objective
+from deltaw.training.reducer import SINGLE_PROCESS, Reducer
 
 # Descriptions for messages.
 NAMES = {
@@ -41,21 +43,26 @@ NAMES = {
 }
 # Errors are relative to the norm of the fp32 gradient. Approximations may add half of bf16's error plus this value.
 # A single block may add twice as much, because errors of blocks are independent and average out in a step.
-MAX_ADDED_ERROR, MAX_ADDED_BLOCK_ERROR = 0.01, 0.02
+MAX_ADDED_ERROR = 0.01
+MAX_ADDED_BLOCK_ERROR = 0.02
 # Minimum cosine similarity of the gradients with and without approximations. It applies if more than half of bf16's
 # error is added.
-MIN_COSINE, MIN_BLOCK_COSINE = 0.999, 0.996
+MIN_COSINE = 0.999
+MIN_BLOCK_COSINE = 0.996
 # An approximation is accepted only below this share of the limit, so that noise does not decide.
 MARGIN = 0.9
 # Blocks with a smaller share of the gradient norm are not checked individually.
 SMALL_BLOCK = 1e-3
 # Minimum computed tokens and labels of the checked rows, and the maximum tokens of one row.
-MIN_TOKENS, MIN_LABELS, MAX_ROW_TOKENS = 128, 16, 512
+MIN_TOKENS = 128
+MIN_LABELS = 16
+MAX_ROW_TOKENS = 512
 # The checked rows are selected from this number of rows, in training order.
 MAX_CANDIDATE_ROWS = 64
 # Repeated checks take at most this share of the run's tokens. A check computes two gradients. Each counts twice,
 # because small batches are less efficient.
-MAX_TIME_SHARE, TOKEN_COST = 0.005, 4.0
+MAX_TIME_SHARE = 0.005
+TOKEN_COST = 4.0
 # Approximate number of gradient elements that are compared.
 MAX_COMPARED = 1 << 22
 
@@ -187,7 +194,8 @@ class GradientCheck:
         errors = measured(candidates)
         if errors.failing(MARGIN) is None:
             return AllowedApproximations(tuple(candidates), errors)
-        chosen, refused = AllowedApproximations((), None), {}
+        chosen = AllowedApproximations((), None)
+        refused = {}
         for name in sorted(candidates, key=APPROXIMATIONS.index, reverse=True):  # largest error last
             errors = measured([*chosen.names, name])
             if failing := errors.failing(MARGIN):
@@ -206,7 +214,8 @@ class GradientCheck:
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         excluded = [head] if head is not None and not any(p.requires_grad for p in head.parameters()) else []
         exact = widened(self.model, excluded=excluded) if wide else contextlib.nullcontext()
-        random, arithmetic = torch.random.fork_rng(devices=[]), _compute_with(approximations)
+        random = torch.random.fork_rng(devices=[])
+        arithmetic = _compute_with(approximations)
         trim_memory()  # fp32 and bf16 blocks fragment the heap
         with random, arithmetic, _force_rough_logits(self.objective), exact:
             self.objective.start_step(self.rows, self.batcher, SINGLE_PROCESS)
@@ -215,7 +224,8 @@ class GradientCheck:
                 self._passes += 1 / self._batches
                 self.advance(min(self._passes / _PASSES, 0.99))
         for name, parameter in self.named.items():
-            gradient, parameter.grad = parameter.grad, None
+            gradient = parameter.grad
+            parameter.grad = None
             if gradient is not None:
                 yield name, gradient.flatten()[:: self._distance].float()
 
@@ -264,7 +274,8 @@ def _errors_of(sums: Tensor) -> Errors:
 @contextlib.contextmanager
 def _force_rough_logits(objective: Objective) -> Iterator[None]:
     """Make an objective use its code path for large numbers of labels."""
-    rows, objective.min_rough_rows = objective.min_rough_rows, 1
+    rows = objective.min_rough_rows
+    objective.min_rough_rows = 1
     try:
         yield
     finally:
@@ -302,7 +313,8 @@ class Approximations:
         names, reason = json.loads(processes.texts(json.dumps(self._still_used(check)))[0])
         if tuple(names) == self.names:
             return
-        self.names, self.off_since = tuple(names), step
+        self.names = tuple(names)
+        self.off_since = step
         loader.use_arithmetic(loader.arithmetic().with_approximations(self.names))
         self.on_change(reason, step)
 

@@ -38,15 +38,9 @@ from deltaw.kernels.layout import Layout, PositionShifts, to_device
 from deltaw.machine.choices import Choice
 from deltaw.runtime.fused_blocks import fused_in_mode
 from deltaw.runtime.image_tokens import image_position_shifts
-from deltaw.runtime.packed import (
-    PACKED_INDEPENDENT,
-    can_pack,
-    can_pack_independent,
-    first_position,
-    fused_blocks,
-    packed_rows,
-)
-from deltaw.training.microbatches import Batcher
+from deltaw.runtime.packed import PACKED_INDEPENDENT, first_position, fused_blocks, packed_rows
+from deltaw.runtime.packing_checks import can_pack, can_pack_independent
+from deltaw.training.batcher import Batcher
 
 # Tokens of a microbatch for ``auto``: enough for full matmul throughput. More would only increase activation memory.
 TOKENS_PER_PASS = {"cpu": 1024, "cuda": 8192, "mps": 4096}
@@ -120,7 +114,9 @@ class MicroBatcher(Batcher):
         """Return (rows, length) of each microbatch of :meth:`batches`, without laying out any."""
         if self.padded:
             return [(sum(len(rows_of(item)) for item in part), self.padding.length(part)) for part in self.split(rows)]
-        share, fill, cost = self.share, self.fill, self.inactive_cost
+        share = self.share
+        fill = self.fill
+        cost = self.inactive_cost
         return [(1, packed_length(part, share=share, fill=fill, inactive_cost=cost)) for part in self.split(rows)]
 
     def items(self, rows: Sequence[Any]) -> Sequence[Any]:
@@ -256,7 +252,8 @@ def choose_causal_batcher(
     Raises:
         UserError: if a row is longer than the model has positions.
     """
-    longest, device = longest_row(examples, options.virtual_tokens, position_limit(model)), options.device
+    longest = longest_row(examples, options.virtual_tokens, position_limit(model))
+    device = options.device
     packable = can_pack(model)
     shared = Choice(bool(options.share), "as requested")
     if options.share == "auto" and options.method_shares:
@@ -296,7 +293,8 @@ def choose_packed_batcher(
     Raises:
         UserError: if a row is longer than the model has positions.
     """
-    segments, start = "token_type_ids" in inspect.signature(model.forward).parameters, first_position(model)
+    segments = "token_type_ids" in inspect.signature(model.forward).parameters
+    start = first_position(model)
     if can_pack(model).value:
         causal, choices = choose_causal_batcher(model, rows, options)
         return causal.with_class(MicroBatcher, first_position=start, segments=segments), choices

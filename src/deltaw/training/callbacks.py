@@ -211,7 +211,8 @@ def _to_each(name: str) -> Callable[..., None]:
         for callback in self._callbacks:
             getattr(callback, name)(*arguments, **keywords)
 
-    forward.__name__, forward.__doc__ = name, getattr(Callback, name).__doc__
+    forward.__name__ = name
+    forward.__doc__ = getattr(Callback, name).__doc__
     return forward
 
 

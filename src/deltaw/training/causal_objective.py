@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from deltaw.data.example import Item
 from deltaw.data.packing import MicroBatch
-from deltaw.hub.loading import has_values as model_has_values
+from deltaw.hub.skeletons import has_values as model_has_values
 from deltaw.kernels import linear as products
 from deltaw.kernels import loader
 from deltaw.kernels.block_linear import BlockWeight
@@ -34,8 +34,9 @@ from deltaw.lora.layers_quantized import BlockLinear
 from deltaw.lora.stored import Scales, StoredWeight, block_weight, product, weight_scales
 from deltaw.runtime.packed import backbone_of, one_row, outputs_at
 from deltaw.runtime.rough_head import MIN_OUTLIER_ROWS, RoughHead, RoughLogits
+from deltaw.training.feed import enter_batch
 from deltaw.training.losses import CrossEntropy, Loss, RowLogProbs
-from deltaw.training.microbatches import Objective, enter_batch
+from deltaw.training.objective import Objective
 
 # Chunked output heads:
 # - frozen_head_log_probs: frozen linear head. The logits of a chunk are overwritten by their gradient.
@@ -48,7 +49,8 @@ CHUNK_BYTES = 32 * 2**20
 DEVICE_CHUNK_BYTES = {"cuda": 256 * 2**20}
 # Bytes and minimum rows of a chunk of a frozen head. Each chunk reads and rearranges the weight, which costs as much
 # as about thirty rows.
-FROZEN_CHUNK_BYTES, FROZEN_CHUNK_ROWS = {"cpu": 24 * 2**20, "cuda": 128 * 2**20}, 256
+FROZEN_CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 128 * 2**20}
+FROZEN_CHUNK_ROWS = 256
 # Rows of a chunk are padded to a multiple of this for matrix libraries.
 ROW_MULTIPLE = 16
 # Scale of gradients in fp16 between the forward pass, which computes them, and the backward pass.
@@ -129,7 +131,8 @@ class _FrozenHead:
 
         In int8 the columns of the targets are not rounded.
         """
-        head, stored = self.weight, self.stored
+        head = self.weight
+        stored = self.stored
         if isinstance(stored, Scales) and can_use_int8_classes(gradient, head):
             return class_gradient_(gradient, targets, head, stored[0])
         if self._is_narrower(gradient):
@@ -168,7 +171,8 @@ def _by_all_classes(hidden: Tensor, targets: Tensor, head: _FrozenHead, max_rows
     needs_grad = hidden.requires_grad
     slopes = torch.empty_like(hidden) if needs_grad else None
     ones = hidden.new_ones(len(targets), dtype=loss_dtype(hidden))
-    losses, chunk = [], _even_chunk(len(hidden), max_rows)
+    losses = []
+    chunk = _even_chunk(len(hidden), max_rows)
     for start in range(0, hidden.shape[0], chunk):
         part = slice(start, start + chunk)
         logits = head.logits(hidden[part])
@@ -183,12 +187,14 @@ def _by_all_classes(hidden: Tensor, targets: Tensor, head: _FrozenHead, max_rows
 
 def _by_top_classes(hidden: Tensor, targets: Tensor, head: _FrozenHead, max_rows: int) -> tuple[Tensor, Tensor | None]:
     """Return accurate losses (P,) and an approximate gradient (P, d), see :func:`head_gradient_`."""
-    (rows, width), logits_of = hidden.shape, head.logits_by_parts(hidden)
+    rows, width = hidden.shape
+    logits_of = head.logits_by_parts(hidden)
     chunk = num_groups(_even_chunk(rows, max_rows)) * ROWS_PER_GROUP
     losses = torch.empty(rows)
     # Rows are padded to complete groups. Group sums are multiplied with the head once per chunk of groups.
     padded_rows = num_groups(rows) * ROWS_PER_GROUP
-    slopes, shares = hidden.new_zeros(padded_rows, width), torch.zeros(padded_rows)
+    slopes = hidden.new_zeros(padded_rows, width)
+    shares = torch.zeros(padded_rows)
     group_sums = hidden.new_empty(min(num_groups(rows), chunk), len(head.weight))
     for first in range(0, rows, chunk * ROWS_PER_GROUP):
         last = min(first + chunk * ROWS_PER_GROUP, rows)
@@ -242,7 +248,9 @@ class _HeadLogProbs(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk: int, *trained: Tensor) -> Tensor:
         # Autograd detects in-place changes of saved parameters before the backward pass.
         ctx.save_for_backward(hidden, targets, *trained)
-        ctx.head, ctx.chunk, ctx.trained = head, chunk, trained
+        ctx.head = head
+        ctx.chunk = chunk
+        ctx.trained = trained
         parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
         return torch.cat([log_probs(head(rows), wanted) for rows, wanted in parts])
 
@@ -272,7 +280,8 @@ def _over_chunks(
     """
     needed = hidden.requires_grad
     grad_hidden = torch.empty_like(hidden) if needed else None
-    sums, chunk_values = [torch.zeros_like(t) for t in trained], []
+    sums = [torch.zeros_like(t) for t in trained]
+    chunk_values = []
     for start in range(0, hidden.shape[0], chunk):
         rows = slice(start, start + chunk)
         part = hidden[rows].detach().requires_grad_(needed)
@@ -324,7 +333,8 @@ class _ChunkedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weights: Tensor, values_of: Values, chunk: int, *trained: Tensor) -> Tensor:
-        weights, is_fp16 = weights.to(loss_dtype(hidden)), hidden.dtype == torch.float16
+        weights = weights.to(loss_dtype(hidden))
+        is_fp16 = hidden.dtype == torch.float16
         slopes = weights * FP16_SCALE if is_fp16 else weights
         values, grad_hidden, sums = _over_chunks(hidden, values_of, slopes, trained, chunk)
         total = hidden.new_zeros((), dtype=loss_dtype(hidden))
@@ -420,7 +430,8 @@ class CausalObjective(Objective):
         """Return Σ weight · cross-entropy without recomputing logits in the backward pass."""
         outputs = self.label_outputs(batch)
         if self.chunked and not self._head_is_frozen():
-            labels, parameters = (batch.targets, batch.weights), list(self.head.parameters())
+            labels = (batch.targets, batch.weights)
+            parameters = list(self.head.parameters())
             return chunked_cross_entropy(outputs, *labels, self._logits, parameters, chunk=self.chunk)
         values = self._log_probs(outputs, batch.targets)
         return -(values * batch.weights.to(values.dtype)).sum()
@@ -440,18 +451,22 @@ class CausalObjective(Objective):
         return RoughHead.of(self.head.weight)
 
     def _frozen(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        transform, rough = logit_transform(self.model.config.get_text_config()), None
+        transform = logit_transform(self.model.config.get_text_config())
+        rough = None
         if loader.arithmetic().int8_logits and _may_round(self.head) and outputs.dtype == torch.bfloat16:
             rough = replace(self._rough_head, min_rows=self.min_rough_rows)
         scales = rough.scales if rough is not None and self._int8 else None
-        weight, blocks = (self.head.weight, self.head.bias), block_weight(self.head)
+        weight = (self.head.weight, self.head.bias)
+        blocks = block_weight(self.head)
         return frozen_head_log_probs(outputs, targets, *weight, *transform, scales=scales, blocks=blocks, rough=rough)
 
     @torch.no_grad()
     def evaluate_rows(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy (P,) of each label, and the predicted token (P,) as int64."""
-        losses, likeliest = [], []
-        outputs, chunk = self.label_outputs(batch), self.chunk
+        losses = []
+        likeliest = []
+        outputs = self.label_outputs(batch)
+        chunk = self.chunk
         for rows, targets in zip(outputs.split(chunk), batch.targets.split(chunk), strict=True):
             logits = self.logits_of(rows).float()
             losses.append(nn.functional.cross_entropy(logits, targets, reduction="none"))
@@ -539,7 +554,8 @@ def _is_supported_head(model: PreTrainedModel, head: nn.Module) -> bool:
 
     Fake tensors have no logits to compare, so only sizes are checked.
     """
-    text, real = model.config.get_text_config(), model_has_values(model)
+    text = model.config.get_text_config()
+    real = model_has_values(model)
     width = getattr(head, "in_features", None)
     if not real and (width, getattr(head, "out_features", None)) == (text.hidden_size, text.vocab_size):
         return True

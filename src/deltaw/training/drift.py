@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 from deltaw.data.example import Example
 from deltaw.data.prepare import encode_prompt
 from deltaw.decoding.generation import GeneratedCompletion, TextGenerator
-from deltaw.hub.loading import has_values
+from deltaw.hub.skeletons import has_values
 from deltaw.progress import track_progress
+from deltaw.training.batcher import Batcher
 from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.evaluation.general import (
     MAX_ANSWER_TOKENS,
@@ -35,7 +36,6 @@ from deltaw.training.evaluation.general import (
 )
 from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
 from deltaw.training.losses import in_fp64
-from deltaw.training.microbatches import Batcher
 from deltaw.training.rendered_rows import render_example
 from deltaw.training.session import Session
 from deltaw.training.task import OpenedRun, Task
@@ -126,7 +126,8 @@ def base_losses(
     """
     with running():
         drift_model = _DriftModel(model, answers, batcher)
-    losses, choices = [], []
+    losses = []
+    choices = []
     for chunk in drift_model.parts():
         _, loss, choice = drift_model.of_labels(chunk)
         losses.append(loss.cpu())
@@ -169,7 +170,8 @@ def measure_drift(
     for chunk in tuned_model.parts():
         log_probs, loss, chosen = tuned_model.of_labels(chunk)
         if isinstance(base, BaseLosses):
-            base_loss, base_choice = base.losses[chunk], base.choices[chunk]
+            base_loss = base.losses[chunk]
+            base_choice = base.choices[chunk]
             divergence = base_loss.new_zeros(())
         else:
             assert base_model is not None
@@ -312,7 +314,8 @@ class DriftMeter:
     """
 
     def __init__(self, session: Session) -> None:
-        self._session, setting = session, session.config.train.drift
+        self._session = session
+        setting = session.config.train.drift
         self._enabled = _is_enabled(setting, session.task)
         self._stored_losses: BaseLosses | None = None
         self._answers: Sequence[Example] = ()
@@ -344,7 +347,8 @@ class DriftMeter:
             return None
         if self._reason is not None:
             raise self._reason
-        session, model = self._session, self._session.model
+        session = self._session
+        model = self._session.model
         stored_losses = self._stored_losses
         answers = session.general_answers(DRIFT_PROMPTS) if stored_losses is None else stored_losses.answers
         base = stored_losses or functools.partial(session.method.base_model_active, model)
@@ -359,7 +363,8 @@ class DriftMeter:
 
         Call it outside of ``session.running``.
         """
-        session, selected = self._session, _select_evenly(self._answers, count)
+        session = self._session
+        selected = _select_evenly(self._answers, count)
         rendered = [render_example(answer, session.method) for answer in selected]
         prompts = [example.tokens[: example.prompt_length] for example in rendered]
         return _pair_answers(selected, session.complete(prompts, MAX_ANSWER_TOKENS))

@@ -150,7 +150,8 @@ def log1mexp(x: Tensor) -> Tensor:
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     middle = -math.log(2)
     # Clamp the input of each branch to its range, so that the unused branch has no NaN gradient.
-    near, far = torch.log(-torch.expm1(x.clamp(min=middle))), torch.log1p(-torch.exp(x.clamp(max=middle)))
+    near = torch.log(-torch.expm1(x.clamp(min=middle)))
+    far = torch.log1p(-torch.exp(x.clamp(max=middle)))
     return torch.where(x > middle, near, far)
 
 

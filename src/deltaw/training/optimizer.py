@@ -96,7 +96,8 @@ class Schedule:
         The rate continues from its current value and reaches zero at the new end. An incomplete warm-up is scaled to
         the new total, but has at least ``step`` steps.
         """
-        num_warmup, schedule = warmup_steps(self.warmup, self.total_steps), self
+        num_warmup = warmup_steps(self.warmup, self.total_steps)
+        schedule = self
         if step <= num_warmup:
             num_warmup = max(step, warmup_steps(self.warmup, total_steps))
         else:
@@ -162,11 +163,14 @@ def count_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None
 
 
 # A run warns below these numbers of held-out rows and steps.
-MIN_EVAL_ROWS, MIN_STEPS = 50, 30
+MIN_EVAL_ROWS = 50
+MIN_STEPS = 30
 # Batch sizes to choose from, and the maximum number of epochs.
-BATCH_SIZES, MAX_EPOCHS = (16, 8, 4), 10
+BATCH_SIZES = (16, 8, 4)
+MAX_EPOCHS = 10
 # One epoch is usual from this number of rows on. Below, it is USUAL_EPOCHS.
-LARGE_DATASET_ROWS, USUAL_EPOCHS = 1000, 3
+LARGE_DATASET_ROWS = 1000
+USUAL_EPOCHS = 3
 
 
 def recommended_settings(num_rows: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from deltaw.errors import UserError
 from deltaw.hub.sentence_layout import Pooling, SentenceLayout, parse_pooling, read_layout
 from deltaw.kernels.layout import to_device
 from deltaw.runtime.packed import one_row, without_cache
-from deltaw.training.microbatches import enter_batch
+from deltaw.training.feed import enter_batch
 
 
 def pool(hidden: Tensor, rows: Sequence[np.ndarray], pooling: Pooling) -> Tensor:
@@ -78,13 +78,17 @@ def choose_layout(
             configured pooling.
     """
     stored = read_layout(folder)
-    chosen, why = (None if stored is None else stored.pooling), "from the model's folder"
+    chosen = None if stored is None else stored.pooling
+    why = "from the model's folder"
     if pooling != "auto":
-        chosen, why = parse_pooling(pooling), "as requested"
+        chosen = parse_pooling(pooling)
+        why = "as requested"
     if chosen is None and is_bidirectional(model):
-        chosen, why = "mean", "an encoder"
+        chosen = "mean"
+        why = "an encoder"
     if chosen is None and decoder is not None:
-        chosen, why = decoder, "a decoder"
+        chosen = decoder
+        why = "a decoder"
     if chosen is None:
         message = f"{type(model).__name__} is a decoder without a configured pooling"
         hint = "use an encoder, or set pooling 'last' or 'mean' if the model was trained with it"

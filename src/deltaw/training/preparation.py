@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deltaw.atomic_files import write_text
-from deltaw.cache import load_result, store_result
+from deltaw.cache.results import load_result, store_result
 from deltaw.data.example import Example, RowGroup
 from deltaw.decoding.generation import position_limit
 from deltaw.errors import UserError
@@ -27,7 +27,8 @@ from deltaw.machine.kernel_choice import numerics_key
 from deltaw.machine.memory import release_free_memory, trim_memory
 from deltaw.progress import track_progress
 from deltaw.runtime.layer_entry import frozen_level
-from deltaw.runtime.quantized_weights import Rounding, quantize_int8, quantize_nf4, quantize_with_bitsandbytes
+from deltaw.runtime.nf4 import quantize_nf4, quantize_with_bitsandbytes
+from deltaw.runtime.quantized_weights import Rounding, quantize_int8
 from deltaw.runtime.sharded import sharded_blocks
 from deltaw.training.causal_objective import loss_of_outputs
 

@@ -56,7 +56,8 @@ class RenderedRows(Sequence[Any]):
     """View of stored rows that renders each row on access."""
 
     def __init__(self, rows: Sequence[Any], method: Method) -> None:
-        self._rows, self._method = rows, method
+        self._rows = rows
+        self._method = method
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -107,7 +108,9 @@ def resolve_invocation(
     given = None if setting is None else Choice(list(setting), "as given")
     invocation = _derive_invocation(tokenizer, _iter_rows(rows), chat) if given is None else given
     method.set_invocation(invocation.value)
-    rows_without, rows_with_early_labels, count = [], [], 0
+    rows_without = []
+    rows_with_early_labels = []
+    count = 0
     for row in _iter_rows(rows):
         count += 1
         marked = with_activation(row, invocation.value)
@@ -117,7 +120,8 @@ def resolve_invocation(
             rows_with_early_labels.append(row.row)
     text = repr(tokenizer.decode(invocation.value))
     if rows_without:
-        share, sequence = f"{len(rows_without):,} of {count:,} rows", f"{text} ({invocation.value})"
+        share = f"{len(rows_without):,} of {count:,} rows"
+        sequence = f"{text} ({invocation.value})"
         message = f"{share} do not have the invocation sequence {sequence}"
         hint = f"set {KEY} to tokens that all prompts contain, or end all prompts with the same text"
         raise UserError(message, location=f"row {rows_without[0]}", hint=hint)

@@ -19,8 +19,11 @@ from deltaw.atomic_files import write_text
 from deltaw.data.example import Example
 from deltaw.decoding.generation import SampledCompletion
 from deltaw.errors import UserError
-from deltaw.hub.loading import has_values
-from deltaw.training.microbatches import SINGLE_PROCESS, Batcher, Feed, Objective, Reducer
+from deltaw.hub.skeletons import has_values
+from deltaw.training.batcher import Batcher
+from deltaw.training.feed import Feed
+from deltaw.training.objective import Objective
+from deltaw.training.reducer import SINGLE_PROCESS, Reducer
 
 _HINT = "restore the folder from a copy, or start over with --fresh"
 
@@ -77,7 +80,8 @@ class RolloutFeed(Feed):
         Args:
             fields: Further fields of ``row_class``, a subclass of :class:`deltaw.data.example.Example`.
         """
-        tokens, generated = completion.tokens, completion.is_generated
+        tokens = completion.tokens
+        generated = completion.is_generated
         prompt_tokens = prompt.tokens if completion.prompt is None else completion.prompt
         generated = np.ones(len(tokens), bool) if generated is None else generated
         terminator = [] if completion.terminator is None else [completion.terminator]
@@ -131,7 +135,8 @@ class RolloutFeed(Feed):
         Raises:
             UserError: if they are missing or invalid.
         """
-        file, text = f"rollouts/{step // self.steps_per_round}.json", ""
+        file = f"rollouts/{step // self.steps_per_round}.json"
+        text = ""
         if self._folder is not None and (self._folder / file).is_file():
             text = (self._folder / file).read_text(encoding="utf-8")
         first = self.processes.texts(text)[0]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from deltaw.cache import load_result, store_result
+from deltaw.cache.results import load_result, store_result
 from deltaw.data.chat_template import read_chat_template
 from deltaw.data.example import Example
 from deltaw.data.row_reader import RunData
@@ -30,7 +30,7 @@ from deltaw.decoding.generation import GeneratedCompletion, Sampler, TextGenerat
 from deltaw.decoding.model import AdaptedModel
 from deltaw.decoding.opening import SessionSampler, verified_generator
 from deltaw.errors import UserError
-from deltaw.hub.loading import has_values
+from deltaw.hub.skeletons import has_values
 from deltaw.kernels import compiled, gpu_attention, loader
 from deltaw.lora.fingerprint import combine_digests, digest_tensor
 from deltaw.machine.choices import Choice, choose_device, choose_precision
@@ -40,8 +40,9 @@ from deltaw.methods.base import VISION_TOWER, Method
 from deltaw.methods.files import choose_method
 from deltaw.methods.start import StartAdapter, open_start
 from deltaw.progress import Advance, Detail, LogFunction, ignore_line, track_progress
+from deltaw.runtime.huge_pages import use_large_pages
 from deltaw.runtime.packed import fused_blocks, packed_rows
-from deltaw.runtime.quantized_weights import Rounding, use_large_pages
+from deltaw.runtime.quantized_weights import Rounding
 from deltaw.runtime.sharded import sharded_blocks
 from deltaw.settings.config import RunConfig
 from deltaw.training.approximations import (
@@ -53,6 +54,7 @@ from deltaw.training.approximations import (
     check_interval,
     select_check_rows,
 )
+from deltaw.training.batcher import Batcher
 from deltaw.training.batchers import BatcherOptions
 from deltaw.training.callbacks import Callback
 from deltaw.training.evaluation.base import Evaluation
@@ -67,18 +69,22 @@ from deltaw.training.evaluation.general import (
     quantized_identity,
 )
 from deltaw.training.evaluation.general_prompts import REHEARSAL_PROMPTS
-from deltaw.training.features.prefix_cache import Sharing, cached_prefix
-from deltaw.training.features.prompts import stored_prompts
+from deltaw.training.features.prefix_cache import cached_prefix
+from deltaw.training.features.prompt_store import stored_prompts
+from deltaw.training.features.shared_store import Sharing
 from deltaw.training.features.store import StoreLocation
-from deltaw.training.loop import may_skip, train
-from deltaw.training.microbatches import SINGLE_PROCESS, Batcher, Feed, Objective, Reducer
+from deltaw.training.feed import Feed
+from deltaw.training.loop import train
+from deltaw.training.objective import Objective
 from deltaw.training.optimizer import count_steps
 from deltaw.training.parallel.group import EVALUATE, Group
 from deltaw.training.preparation import checkpoint_blocks, quantize_weights
+from deltaw.training.reducer import SINGLE_PROCESS, Reducer
 from deltaw.training.rendered_rows import KEY as INVOCATION
 from deltaw.training.rendered_rows import render_example, render_rows, resolve_invocation
 from deltaw.training.state import Outcome, RowOrder, SavedState, TrainOptions, TrainOverrides, TrainState
 from deltaw.training.task import SFT, RateFactor, Rows, Task, TaskGeneration, read_run_data, task_of
+from deltaw.training.trained_check import may_skip
 
 if TYPE_CHECKING:
     from typing import Unpack  # not available at runtime in Python 3.10

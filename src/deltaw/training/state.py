@@ -106,7 +106,7 @@ class TrainOptions:
         max_grad_norm: Maximum gradient norm. None to disable clipping.
         names: Names of the parameters, for messages and saved states.
         may_skip: Returns True if the model may skip the parameter of this name by design, so that it is only a warning.
-            See :func:`deltaw.training.loop.may_skip`.
+            See :func:`deltaw.training.trained_check.may_skip`.
         before_step: Called with the state and the rows before each step.
         after_step: Called after each optimizer update.
         add_gradients: Called with the index of the step and the loss scale after the gradients of the step are
@@ -184,7 +184,8 @@ class LossScale:
         """Adjust the scale after a step."""
         self.steps += 1
         if overflowed or self.steps == LOSS_SCALE_INTERVAL:
-            self.value, self.steps = self.value * (0.5 if overflowed else 2.0), 0
+            self.value = self.value * (0.5 if overflowed else 2.0)
+            self.steps = 0
 
 
 @dataclass(frozen=True)
@@ -397,14 +398,18 @@ class TrainState:
         schedule = options.schedule
         if isinstance(schedule, str):
             schedule = Schedule(schedule, options.learning_rate, options.total_steps, options.warmup)
-        self.schedule, self.order = schedule, RowOrder(num_rows, options.batch_size, options.seed, options.groups)
-        self.sums, self.skipped_in_row = Outcome(), 0
+        self.schedule = schedule
+        self.order = RowOrder(num_rows, options.batch_size, options.seed, options.groups)
+        self.sums = Outcome()
+        self.skipped_in_row = 0
         self.loss_scale = LossScale() if options.loss_scaling else None
         names = options.names or [f"parameter {n}" for n in range(len(parameters))]
         named = dict(zip(names, parameters, strict=True))
-        self.names, self.sources = list(named), list(named.values())
+        self.names = list(named)
+        self.sources = list(named.values())
         self._master_weights = MasterWeights(self.sources)
-        self.trained, factors = self._master_weights.trained, options.rate_factors
+        self.trained = self._master_weights.trained
+        factors = options.rate_factors
         self.optimizer = adamw(self.trained, schedule.learning_rate, factors, options.weight_decay, options.betas)
         self._random: dict[str, Tensor] = {}
 
@@ -565,7 +570,8 @@ def _warn_of_other_arithmetic(stored: Mapping[str, str] | None) -> None:
     """Warn if this process computes matrix products differently from the process that saved a state."""
     if stored is None:
         return
-    current, previous = loader.arithmetic().as_dict(), stored
+    current = loader.arithmetic().as_dict()
+    previous = stored
     differing = [name for name in current if previous.get(name) != current[name]]
     if not differing:
         return

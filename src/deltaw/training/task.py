@@ -27,23 +27,28 @@ from deltaw.decoding.generation import Sampler, TextGenerator
 from deltaw.decoding.model import AdaptedModel
 from deltaw.decoding.opening import SessionGenerator
 from deltaw.errors import UserError
+from deltaw.hub.empty_models import check_architecture
 from deltaw.hub.folders import config_folder
-from deltaw.hub.loading import LoadedModel, check_architecture
+from deltaw.hub.loading import LoadedModel
 from deltaw.hub.sentence_layout import SentenceLayout
 from deltaw.hub.tokenizers import load_tokenizer
 from deltaw.machine.choices import Choice
 from deltaw.methods.base import Method
 from deltaw.methods.trust import AdapterFolder
 from deltaw.progress import LogFunction, ignore_line, track_progress
-from deltaw.runtime.packed import packed_rows, padded_rows
+from deltaw.runtime.packed import packed_rows
+from deltaw.runtime.padded import padded_rows
 from deltaw.settings import task_registry
 from deltaw.settings.config import RunConfig
 from deltaw.settings.data import DataSettings, eval_sets, sampled_eval_set
 from deltaw.training.answers import EvaluationScore, Prompting, ScoreOptions, answers, exact_match_warning
+from deltaw.training.batcher import Batcher
 from deltaw.training.batchers import BatcherOptions
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.features.images import RowImages
-from deltaw.training.microbatches import SINGLE_PROCESS, Batcher, Feed, Objective, Reducer
+from deltaw.training.feed import Feed
+from deltaw.training.objective import Objective
+from deltaw.training.reducer import SINGLE_PROCESS, Reducer
 from deltaw.training.rendered_rows import render_example
 
 # Names of a model's outputs, by output index.

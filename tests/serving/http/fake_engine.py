@@ -27,7 +27,7 @@ from deltaw.decoding.request import (
     UnknownAdapterError,
 )
 from deltaw.errors import UserError
-from deltaw.serving.http.queue import TokenizerPrompts
+from deltaw.serving.http.prompts import TokenizerPrompts
 from deltaw.serving.http.served import Served
 from tests.byte_models import TEMPLATE, byte_tokenizer
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from deltaw.decoding.request import BusyError, UnsupportedError
-from deltaw.serving.http.queue import TokenizerPrompts
+from deltaw.serving.http.prompts import TokenizerPrompts
 from deltaw.serving.http.settings import Limits
 from tests.serving.http.api_requests import CHAT, COMPLETIONS, GOOD, JSON, SLOW, chat_body, expect_error
 from tests.serving.http.concurrency import wait_until

@@ -170,11 +170,11 @@ def test_images_above_the_limit_are_refused_while_others_run(server: Any, monkey
 
 
 def test_waiting_images_count_as_pending(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deltaw.serving.http import queue
+    from deltaw.serving.http import prompts
     from deltaw.serving.http.settings import Limits
 
-    finish, decode = threading.Event(), queue.decoded_images
-    monkeypatch.setattr(queue, "decoded_images", lambda images: finish.wait(60) and decode(images))
+    finish, decode = threading.Event(), prompts.decoded_images
+    monkeypatch.setattr(prompts, "decoded_images", lambda images: finish.wait(60) and decode(images))
     monkeypatch.setattr(server.request_queue, "_limits", Limits(queue=2))
     with ThreadPoolExecutor(2) as pool:
         try:

@@ -15,7 +15,7 @@ from tests.serving.test_text import fallback_tokenizer
 
 pytest.importorskip("fastapi", reason="the server requires FastAPI (extra 'dev')")
 
-from deltaw.serving.http.queue import TokenizerPrompts, bytes_of_token, far_exceeds
+from deltaw.serving.http.prompts import TokenizerPrompts, bytes_of_token, far_exceeds
 
 HELLO: list[dict[str, object]] = [{"role": "user", "content": "Grüße"}]
 TOOL: dict[str, object] = {"type": "function", "function": {"name": "weather", "parameters": {}}}

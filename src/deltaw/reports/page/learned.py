@@ -140,11 +140,13 @@ def _has_factors(weights: Path) -> bool:
 
 def _measure_factors(folder: Path) -> AdapterSummary:
     """Measure an adapter with factors, loading the factors of one layer at a time."""
-    adapter, file = read_adapter(folder, lazy=True), TensorFile(folder / ADAPTER_WEIGHTS)
+    adapter = read_adapter(folder, lazy=True)
+    file = TensorFile(folder / ADAPTER_WEIGHTS)
     layers: dict[int | None, list[str]] = defaultdict(list)
     for name in file:
         layers[layer_of(name)].append(name)
-    modules, other_norms = [], []
+    modules = []
+    other_norms = []
     for names in layers.values():
         tensors = {name: file[name] if _FACTOR in name else file.meta_tensor(name) for name in names}
         content = read_content(adapter._replace(tensors=tensors))
@@ -209,7 +211,10 @@ def _in_order(modules: list[ModuleSummary]) -> list[ModuleSummary]:
 
 
 # Maximum number of kinds, layers and spectra that are plotted, and rows of a table.
-KINDS, LAYERS, SPECTRA, ROWS = 24, 200, 240, 60
+KINDS = 24
+LAYERS = 200
+SPECTRA = 240
+ROWS = 60
 
 
 def learned_figures(summary: AdapterSummary) -> list[Figure]:
@@ -222,7 +227,8 @@ def learned_figures(summary: AdapterSummary) -> list[Figure]:
 
 def norm_figure(summary: AdapterSummary) -> Figure:
     """Plot the norms as a heat map with a row per kind of module and a cell per layer."""
-    grid, layers = summary.grid(), summary.layers()[:LAYERS]
+    grid = summary.grid()
+    layers = summary.layers()[:LAYERS]
     columns = [f"layer {layer}" for layer in layers] or ["all"]
     strips = []
     ranked = summary.kinds()
@@ -236,9 +242,11 @@ def norm_figure(summary: AdapterSummary) -> Figure:
     quantity = "‖ΔW‖, the size of the change of each weight" if summary.is_update else "the norm of the stored values"
     top = max(summary.modules, key=lambda module: module.norm)
     text = f"A stronger color means a larger value of {quantity}. Largest: {top.name} ({short(top.norm)})."
-    head, rows = (["module", "norm", "name"], [[m.name, short(m.norm), m.name] for m in summary.modules])
+    head = ["module", "norm", "name"]
+    rows = [[m.name, short(m.norm), m.name] for m in summary.modules]
     if layers:
-        head, rows = ["layer", "norm", "largest module"], []
+        head = ["layer", "norm", "largest module"]
+        rows = []
         if summary.is_update:
             head.insert(2, "largest singular values")
         for layer, norm, singular, module in summary.by_layer():
@@ -255,7 +263,8 @@ def spectrum_figure(summary: AdapterSummary) -> Figure:
     """Plot the singular values of each ΔW relative to the largest: a thin line per module, and their median."""
     modules = [module for module in summary.modules if len(module.values) > 1 and module.values[0] > 0]
     longest = max((len(module.values) for module in modules), default=0)
-    text, legend = "B is zero in all modules: the adapter has no effect.", []
+    text = "B is zero in all modules: the adapter has no effect."
+    legend = []
     curves: list[ChartSeries] = []
     rows: list[tuple[str, ...]] = []
     if modules:
@@ -291,7 +300,8 @@ def _percent(value: float) -> str:
 
 
 # Characters of an answer, and lines of a pretty-printed answer, that are compared.
-MAX_LENGTH, MAX_LINES = 8_000, 400
+MAX_LENGTH = 8_000
+MAX_LINES = 400
 # Characters that reorder or hide text, and surrogates, which cannot be encoded in UTF-8.
 _INVISIBLE = re.compile("[\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 

@@ -111,7 +111,8 @@ def reward_figure(record: Run) -> Figure | None:
     steps, rewards = record.metrics.column("reward")
     if not len(steps):
         return None
-    mean, held_out = running_mean(rewards), dict(record.metrics.evaluated("reward"))
+    mean = running_mean(rewards)
+    held_out = dict(record.metrics.evaluated("reward"))
     error_steps, half_width = record.metrics.column("reward_error")
     errors = dict(zip(error_steps.tolist(), half_width.tolist(), strict=True))
     curves = [
@@ -119,7 +120,8 @@ def reward_figure(record: Run) -> Figure | None:
         ChartSeries(downsampled_points(steps, mean), "c1", "running mean"),
     ]
     if len(error_steps):
-        center, half_width = np.interp(error_steps, steps, mean), running_mean(half_width)
+        center = np.interp(error_steps, steps, mean)
+        half_width = running_mean(half_width)
         curves.append(
             ChartSeries(
                 downsampled_points(error_steps, np.maximum(center - half_width, min(0.0, float(rewards.min())))),
@@ -138,7 +140,8 @@ def reward_figure(record: Run) -> Figure | None:
     rows = []
     for index in _rows_with(steps, held_out):
         step = int(steps[index])
-        error, evaluated = errors.get(steps[index]), held_out.get(step)
+        error = errors.get(steps[index])
+        evaluated = held_out.get(step)
         interval = "" if error is None else f"± {short(error)}"
         rows.append((f"{step:,}", short(rewards[index]), interval, "" if evaluated is None else short(evaluated)))
     head = ("step", "reward", "95 % interval over groups", "held-out, greedy")
@@ -148,12 +151,14 @@ def reward_figure(record: Run) -> Figure | None:
 
 def reward_functions_figure(record: Run) -> Figure | None:
     """Plot the running mean of each reward function of a run with several functions."""
-    curves, rows = [], []
+    curves = []
+    rows = []
     for index, name in enumerate(record.metrics.rewards()[:MAX_REWARD_FUNCTIONS], 1):
         steps, values = record.metrics.column(name)
         if not len(steps):
             continue
-        mean, function = running_mean(values), name.removeprefix("reward ")
+        mean = running_mean(values)
+        function = name.removeprefix("reward ")
         curves.append(ChartSeries(downsampled_points(steps, mean), f"c{index}", function))
         _, errors = record.metrics.column(name.replace("reward", "reward_error", 1))
         interval = f"± {short(errors[-1])}" if len(errors) else ""
@@ -204,7 +209,9 @@ def speed_figure(record: Run) -> Figure | None:
     valid = (seconds > 0) & np.isfinite(tokens)
     if not valid.any():
         return None
-    steps, seconds, tokens = steps[valid], seconds[valid], tokens[valid]
+    steps = steps[valid]
+    seconds = seconds[valid]
+    tokens = tokens[valid]
     text = f"Tokens processed per second; {count(tokens.sum() / seconds.sum())} over the entire run."
     from_zero = {"from_zero": True, "log": False}
     return _figure_of("speed", "Speed", text, "tokens per second", steps, tokens / seconds, True, **from_zero)
@@ -225,7 +232,8 @@ def _figure_of(
 
 def memory_figure(record: Run) -> Figure | None:
     """Plot planned memory by part and the measured peak of a run with a memory plan."""
-    plan, peak = record.part("plan"), record.peak_bytes
+    plan = record.part("plan")
+    peak = record.peak_bytes
     parts = plan.get("parts")
     if not isinstance(parts, Mapping) or not record.planned_bytes:
         return None
@@ -264,7 +272,8 @@ def length_figure(record: Run) -> Figure | None:
         text += f"; the median row has {count_of(int(labels), 'label')}"
     if sampled != total:
         text += f" ({count(sampled)} rows of {count(total)})"
-    title, rows = "Rows by number of tokens", []
+    title = "Rows by number of tokens"
+    rows = []
     for (start, end), num_rows in zip(pairwise(edges), counts, strict=True):
         rows.append((f"{start:,} to {end - 1:,}" if end - start > 1 else f"{start:,}", f"{num_rows:,}"))
     chart = histogram("lengths", title, text, edges, counts)
@@ -277,10 +286,12 @@ def rate_figure(search: Mapping[str, Any]) -> Figure | None:
     Args:
         search: Fields of :class:`deltaw.training.callbacks.RateSearch`.
     """
-    losses, mean = _over_rates(search, "losses"), _over_rates(search, "smoothed")
+    losses = _over_rates(search, "losses")
+    mean = _over_rates(search, "smoothed")
     if len(losses) < 2:
         return None
-    chosen, usual = number(search.get("chosen")), number(search.get("usual"))
+    chosen = number(search.get("chosen"))
+    usual = number(search.get("usual"))
     text = f"Loss while the learning rate increased from {losses[0][0]:.2g} to {losses[-1][0]:.2g}"
     if chosen is not None:
         text += f"; {chosen:.2g} was chosen"
@@ -288,7 +299,8 @@ def rate_figure(search: Mapping[str, Any]) -> Figure | None:
         text += f", {usual:.2g} is the default"
     if isinstance(search.get("why"), str):
         text += f" ({search['why']})"
-    lowest, first = min(loss for _, loss in [*losses, *mean]), (mean or losses)[0][1]
+    lowest = min(loss for _, loss in [*losses, *mean])
+    first = (mean or losses)[0][1]
     highest = lowest + RANGE_TEST_HEIGHT * max(first - lowest, 1e-6)
     highest = max(highest, *(loss for _, loss in losses[: max(1, len(losses) // 2)]))
     curves = [
@@ -298,7 +310,8 @@ def rate_figure(search: Mapping[str, Any]) -> Figure | None:
     for rate, kind, name in ((chosen, "c2", "chosen"), (usual, "c3", "usual")):
         if rate is not None and rate > 0:
             curves.append(ChartSeries([(rate, lowest), (rate, highest)], kind, f"{name} {rate:.2g}"))
-    by_rate, selected = dict(mean), [losses[index] for index in evenly_spaced(len(losses), ROWS)]
+    by_rate = dict(mean)
+    selected = [losses[index] for index in evenly_spaced(len(losses), ROWS)]
     rows = [(f"{rate:.3g}", short(loss), short(by_rate.get(rate))) for rate, loss in selected]
     table = FigureTable("Loss by learning rate", ("learning rate", "loss", "smoothed"), rows)
     axes: dict[str, Any] = {"x_format": "{:.0e}".format, "y_format": tick, "log": False, "log_x": True}

@@ -47,7 +47,10 @@ from deltaw.training.evaluation.base import MAX_MATRIX_CLASSES
 from deltaw.training.monitoring.monitor import EQUAL_REWARDS_ADVICE
 
 # Limits: prompts with answers, intermediate answers per prompt, characters of a text, and rows outside of details.
-PROMPTS, BETWEEN, TEXT, ROWS = 12, 20, 4000, 2
+PROMPTS = 12
+BETWEEN = 20
+TEXT = 4000
+ROWS = 2
 SETTINGS_TEXT = 40_000
 # Maximum length in characters of an expected answer for which a different answer is marked as wrong.
 MAX_EXACT_LENGTH = 200
@@ -162,12 +165,14 @@ def headline(record: Run) -> list[HeadlineItem]:
     items = [*generation_items(record), *score_items(record), *drift_items(record)]
     losses = record.held_out_losses
     if losses and (record.score is None or record.score[0] != record.loss_metric):
-        before, last = (short(losses[0][1]) if losses[0][0] == 0 else ""), losses[-1][1] if losses[-1][0] else None
+        before = short(losses[0][1]) if losses[0][0] == 0 else ""
+        last = losses[-1][1] if losses[-1][0] else None
         items.append(HeadlineItem("held-out loss", short(last), "before and after training" if before else "", before))
     _, steps = record.metrics.column(record.progress)
     if len(steps):
         mean = running_mean(steps)
-        start, end = short(mean[0]), short(mean[-1])
+        start = short(mean[0])
+        end = short(mean[-1])
         items.append(HeadlineItem(f"training {record.progress}", end, "first step, and running mean", start))
     if record.rows_per_second:
         tokens = f"{count(record.tokens_per_second)} tokens per second"
@@ -204,7 +209,9 @@ def score_items(record: Run) -> Iterator[HeadlineItem]:
             yield HeadlineItem("held-out score", "none", "no rows were held out; set data.eval", large=True)
         return
     name, value = record.score
-    base, bounds, rows = record.base.get(name), record.score_interval, num_held_out_rows(record)
+    base = record.base.get(name)
+    bounds = record.score_interval
+    rows = num_held_out_rows(record)
     before, after = column_names(record)
     if base is not None:
         note = f"{before} → {after}"
@@ -234,7 +241,8 @@ def num_held_out_rows(record: Run) -> int | None:
 def drift_items(record: Run) -> Iterator[HeadlineItem]:
     """Yield the drift, or "not measured" for a finished run of a model that generates text."""
     drift = last_drift(record)
-    change, unchanged_share = number(drift.get("change")), number(drift.get("same"))
+    change = number(drift.get("change"))
+    unchanged_share = number(drift.get("same"))
     if (agreement := number(drift.get("agreement"))) is not None:
         yield HeadlineItem("drift", f"{agreement:.0%}", "of general sentences' neighbors agree with the base model")
         return
@@ -283,7 +291,8 @@ def score_warnings(record: Run) -> Iterator[str]:
     if record.result.get("rewards_differed") is False:
         yield f"The rewards trained nothing: they were equal for all completions of a prompt. {EQUAL_REWARDS_ADVICE}."
     name, value = record.score or ("", 0.0)
-    base, bounds = record.base.get(name), record.score_interval
+    base = record.base.get(name)
+    bounds = record.score_interval
     if base is None or not bounds:
         return
     if value == base:
@@ -435,7 +444,8 @@ def suggested_commands(record: Run) -> list[dict[str, str]]:
     """Return the commands that are useful in the run's state. Commands stored in ``run.json`` are untrusted and not
     used.
     """
-    path, writes = record.path.absolute(), record.generates_text
+    path = record.path.absolute()
+    writes = record.generates_text
     return next_commands(path, record.state, record.method, record.task, generates_text=writes, every=True)
 
 

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from deltaw.decoding.request import Request as TextRequest
 from deltaw.decoding.request import TextChunk, TokenLogprob
 from deltaw.errors import UserError
+from deltaw.serving.http.build_requests import build_requests
 from deltaw.serving.http.errors import (
     CLIENT_CLOSED_REQUEST,
     GENERATION_RESPONSES,
@@ -25,7 +26,7 @@ from deltaw.serving.http.errors import (
     to_api_error,
     unknown_model_error,
 )
-from deltaw.serving.http.queue import RequestGroup, RequestQueue, build_requests
+from deltaw.serving.http.queue import RequestGroup, RequestQueue
 from deltaw.serving.http.requests import (
     FAILURE,
     ChatRequest,
@@ -226,7 +227,10 @@ class EventStream(Response):
 
     def __init__(self, events: AsyncIterator[Object], group: RequestGroup, queue: RequestQueue, record: Record) -> None:
         super().__init__(None, 200, media_type="text/event-stream")
-        self._events, self._group, self._queue, self._record = events, group, queue, record
+        self._events = events
+        self._group = group
+        self._queue = queue
+        self._record = record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response (ASGI application)."""
@@ -277,7 +281,9 @@ async def _cancel_on_disconnect(
 class CompletionEndpoint(CompletionResponse[CompletionRequest]):
     """Responses of ``/v1/completions``."""
 
-    prefix, response_type, chunk_type = "cmpl", "text_completion", "text_completion"
+    prefix = "cmpl"
+    response_type = "text_completion"
+    chunk_type = "text_completion"
 
     def __post_init__(self) -> None:
         self._lengths: dict[int, int] = {}  # emitted characters by completion
@@ -316,7 +322,9 @@ class CompletionEndpoint(CompletionResponse[CompletionRequest]):
 class ChatEndpoint(CompletionResponse[ChatRequest]):
     """Responses of ``/v1/chat/completions``, with tool calls."""
 
-    prefix, response_type, chunk_type = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix = "chatcmpl"
+    response_type = "chat.completion"
+    chunk_type = "chat.completion.chunk"
 
     def __post_init__(self) -> None:
         names = [tool.function.name for tool in self.fields.offered_tools]
@@ -382,7 +390,8 @@ def generation_router(served: Served, request_queue: RequestQueue, settings: Ser
             adapter = None if body.model == served.name else body.model
             if adapter is not None and adapter not in served.adapters():
                 raise unknown_model_error(body.model)
-            record.model, record.stream = body.model, bool(body.stream)
+            record.model = body.model
+            record.stream = bool(body.stream)
             if settings.log_prompts:
                 record.asked = body.log_value
             count = body.choices * len(body.prompts)

@@ -30,7 +30,7 @@ from deltaw.serving.http.errors import (
     success_response,
     unknown_model_error,
 )
-from deltaw.serving.http.queue import far_exceeds
+from deltaw.serving.http.prompts import far_exceeds
 from deltaw.serving.http.requests import Fields, ModelName, Record, Tokens, read_json, record_of, request_body_schema
 from deltaw.serving.http.served import Served, TokenizedPrompts
 from deltaw.serving.http.settings import Limits

@@ -51,7 +51,9 @@ class ApiError(Exception):
         close: bool = False,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param = status, message, param
+        self.status = status
+        self.message = message
+        self.param = param
         self.code = "invalid_value" if code is None and status == 400 else code
         self.headers: dict[str, str] = {} if retry_after is None else {"Retry-After": str(retry_after)}
         if status == 401:
@@ -97,7 +99,8 @@ def validation_error(error: ValidationError, fields: Mapping[str, object]) -> Ap
     # Pydantic adds type names of union members to the location. Field names are identifiers.
     parts = [str(part) for part in first["loc"] if str(part).isdecimal() or str(part).isidentifier()]
     param = ".".join(parts) or first.get("ctx", {}).get("param")
-    kind, message = first["type"], str(first["msg"])
+    kind = first["type"]
+    message = str(first["msg"])
     if kind == "extra_forbidden":
         name = str(first["loc"][-1])[:80]
         suggestions = nearest(name, fields, 1)

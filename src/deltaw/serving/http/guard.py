@@ -62,7 +62,8 @@ class RequestMetrics:
         self._completion_tokens = counter("deltaw_completion_tokens", "Tokens that were generated", ("model",))
         self._finished = counter("deltaw_completions", "Completions by finish reason", ("model", "finish"))
         self._seconds = histogram("deltaw_request_seconds", "Time of a request", ("route",), buckets=_REQUEST_BUCKETS)
-        first, token = "Time from a request's arrival to its first token", "Time per token of a request after its first"
+        first = "Time from a request's arrival to its first token"
+        token = "Time per token of a request after its first"
         self._first = histogram("deltaw_first_token_seconds", first, buckets=_FIRST_TOKEN_BUCKETS)
         self._token = histogram("deltaw_token_seconds", f"{token}, over its completions", buckets=_TOKEN_BUCKETS)
         Gauge("deltaw_pending", "Completions that are queued or running", registry=registry).set_function(pending)
@@ -171,7 +172,9 @@ class RequestObserver:
     """
 
     def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
-        self._app, self._metrics, self._bodies = app, metrics, Bodies()
+        self._app = app
+        self._metrics = metrics
+        self._bodies = Bodies()
         self._trimming: asyncio.TimerHandle | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -222,7 +225,8 @@ class RequestObserver:
         seconds = time.perf_counter() - record.started_at
         status = CLIENT_CLOSED_REQUEST if record.disconnected else status
         self._metrics.count(record, route, status, seconds)
-        client, method = (scope.get("client") or [None])[0], scope["method"][:16]
+        client = (scope.get("client") or [None])[0]
+        method = scope["method"][:16]
         line: dict[str, object] = {"event": "request", "id": record.id, "client": client, "method": method}
         line |= {"route": route, "status": status, "seconds": round(seconds, 4)}
         if record.model:

@@ -13,7 +13,8 @@ from typing import Any
 
 from deltaw.data.report import quoted
 from deltaw.decoding.adapters import AdapterInfo, Adapters, unknown_adapter_error
-from deltaw.decoding.bank import AdapterBank, Packer
+from deltaw.decoding.attached_adapter import Packer
+from deltaw.decoding.bank import AdapterBank
 from deltaw.decoding.decodable import build_decodable
 from deltaw.decoding.engine import Engine
 from deltaw.decoding.opening import build_engine, cache_budget, fallback_engine, vllm_engine
@@ -21,14 +22,14 @@ from deltaw.decoding.probes import NotDecodable
 from deltaw.decoding.vllm_engine import prefers_vllm
 from deltaw.errors import UserError
 from deltaw.hub.folders import adapter_folder, short_name
-from deltaw.kernels.torch_private import direct_buffers, direct_parameters
+from deltaw.kernels.torch_modules import direct_buffers, direct_parameters
 from deltaw.machine.choices import choose_device
 from deltaw.methods.trust import is_adapter, read_folder
 from deltaw.progress import LogFunction, track_progress
 from deltaw.serving.encoders import EncoderOptions, Encoders, detect_output_kind, open_classifiers, read_embedder
 from deltaw.serving.http.encoders import serve_encoders
 from deltaw.serving.http.page import page_router, trial_page
-from deltaw.serving.http.queue import TokenizerPrompts
+from deltaw.serving.http.prompts import TokenizerPrompts
 from deltaw.serving.http.served import Served, TokenizedPrompts
 from deltaw.serving.http.settings import Limits, check_name
 from deltaw.training.answers import Prompting, read_prompting
@@ -142,7 +143,8 @@ def open_served(base: str, folders: Mapping[str, Path], options: OpenOptions, *,
         is_usable = choose_device(options.device).value != "cpu" or getattr(run_folder.run, "precision", "") != "int8"
         if run_folder.run is not None and options.model is None and is_usable:
             options = replace(options, precision=run_precision(run_folder.run, options.precision, options.device, log))
-        base, base_name = run_folder.base(options.model), run_folder.base_name(options.model)
+        base = run_folder.base(options.model)
+        base_name = run_folder.base_name(options.model)
     else:
         base = base_name = options.model or base
     name = options.name or base_name

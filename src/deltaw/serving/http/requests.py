@@ -260,7 +260,8 @@ class Record:
 
     def usage(self) -> dict[str, object]:
         """Return the token counts in the response format."""
-        prompt, completion = self.prompt_tokens, self.completion_tokens
+        prompt = self.prompt_tokens
+        completion = self.completion_tokens
         counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
         return {**counts, "prompt_tokens_details": {"cached_tokens": self.cached_tokens}}
 
@@ -302,7 +303,8 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     Raises:
         ApiError: 408 if it does not arrive in time, 413 if it is too large, 429 if all bodies together are too large.
     """
-    declared, record = request.headers.get("content-length", "0"), record_of(request.scope)
+    declared = request.headers.get("content-length", "0")
+    record = record_of(request.scope)
     too_large = ApiError(413, f"the body has more than {limits.body:,} bytes", code="request_too_large", close=True)
     if declared.isdecimal() and (len(declared) > 18 or int(declared) > limits.body):
         raise too_large

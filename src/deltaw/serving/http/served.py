@@ -163,7 +163,8 @@ def models_router(served: Served) -> APIRouter:
 def adapters_router(served: Served, adapter_store: AdapterStore, settings: ServerSettings) -> APIRouter:
     """Return vLLM's routes that load and unload adapters. Folders must be below ``settings.adapters_from``."""
     assert settings.adapters_from is not None
-    root, limits = settings.adapters_from, settings.limits
+    root = settings.adapters_from
+    limits = settings.limits
     responses = success_response("Success", "text/plain") | COMMON_REFUSALS | error_responses(404, 408, 413, 415, 500)
     router = APIRouter(responses=responses, default_response_class=PlainTextResponse)
     changing = asyncio.Lock()
@@ -171,7 +172,8 @@ def adapters_router(served: Served, adapter_store: AdapterStore, settings: Serve
     @router.post("/v1/load_lora_adapter", summary="Load an adapter", openapi_extra=request_body_schema(LoadRequest))
     async def load(request: Request) -> Response:
         body = await read_json(request, LoadRequest, limits)
-        name, folder = body.lora_name, resolve_adapter_folder(root, body.lora_path)
+        name = body.lora_name
+        folder = resolve_adapter_folder(root, body.lora_path)
         async with changing:
             names = served.adapters()
             if name == served.name:

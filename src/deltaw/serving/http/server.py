@@ -135,7 +135,8 @@ def listening_socket(settings: ServerSettings) -> socket.socket:
     Raises:
         UserError: if the address does not exist on this machine or is in use.
     """
-    host, port = settings.host, settings.port
+    host = settings.host
+    port = settings.port
     try:
         addresses = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = addresses[0]
@@ -179,8 +180,11 @@ class Server(uvicorn.Server):
         wait = int(limits.shutdown_seconds) + CANCEL_SECONDS
         options |= {"timeout_keep_alive": limits.keep_alive, "timeout_graceful_shutdown": wait}
         super().__init__(uvicorn.Config(app, **options))
-        self._queue, self._seconds, self._ready = queue, limits.shutdown_seconds, ready
-        self.interrupted, self._signals = False, 0
+        self._queue = queue
+        self._seconds = limits.shutdown_seconds
+        self._ready = ready
+        self.interrupted = False
+        self._signals = 0
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -118,8 +118,10 @@ class CallScan:
     """
 
     def __init__(self, form: CallForm, names: Sequence[str]) -> None:
-        self._form, self._names = form, names
-        self._withheld, self._has_text = "", False
+        self._form = form
+        self._names = names
+        self._withheld = ""
+        self._has_text = False
 
     def feed(self, text: str, tokens: Sequence[int] = ()) -> str:
         """Add text with its tokens. Return the text that can be emitted."""

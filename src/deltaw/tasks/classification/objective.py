@@ -17,13 +17,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from deltaw.data.packing import MicroBatch
 from deltaw.data.pixels import AnyExample
 from deltaw.errors import UserError
-from deltaw.hub.loading import has_values
+from deltaw.hub.skeletons import has_values
 from deltaw.kernels.layout import to_device
 from deltaw.runtime.packed import without_cache
-from deltaw.runtime.recognition import TOLERANCE, measure_once
+from deltaw.runtime.recognition import TOLERANCE
+from deltaw.runtime.small_copy import measure_once
 from deltaw.tasks.classification.regression_head import regression_head
 from deltaw.tasks.preference.losses import PairLosses, StepMetrics
-from deltaw.training.microbatches import Objective, enter_batch
+from deltaw.training.feed import enter_batch
+from deltaw.training.objective import Objective
 
 
 class LabelObjective(Objective):

@@ -20,8 +20,9 @@ from deltaw.data.images import ImageEncoder
 from deltaw.data.row_reader import Reader, RowReader, RunData
 from deltaw.errors import UserError
 from deltaw.hub.checkpoint import read_checkpoint
-from deltaw.hub.loading import has_values, head_outputs
-from deltaw.runtime.packed import can_pack
+from deltaw.hub.empty_models import head_outputs
+from deltaw.hub.skeletons import has_values
+from deltaw.runtime.packing_checks import can_pack
 from deltaw.settings.data import DataSettings
 from deltaw.settings.row_kinds import PAIR_COLUMNS
 from deltaw.tasks.classification.objective import LabelObjective, check_outputs, head_of_last_token, uses_first_token
@@ -41,6 +42,7 @@ from deltaw.tasks.classification.rows import (
     check_classes,
 )
 from deltaw.tasks.preference.losses import evaluate_pairs
+from deltaw.training.batcher import Batcher
 from deltaw.training.batchers import BatcherOptions, LabelMicroBatcher, choose_label_batcher, choose_packed_batcher
 from deltaw.training.evaluation.base import (
     Evaluation,
@@ -52,7 +54,6 @@ from deltaw.training.evaluation.base import (
     format_numbers,
     regression_metrics,
 )
-from deltaw.training.microbatches import Batcher
 from deltaw.training.task import BatcherChoice, Classes, ModelFiles, NamedParameters, Predictions, Rows, Task
 
 

@@ -28,12 +28,14 @@ from deltaw.tasks.distill.loss import DistillObjective
 from deltaw.tasks.distill.rows import DistillExample
 from deltaw.tasks.distill.settings import DistillSettings
 from deltaw.tasks.distill.teachers import Teacher
-from deltaw.training.microbatches import SINGLE_PROCESS, Batcher, Reducer
+from deltaw.training.batcher import Batcher
+from deltaw.training.reducer import SINGLE_PROCESS, Reducer
 from deltaw.training.rollouts import RolloutFeed
 
 # Subfolder of a run.
 FOLDER = "teacher"
-ANSWERS, TOP_TOKENS = "answers.json", "likeliest.npy"
+ANSWERS = "answers.json"
+TOP_TOKENS = "likeliest.npy"
 # Rows per computation of top tokens.
 _ROWS_PER_PASS = 64
 
@@ -73,7 +75,9 @@ class DistillFeed(RolloutFeed):
     ) -> None:
         super().__init__(objective, batcher, processes)
         objective.teachers = teachers
-        self.settings, self._tokenizer, self._seed = settings, tokenizer, seed
+        self.settings = settings
+        self._tokenizer = tokenizer
+        self._seed = seed
         self._sampler = sampler
         self._rows = [] if settings.on_policy == 1 else rows
         self._held_out = held_out
@@ -135,7 +139,8 @@ class DistillFeed(RolloutFeed):
         """Distribute the answers of process 0, because engines on different machines may round differently."""
         answers = self._load_answers() if self.processes.rank == 0 else {}
         first = self.processes.texts(json.dumps([[key, *answer] for key, answer in answers.items()]))[0]
-        self._answers, self._answers_synced = _answers_from_json(json.loads(first)), True
+        self._answers = _answers_from_json(json.loads(first))
+        self._answers_synced = True
 
     def _needs_answer(self, row: DistillExample) -> bool:
         return self.settings.answers == "teacher" or not row.label_count
@@ -150,8 +155,11 @@ class DistillFeed(RolloutFeed):
         if self._sampler is None:
             message = "only 'deltaw train' can sample completions from the trained model"
             raise UserError(message, location="distill.on_policy", hint="set it to 0")
-        rank, size, settings = self.processes.rank, self.processes.size, self.settings
-        prompts, completions = [row.prompt for row in rows[rank::size]], []
+        rank = self.processes.rank
+        size = self.processes.size
+        settings = self.settings
+        prompts = [row.prompt for row in rows[rank::size]]
+        completions = []
         params = SamplingParams(settings.max_new_tokens, settings.sampling_temperature, seeds=tuple(seeds[rank::size]))
         with track_progress("generating completions"):
             completions = self._sampler(prompts, params) if prompts else []
@@ -206,7 +214,8 @@ class DistillFeed(RolloutFeed):
         self._label_offsets = dict(zip(map(_completion_key, rows), np.cumsum([0, *counts[:-1]]).tolist(), strict=True))
         shape = sum(counts), min(self.settings.top_k or 1, self.objective.width)
         dtype = np.dtype([("token", "<i4"), ("logprob", "<f4")])
-        file, identity_file = self._file(TOP_TOKENS), self._file(f"{TOP_TOKENS}.json")
+        file = self._file(TOP_TOKENS)
+        identity_file = self._file(f"{TOP_TOKENS}.json")
         identity = self._identity(rows)
         with contextlib.suppress(OSError, ValueError):
             if json.loads(identity_file.read_text(encoding="utf-8")) == identity:
@@ -219,7 +228,8 @@ class DistillFeed(RolloutFeed):
             for first in range(0, len(rows), _ROWS_PER_PASS):
                 tokens, values = self.objective.top_tokens(rows[first : first + _ROWS_PER_PASS])
                 part = array[start : start + len(tokens)]
-                part["token"], part["logprob"] = tokens.cpu().numpy(), values.float().cpu().numpy()
+                part["token"] = tokens.cpu().numpy()
+                part["logprob"] = values.float().cpu().numpy()
                 start += len(tokens)
                 advance(min(first + _ROWS_PER_PASS, len(rows)))
             array.flush()

@@ -96,7 +96,8 @@ class DistillObjective(CausalObjective):
         Returns:
             Tokens (labels, k) in int32, and log-probabilities (labels, k) in fp32 (fp64 for an fp64 model).
         """
-        outputs, chunk_results = self._teacher_outputs(rows), []
+        outputs = self._teacher_outputs(rows)
+        chunk_results = []
         for part in self._chunks(len(outputs[0])):
             top = self._mixture([rows[part] for rows in outputs]).topk(min(self.settings.top_k or 1, self.width), -1)
             chunk_results.append((top.indices.int(), top.values))
@@ -117,7 +118,9 @@ class DistillObjective(CausalObjective):
         # Before the student's forward pass, to limit peak memory.
         teacher_at = self._teacher_log_probs(distill_rows_of(batch))
         index = to_device(torch.from_numpy(label_indices(batch)[0]), batch.targets.device)
-        outputs, settings, width = self.label_outputs(batch).index_select(0, index), self.settings, self.width
+        outputs = self.label_outputs(batch).index_select(0, index)
+        settings = self.settings
+        width = self.width
 
         def values_of(part: Tensor, rows: slice) -> Tensor:
             logits = self.logits_of(part)[:, :width]
@@ -127,7 +130,8 @@ class DistillObjective(CausalObjective):
                 return divergence(logits.log_softmax(-1), teacher, settings.mixture_weight)
             student = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
             if tokens.shape[1] < width:
-                student, teacher = with_remainder(student), with_remainder(teacher)
+                student = with_remainder(student)
+                teacher = with_remainder(teacher)
             return divergence(student, teacher, settings.mixture_weight)
 
         return outputs, values_of
@@ -137,7 +141,8 @@ class DistillObjective(CausalObjective):
         if self.settings.top_k is None:
             outputs = self._teacher_outputs(rows)
             return lambda part: (None, self._mixture([teacher_outputs[part] for teacher_outputs in outputs]))
-        device, dtype = self.model.device, loss_dtype(next(self.model.parameters()))
+        device = self.model.device
+        dtype = loss_dtype(next(self.model.parameters()))
         missing = [row for row in rows if row.taught is None]
         label_counts = [row.label_count for row in missing]
         parts = zip(*(part.split(label_counts) for part in self.top_tokens(missing)), strict=True) if missing else ()

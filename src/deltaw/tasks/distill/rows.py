@@ -94,12 +94,14 @@ class DistillReader(PromptReader):
         return record, with_instruction(with_default_system, self.prompt)
 
     def group(self, examples: tuple[Example, ...], row: Row, location: str) -> DistillExample:  # type: ignore[override]
-        student, teacher = examples[0], examples[-1]
+        student = examples[0]
+        teacher = examples[-1]
         has_answer = read_prompt_row(row, location)[1]
         length = len(student.tokens) if has_answer else student.prompt_length
         answer = student.answer if has_answer else None
         prompt = teacher.tokens[: teacher.prompt_length]
-        tokens, is_label = student.tokens[:length], student.is_label[:length]
+        tokens = student.tokens[:length]
+        is_label = student.is_label[:length]
         return DistillExample(student.row, tokens, is_label, student.prompt_length, answer, teacher_prompt=prompt)
 
 

@@ -35,23 +35,71 @@ class DistillSettings(TaskSettings):
     """
 
     prompt: TextOrFile = setting(
-        None, "prompt, or file with a prompt, that only the teacher receives; {text: …} or {file: …} to be explicit"
+        None,
+        "prompt, or file with a prompt, that only the teacher receives; {text: …} or {file: …} to be explicit",
+        when="Set it to move a long instruction into the weights.",
     )
-    teachers: list[TeacherSettings] = setting([], "teachers, averaged by weight; empty: the base model")
-    on_policy: float = setting(0.0, "fraction of rows whose completion the current student generates", ge=0, le=1)
-    answers: Literal["given", "teacher"] = setting("given", "completions of the other rows: given, or by the teacher")
+    teachers: list[TeacherSettings] = setting(
+        [],
+        "teachers, averaged by weight; empty: the base model",
+        when="Set it to learn from larger models with the same tokenizer; their memory is part of the plan.",
+    )
+    on_policy: float = setting(
+        0.0,
+        "fraction of rows whose completion the current student generates",
+        when="Use 0.5 if the student's own answers go wrong; generation multiplies the time of a step.",
+        ge=0,
+        le=1,
+    )
+    answers: Literal["given", "teacher"] = setting(
+        "given",
+        "completions of the other rows: given, or by the teacher",
+        when="Use teacher if rows have only prompts.",
+    )
     divergence: Literal["forward", "reverse", "jsd"] = setting(
         "forward",
         "divergence; forward: KL(teacher || student); reverse: KL(student || teacher); jsd: interpolated by beta",
+        when="Use reverse if the student should give one good answer instead of covering all.",
     )
-    beta: float = setting(0.5, "teacher's weight in the mixture (jsd); near 0: forward, near 1: reverse", gt=0, lt=1)
-    temperature: float = setting(1.0, "temperature that divides the logits of teacher and student", gt=0, le=100)
+    beta: float = setting(
+        0.5,
+        "teacher's weight in the mixture (jsd); near 0: forward, near 1: reverse",
+        when="Change it only with divergence: jsd.",
+        gt=0,
+        lt=1,
+    )
+    temperature: float = setting(
+        1.0,
+        "temperature that divides the logits of teacher and student",
+        when="Raise it to 2 if the teacher is almost certain of each token.",
+        gt=0,
+        le=100,
+    )
     top_k: int | None = setting(
-        None, "number of most likely teacher tokens to cache on disk, with the rest as one class; null: no cache", ge=1
+        None,
+        "number of most likely teacher tokens to cache on disk, with the rest as one class; null: no cache",
+        when="Use 32 to 64 if the teacher is slow and rows are seen several times.",
+        ge=1,
     )
-    max_new_tokens: int = setting(128, "maximum number of tokens of a generated completion", ge=1)
-    sampling_temperature: float = setting(1.0, "temperature of the student's completions; 0: greedy", ge=0, le=10)
-    chunk: int | None = setting(None, "number of tokens whose logits are computed at once; null: automatic", ge=1)
+    max_new_tokens: int = setting(
+        128,
+        "maximum number of tokens of a generated completion",
+        when="Set it slightly above the longest useful answer.",
+        ge=1,
+    )
+    sampling_temperature: float = setting(
+        1.0,
+        "temperature of the student's completions; 0: greedy",
+        when="Lower it if the student's samples are nonsense early in a run.",
+        ge=0,
+        le=10,
+    )
+    chunk: int | None = setting(
+        None,
+        "number of tokens whose logits are computed at once; null: automatic",
+        when="Lower it if the plan exceeds the memory because of the logits.",
+        ge=1,
+    )
 
     @model_validator(mode="after")
     def _validate(self) -> DistillSettings:

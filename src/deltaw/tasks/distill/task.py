@@ -19,11 +19,12 @@ from deltaw.tasks.distill.rows import DistillReader, max_example_length
 from deltaw.tasks.distill.settings import DistillSettings
 from deltaw.tasks.distill.teachers import load_teacher, reference_as_teacher, require_same_vocabulary
 from deltaw.tasks.language.task import CausalTask, evaluate_causal
+from deltaw.training.batcher import Batcher
 from deltaw.training.batchers import BatcherOptions
 from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.evaluation.base import Evaluation, check_finite
 from deltaw.training.losses import in_fp64
-from deltaw.training.microbatches import Batcher, Objective
+from deltaw.training.objective import Objective
 from deltaw.training.state import RowOrder
 from deltaw.training.task import BatcherChoice, Classes, Measurement, ModelFiles, Rows, TaskGeneration, TrainingSession
 
@@ -46,7 +47,8 @@ class DistillTask(CausalTask):
         self, tokenizer: PreTrainedTokenizerBase, log: LogFunction, settings: DistillSettings, trust_remote_code: bool
     ) -> None:
         super().__init__(tokenizer, log)
-        self.settings, self._trust_remote_code = settings, trust_remote_code
+        self.settings = settings
+        self._trust_remote_code = trust_remote_code
 
     @classmethod
     def open(cls, name: str, files: ModelFiles) -> DistillTask:
@@ -61,7 +63,8 @@ class DistillTask(CausalTask):
         Raises:
             UserError: if the rows are unusable, or a teacher has a different vocabulary.
         """
-        trust, log = self._trust_remote_code, self._log
+        trust = self._trust_remote_code
+        log = self._log
         require_same_vocabulary(self.tokenizer, self.settings.teachers, trust_remote_code=trust, log=log)
         return super().read(settings, seed=seed)
 
@@ -75,7 +78,8 @@ class DistillTask(CausalTask):
 
     def generation_limits(self, data: RunData, batch_size: int) -> TaskGeneration:
         """Return the size of the student's completions and of the answers of a teacher that is the base model."""
-        settings, first = self.settings, self.settings.all_teachers[0]
+        settings = self.settings
+        first = self.settings.all_teachers[0]
         num_teacher_answers = 0
         if first.is_base and first.quantize is None:
             uses_row_answers = settings.answers == "given"
@@ -96,8 +100,11 @@ class DistillTask(CausalTask):
         Raises:
             UserError: if a teacher cannot be loaded.
         """
-        config, data, objective = session.config, session.data, session.objective
-        settings, train = self.settings, config.train
+        config = session.config
+        data = session.data
+        objective = session.objective
+        settings = self.settings
+        train = config.train
         longest = max_example_length(data.all_rows, settings.max_new_tokens)
         teachers = []
         for teacher in settings.all_teachers:
@@ -143,7 +150,8 @@ class DistillTask(CausalTask):
         evaluation = evaluate_causal(objective, rows, batcher)
         metrics = {**evaluation.metrics, "cross_entropy": evaluation.metrics["loss"]}
         if objective.teachers:
-            total, labels = 0.0, 0
+            total = 0.0
+            labels = 0
             with track_progress("comparing with the teacher", len(rows)):
                 for batch in batcher.batches(rows):
                     total += float(in_fp64(objective.divergences(batch)).sum())
@@ -188,7 +196,9 @@ def compare_with_prompt(session: TrainingSession, student: Evaluation) -> Prompt
         session: Session of the run.
         student: Evaluation of the saved adapter on the first set of held-out rows.
     """
-    feed, method, model = session.feed, session.method, session.model
+    feed = session.feed
+    method = session.method
+    model = session.model
     if not isinstance(feed, DistillFeed) or not feed.settings.prompt:
         return None
     measured_rows = session.data.held_out or session.data.train

@@ -20,20 +20,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deltaw.data.example import Example
 from deltaw.decoding.generation import GeneratedCompletion, TextGenerator, generate
 from deltaw.errors import UserError
-from deltaw.hub.loading import has_values, skeleton
+from deltaw.hub.skeletons import has_values, skeleton
 from deltaw.hub.tokenizers import load_tokenizer
 from deltaw.kernels import loader
 from deltaw.kernels.layout import to_device
 from deltaw.machine.choices import QUANTIZED, choose_device, choose_precision
 from deltaw.progress import LogFunction, track_progress
-from deltaw.runtime.packed import packed_rows, padded_rows
-from deltaw.runtime.quantized_weights import quantize_int8, quantize_nf4
+from deltaw.runtime.nf4 import quantize_nf4
+from deltaw.runtime.packed import packed_rows
+from deltaw.runtime.padded import padded_rows
+from deltaw.runtime.quantized_weights import quantize_int8
 from deltaw.settings.config import RunConfig
 from deltaw.tasks.distill.settings import TeacherSettings
+from deltaw.training.batcher import Batcher
 from deltaw.training.batchers import BatcherOptions, choose_causal_batcher
 from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.losses import label_indices
-from deltaw.training.microbatches import Batcher
 from deltaw.training.open_run import open_run
 from deltaw.training.task import TrainingSession
 
@@ -104,7 +106,9 @@ def reference_as_teacher(session: TrainingSession, weight: float) -> Teacher:
     Raises:
         UserError: if the method modifies the base model, or has virtual tokens, which the teacher's rows lack.
     """
-    model, method, objective = session.model, session.method, session.objective
+    model = session.model
+    method = session.method
+    objective = session.objective
     if session.uses_start_reference and method.virtual_tokens:
         message = f"an adapter of method '{method.name}' cannot be the teacher, because it has virtual tokens"
         raise UserError(message, location="reference_model", hint="set reference_model: base")
@@ -156,7 +160,8 @@ def load_teacher(
 
 
 def _load_model(config: RunConfig, settings: TeacherSettings, precision: str, log: LogFunction) -> PreTrainedModel:
-    threads, arithmetic = torch.get_num_threads(), loader.arithmetic()
+    threads = torch.get_num_threads()
+    arithmetic = loader.arithmetic()
     model = settings.model or config.model
     reference = settings.adapter or model
     try:

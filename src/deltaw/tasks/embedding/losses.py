@@ -86,7 +86,8 @@ def infonce(vectors: Tensor, rows: EmbeddingLayout, settings: EmbeddingSettings)
     passages, without other relevant ones. ``symmetric`` averages this loss with the loss of each passage over all
     queries (arXiv 2103.00020).
     """
-    count, scale = len(rows.queries), 1 / settings.effective_temperature
+    count = len(rows.queries)
+    scale = 1 / settings.effective_temperature
     candidates = torch.cat([vectors[rows.passages], vectors[rows.negatives]])
     similarities = vectors[rows.queries] @ candidates.T
     excluded = rows.false_negatives
@@ -209,7 +210,8 @@ def select_loss(rows: Sequence[TextGroup], settings: EmbeddingSettings) -> str:
     if different is not None:
         message = f"row {first.row} has {len(first.scores)} scores, and row {different.row} {len(different.scores)}"
         raise UserError(message, location="data", hint="use the same number of passages in each row")
-    passages, scores = len(first.rows) - 1, len(first.scores)
+    passages = len(first.rows) - 1
+    scores = len(first.scores)
     if first.label is not None:
         default = "supcon"
     elif not scores:

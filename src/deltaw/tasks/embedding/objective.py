@@ -21,14 +21,16 @@ from transformers import PreTrainedModel
 
 from deltaw.data.example import rows_of
 from deltaw.data.packing import MicroBatch
-from deltaw.hub.loading import has_values
 from deltaw.hub.sentence_layout import Pooling, SentenceLayout
+from deltaw.hub.skeletons import has_values
 from deltaw.tasks.embedding.losses import step_loss
 from deltaw.tasks.embedding.rows import TextGroup
 from deltaw.tasks.embedding.settings import EmbeddingSettings
+from deltaw.training.batcher import Batcher
 from deltaw.training.batchers import MicroBatcher
-from deltaw.training.microbatches import SINGLE_PROCESS, Batcher, Objective, Reducer
+from deltaw.training.objective import Objective
 from deltaw.training.pooling import vectors_of
+from deltaw.training.reducer import SINGLE_PROCESS, Reducer
 
 # Number of microbatches with cached activations for ``auto``.
 AUTO_CACHED_PASSES = 8
@@ -81,7 +83,10 @@ class EmbeddingObjective(Objective):
         settings: EmbeddingSettings,
         batcher: TextMicroBatcher | None = None,
     ) -> None:
-        self.model, self.layout, self.settings, self.batcher = model, layout, settings, batcher
+        self.model = model
+        self.layout = layout
+        self.settings = settings
+        self.batcher = batcher
         self.pooling: Pooling = layout.pooling or "mean"
         self._pending = _Pending()
 
@@ -123,7 +128,8 @@ class EmbeddingObjective(Objective):
 
         Its value is the share of the loss of these texts, so the sum over all microbatches is the loss of the step.
         """
-        keys, pending = [text_key(text) for text in batch.examples], self._pending
+        keys = [text_key(text) for text in batch.examples]
+        pending = self._pending
         vectors = pending.cached.pop(_batch_key(batch), None)
         if vectors is None:
             pending.cached.clear()
@@ -167,7 +173,8 @@ class EmbeddingObjective(Objective):
 
     def cached_passes(self, shapes: Sequence[tuple[int, int]]) -> int:
         """Return the number of leading microbatches with cached activations."""
-        limit, per_pass = self.settings.kept_tokens, 0 if self.batcher is None else self.batcher.tokens_per_pass
+        limit = self.settings.kept_tokens
+        per_pass = 0 if self.batcher is None else self.batcher.tokens_per_pass
         max_tokens = AUTO_CACHED_PASSES * per_pass if limit == "auto" else int(limit)
         return int((np.cumsum([count * length for count, length in shapes]) <= max_tokens).sum())
 

@@ -106,11 +106,15 @@ class Columns:
 
         numbered = sorted(filter(_NUMBERED.fullmatch, names), key=lambda name: int(name.rpartition("_")[2]))
         negatives = (*(name for name in NEGATIVES if name in names), *numbered)
-        query, passage, score, text = first(QUERIES), first(PASSAGES), first(SCORES), first(TEXTS)
+        query = first(QUERIES)
+        passage = first(PASSAGES)
+        score = first(SCORES)
+        text = first(TEXTS)
         if not labeled and (query or passage or text):
             return cls(query, passage, negatives, None, text if passage is query is None else None)
         if passage is not None and query is None:
-            query, text = text, None
+            query = text
+            text = None
         if query is None or passage is None:
             query = passage = None
             if text is None or score is None:
@@ -153,7 +157,9 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
         prompts: tuple[str, str] = ("", ""),
     ) -> None:
         super().__init__(settings, tokenizer, log=log)
-        self.labeled, self.score_range, self._prompts = labeled, score_range, prompts
+        self.labeled = labeled
+        self.score_range = score_range
+        self._prompts = prompts
         self._columns = Columns(None, None, (), None, None)
         self._names: dict[str, int] = {}
         self._file_rows: list[TextGroup] = []
@@ -232,7 +238,8 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
         return RowTexts(query, passages, self._scores(row.get(columns.score), len(passages), location))
 
     def _scores(self, value: object, passages: int, location: str) -> tuple[float, ...]:
-        column, (low, high) = self._columns.score, self.score_range
+        column = self._columns.score
+        low, high = self.score_range
         values = value if isinstance(value, list) else [value]
         scores = []
         for item in values:
@@ -259,13 +266,15 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
         if any(np.array_equal(ids, empty) for ids, _ in encoded for empty in self._empty):
             self.skip(rows, index, empty_text("a text", rows.row_location(index)))
             return None
-        lengths, limit = [len(ids) for ids, _ in encoded], self.settings.max_length
+        lengths = [len(ids) for ids, _ in encoded]
+        limit = self.settings.max_length
         if not self.check_length(rows.row_location(index), lengths):
             return None
         if max(lengths) > limit:
             (encoded,) = self.encode([row_texts], limit)
         label = None if row_texts.name is None else self._names.setdefault(row_texts.name, len(self._names))
-        number, scores = rows.number(index), row_texts.scores
+        number = rows.number(index)
+        scores = row_texts.scores
         labels = scores if len(scores) == len(encoded) else (0.0,) * len(encoded)
         shown = (row_texts.query, *row_texts.passages)[-len(encoded) :]  # a reranker reads a query with each passage
         texts = tuple(

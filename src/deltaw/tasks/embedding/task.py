@@ -17,16 +17,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deltaw.data.example import LabeledExample
 from deltaw.data.row_reader import RunData
 from deltaw.errors import UserError
-from deltaw.hub.loading import has_values
 from deltaw.hub.sentence_layout import SentenceLayout, read_layout, write_layout
+from deltaw.hub.skeletons import has_values
 from deltaw.machine.choices import Choice
 from deltaw.progress import LogFunction, track_progress
-from deltaw.runtime.packed import can_pack
+from deltaw.runtime.packing_checks import can_pack
 from deltaw.settings.data import DataSettings
 from deltaw.tasks.embedding.losses import select_loss, step_loss
 from deltaw.tasks.embedding.objective import EmbeddingObjective, TextMicroBatcher, text_key
 from deltaw.tasks.embedding.rows import EmbeddingReader, TextGroup
 from deltaw.tasks.embedding.settings import EmbeddingSettings
+from deltaw.training.batcher import Batcher
 from deltaw.training.batchers import BatcherOptions, choose_label_batcher, choose_packed_batcher, text_positions
 from deltaw.training.evaluation.base import Evaluation, Outcomes, RowOutcome, bootstrap_interval, check_finite, spearman
 from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS, REHEARSAL_PROMPTS
@@ -37,7 +38,6 @@ from deltaw.training.evaluation.retrieval import (
     pair_accuracy,
     retrieval_evaluation,
 )
-from deltaw.training.microbatches import Batcher
 from deltaw.training.pooling import choose_layout
 from deltaw.training.rendered_rows import render_example
 from deltaw.training.task import (
@@ -57,7 +57,8 @@ _RANKS = 10
 # Groups of passages per embedding pass.
 _GROUPS_AT_ONCE = 4096
 # Number of steps and width of the vectors of the check for constant losses.
-_CHECKED_STEPS, _MIN_WIDTH = 1000, 8
+_CHECKED_STEPS = 1000
+_MIN_WIDTH = 8
 # Reasons for a constant loss by the name of the loss.
 _CONSTANT = {
     "infonce": "no row has a negative, because all rows of a step have the same passage",
@@ -86,7 +87,9 @@ class EmbeddingTask(Task[EmbeddingObjective]):
         self, tokenizer: PreTrainedTokenizerBase, log: LogFunction, settings: EmbeddingSettings, folder: Path
     ) -> None:
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
-        self.settings, self._folder, self._log = settings, folder, log
+        self.settings = settings
+        self._folder = folder
+        self._log = log
         self._max_length: int | None = None
         self._batcher: TextMicroBatcher | None = None
         self._layout: SentenceLayout | None = None
@@ -162,11 +165,13 @@ class EmbeddingTask(Task[EmbeddingObjective]):
 
     def batcher(self, model: PreTrainedModel, examples: Rows, options: BatcherOptions) -> BatcherChoice:
         if options.virtual_tokens:
-            message, hint = "embedding models do not support virtual tokens", "use another method, for example lora"
+            message = "embedding models do not support virtual tokens"
+            hint = "use another method, for example lora"
             raise UserError(message, location="method: prompt", hint=hint)
         width = int(model.config.get_text_config().hidden_size)
         if max(self.settings.dimensions, default=0) > width:
-            message, hint = f"the model's vectors have {width} numbers", f"use at most {width}"
+            message = f"the model's vectors have {width} numbers"
+            hint = f"use at most {width}"
             raise UserError(message, location=f"embedding.dimensions: {self.settings.dimensions}", hint=hint)
         packed = choose_packed_batcher(model, examples, options)
         texts, batcher_choices = packed or choose_label_batcher(model, examples, options, self.tokenizer)
@@ -203,7 +208,8 @@ class EmbeddingTask(Task[EmbeddingObjective]):
         """
         if self._layout is not None:
             return self._layout
-        settings, has_weights = self.settings, has_values(model)
+        settings = self.settings
+        has_weights = has_values(model)
         pooling: str = settings.pooling
         if pooling == "auto" and not has_weights:  # a dry run cannot test the model
             stored = read_layout(self._folder)
@@ -249,7 +255,8 @@ def searched_passages(rows: Sequence[TextGroup], max_passages: int | None = None
     passages = {text_key(text): text for row in rows for text in row.rows[1:]}
     if not rows or rows[0].scores or rows[0].label is not None:
         return passages
-    queries, file_rows = {text_key(row.rows[0]) for row in rows}, rows[0].file_rows
+    queries = {text_key(row.rows[0]) for row in rows}
+    file_rows = rows[0].file_rows
     for row in file_rows:
         if text_key(row.rows[0]) in queries:
             passages.setdefault(text_key(row.rows[1]), row.rows[1])
@@ -264,7 +271,8 @@ def searched_passages(rows: Sequence[TextGroup], max_passages: int | None = None
 def evaluation_parts(rows: Sequence[TextGroup], passages: dict[bytes, Any]) -> Iterator[Sequence[TextGroup]]:
     """Yield the rows, then the remaining passages in groups of the size of a row."""
     yield rows
-    row_keys, size = {text_key(text) for row in rows for text in row.rows[1:]}, len(rows[0].rows) if rows else 1
+    row_keys = {text_key(text) for row in rows for text in row.rows[1:]}
+    size = len(rows[0].rows) if rows else 1
     texts = list(passages.values())[len(row_keys) :]
     groups = [TextGroup(tuple(texts[start : start + size])) for start in range(0, len(texts), size)]
     for start in range(0, len(groups), _GROUPS_AT_ONCE):
@@ -359,15 +367,19 @@ def _evaluate_ranking(
             relevant[query].add(passage_indices[text_key(row.rows[1])])
     own_passage = [-1 if (index := passage_indices.get(key, -1)) in relevant[key] else index for key in queries]
     order = np.argsort(ranking == np.array(own_passage)[:, None], axis=1, kind="stable")
-    ranking, relevant_lists = np.take_along_axis(ranking, order, 1)[:, :_RANKS], list(relevant.values())
+    ranking = np.take_along_axis(ranking, order, 1)[:, :_RANKS]
+    relevant_lists = list(relevant.values())
     evaluation = retrieval_evaluation(ranking, relevant_lists, cutoffs=(1, _RANKS))
     reported = (f"ndcg@{_RANKS}", f"mrr@{_RANKS}", "recall@1", f"recall@{_RANKS}")
     metrics = {name: evaluation.metrics[name] for name in reported} | {"passages_searched": float(len(passages))}
     intervals = {name: bounds for name, bounds in evaluation.intervals.items() if name in reported}
-    texts, query_texts, per_query = list(passages.values()), list(queries.values()), np.asarray(evaluation.per_row)
+    texts = list(passages.values())
+    query_texts = list(queries.values())
+    per_query = np.asarray(evaluation.per_row)
 
     def outcome(index: int) -> RowOutcome:
-        best, expected = texts[ranking[index, 0]], texts[min(relevant_lists[index])]
+        best = texts[ranking[index, 0]]
+        expected = texts[min(relevant_lists[index])]
         return query_texts[index], expected, best, float(per_query[index])
 
     outcomes = Outcomes.of_errors(evaluation.main, 1 - per_query, outcome)
@@ -441,7 +453,9 @@ def neighbor_drift(session: TrainingSession, tokenizer: PreTrainedTokenizerBase)
 
     Returns None if drift is disabled or the base model cannot be restored.
     """
-    objective, method, model = session.objective, session.method, session.model
+    objective = session.objective
+    method = session.method
+    model = session.model
     if session.config.train.drift is False or not method.can_restore_base(model):
         return None
     limit = text_positions(model)

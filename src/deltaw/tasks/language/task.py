@@ -21,12 +21,12 @@ from deltaw.methods.base import Method
 from deltaw.progress import LogFunction, ignore_line, track_progress
 from deltaw.runtime.image_tokens import connector_module
 from deltaw.settings.data import DataSettings
+from deltaw.training.batcher import Batcher
 from deltaw.training.batchers import MAX_BUFFERED_ROWS, BatcherOptions, choose_causal_batcher
 from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.evaluation.base import Evaluation, check_finite
 from deltaw.training.features.images import RowImages, has_images
 from deltaw.training.losses import label_indices
-from deltaw.training.microbatches import Batcher
 from deltaw.training.task import BatcherChoice, Classes, ModelFiles, Rows, Task
 
 # Columns that contain a prompt. Without any of them, the column ``text`` is a text to continue.
@@ -42,7 +42,8 @@ def evaluate_causal(objective: CausalObjective, examples: Sequence[Item], batche
     Raises:
         UserError: if the loss is not finite.
     """
-    total, labels = 0.0, 0
+    total = 0.0
+    labels = 0
     losses: list[float] = []
     predicted: list[tuple[np.ndarray, np.ndarray]] = []
     with track_progress("evaluating", len(examples)) as advance:

@@ -16,9 +16,9 @@ from deltaw.data.packing import MicroBatch
 from deltaw.errors import UserError
 from deltaw.kernels.layout import to_device
 from deltaw.tasks.preference.settings import PreferenceSettings
+from deltaw.training.batcher import Batcher
 from deltaw.training.evaluation.base import Evaluation, check_finite
 from deltaw.training.losses import MetricAccumulator, RowLogProbs, detach_wide, log1mexp
-from deltaw.training.microbatches import Batcher
 
 # Losses of preference pairs: DPO, IPO, ORPO and SimPO.
 #
@@ -90,7 +90,8 @@ class PreferenceLoss:
 
     def per_row_losses(self, rows: RowLogProbs) -> PairLosses:
         """Return the losses and rewards of a microbatch's pairs, in batch order."""
-        sums, counts = rows.grouped(rows.sums()), rows.grouped(rows.counts())
+        sums = rows.grouped(rows.sums())
+        counts = rows.grouped(rows.counts())
         if not self.settings.has_reference:
             return self.pair_losses(sums, counts)
         return self.pair_losses(sums, counts, rows.grouped(reference_sums(rows, sums)))
@@ -103,7 +104,8 @@ class PreferenceLoss:
             counts: (pairs, 2) numbers of labels.
             references: (pairs, 2) sums under the reference model.
         """
-        settings, beta = self.settings, self.settings.effective_beta
+        settings = self.settings
+        beta = self.settings.effective_beta
         scores = sums
         if settings.has_reference:
             assert references is not None
@@ -175,7 +177,8 @@ class AnswerMetrics(MetricAccumulator):
 
     def add(self, losses: AnswerLosses, divergence: Tensor) -> None:
         """Add a microbatch. ``divergence`` is shared by all answers of the step."""
-        rewards, desired = losses.rewards, losses.desired.to(losses.rewards.dtype)
+        rewards = losses.rewards
+        desired = losses.desired.to(losses.rewards.dtype)
         parts = losses.accuracies, rewards * desired, rewards * (1 - desired), desired, 1 - desired
         self._plus([*(part.sum() for part in parts), divergence.to(rewards) * len(rewards)])
 
@@ -221,7 +224,8 @@ class UnpairedLoss:
 
     def per_row_losses(self, rows: RowLogProbs) -> AnswerLosses:
         """Return the losses and rewards of a microbatch's answers, in the order of ``rows.rows``."""
-        settings, ratios = self.settings, self.ratios(rows)
+        settings = self.settings
+        ratios = self.ratios(rows)
         desired = torch.tensor([bool(row.desired) for row in rows.rows], device=ratios.device)
         # Positive if the answer is on the side of z that matches its label.
         signs = desired.to(ratios.dtype) * 2 - 1

@@ -158,7 +158,8 @@ class UnpairedReader(AnswerReader):
         desired = sum(bool(answer.rows[0].desired) for answer in items)
         undesired = len(items) - desired
         if not desired or not undesired:
-            text, hint = f"all answers are {'desired' if desired else 'undesired'}", "add answers of the other kind"
+            text = f"all answers are {'desired' if desired else 'undesired'}"
+            hint = "add answers of the other kind"
             return [DataFinding("one_label", "warning", len(items), text, hint)]
         ratio = self._weights[0] * desired / (self._weights[1] * undesired)
         if _BALANCE[0] <= ratio <= _BALANCE[1]:
@@ -194,7 +195,8 @@ def add_mismatched(answers: Sequence[RowGroup], max_length: int, seed: int) -> l
     shift = 1 if shift >= len(rows) else shift
     groups: list[RowGroup] = [RowGroup(())] * len(rows)
     for position, index in enumerate(order):
-        row, other = rows[index], rows[order[position - shift]]
+        row = rows[index]
+        other = rows[order[position - shift]]
         groups[index] = RowGroup((row, _with_answer(row, other, max_length)))
     return groups
 

@@ -24,17 +24,41 @@ class PreferenceSettings(TaskSettings):
     """
 
     loss: LossName = setting(
-        "dpo", "preference loss; dpo, ipo, kto use the reference_model; kto is for single labeled answers"
+        "dpo",
+        "preference loss; dpo, ipo, kto use the reference_model; kto is for single labeled answers",
+        when="Use kto if answers are rated one by one, and orpo or simpo to save the reference model's pass.",
     )
     beta: Annotated[float, Field(gt=0)] | Auto = setting(
         "auto",
         "strength of the divergence penalty (dpo, ipo, kto), weight of the odds ratio (orpo), or reward scale "
         "(simpo); auto: 0.1, for simpo 2",
+        when="Raise it to stay closer to the reference model, lower it if preferences hardly change.",
     )
-    label_smoothing: float = setting(0.0, "assumed fraction of pairs with a wrong label (dpo, simpo)", ge=0, lt=0.5)
-    gamma: float | None = setting(None, "target reward margin of a pair (simpo); null: 0.5", ge=0)
-    desirable_weight: float = setting(1.0, "weight of the loss of desired answers (kto)", gt=0)
-    undesirable_weight: float = setting(1.0, "weight of the loss of undesired answers (kto)", gt=0)
+    label_smoothing: float = setting(
+        0.0,
+        "assumed fraction of pairs with a wrong label (dpo, simpo)",
+        when="Use 0.1 if raters often disagree.",
+        ge=0,
+        lt=0.5,
+    )
+    gamma: float | None = setting(
+        None,
+        "target reward margin of a pair (simpo); null: 0.5",
+        when="Raise it if the margin between answers stays small.",
+        ge=0,
+    )
+    desirable_weight: float = setting(
+        1.0,
+        "weight of the loss of desired answers (kto)",
+        when="Raise it if desired answers are much rarer than undesired ones.",
+        gt=0,
+    )
+    undesirable_weight: float = setting(
+        1.0,
+        "weight of the loss of undesired answers (kto)",
+        when="Raise it if undesired answers are much rarer than desired ones.",
+        gt=0,
+    )
 
     @model_validator(mode="after")
     def _validate(self) -> PreferenceSettings:

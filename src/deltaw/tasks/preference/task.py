@@ -15,7 +15,7 @@ from deltaw.data.example import RowGroup
 from deltaw.data.packing import MicroBatch
 from deltaw.data.row_reader import Reader
 from deltaw.errors import UserError
-from deltaw.hub.loading import has_values
+from deltaw.hub.skeletons import has_values
 from deltaw.machine.choices import Choice
 from deltaw.methods.base import Method
 from deltaw.progress import LogFunction, ignore_line, track_progress
@@ -24,11 +24,13 @@ from deltaw.tasks.language.task import CausalTask
 from deltaw.tasks.preference.losses import PairLosses, PreferenceLoss, UnpairedLoss, answer_metrics, evaluate_pairs
 from deltaw.tasks.preference.rows import PairReader, UnpairedReader
 from deltaw.tasks.preference.settings import PreferenceSettings
+from deltaw.training.batcher import Batcher
 from deltaw.training.batchers import BatcherOptions, CausalMicroBatcher
 from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.evaluation.base import Evaluation, check_finite
 from deltaw.training.losses import RowLogProbs
-from deltaw.training.microbatches import SINGLE_PROCESS, Batcher, Objective, Reducer
+from deltaw.training.objective import Objective
+from deltaw.training.reducer import SINGLE_PROCESS, Reducer
 from deltaw.training.task import SFT, BatcherChoice, Classes, ModelFiles, RateFactor, Rows
 
 # Unpaired preferences: answers run with gradients. Before each step, mismatched answers run without gradients to

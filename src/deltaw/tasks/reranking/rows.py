@@ -137,10 +137,12 @@ class RerankReader(RetrievalReader):
         return [[next(encoded) for _ in row.passages] for row in rows]
 
     def select_usable(self, rows: NumberedRows, chosen: Sequence[int]) -> Sequence[int]:
-        chosen, columns = super().select_usable(rows, chosen), self._columns
+        chosen = super().select_usable(rows, chosen)
+        columns = self._columns
         if not self.labeled:
             if columns.query is None or columns.passage is None:
-                message, hint = "the rows have no query with a passage", "name the columns 'query' and 'passage'"
+                message = "the rows have no query with a passage"
+                hint = "name the columns 'query' and 'passage'"
                 raise UserError(message, location=rows.name, hint=hint + ", or map them with data.columns")
             return chosen
         usual = "contrastive" if columns.negatives else "binary"
@@ -163,7 +165,8 @@ class RerankReader(RetrievalReader):
             hint = "write a query's passages into one row, or set reranking.loss: binary"
             raise BadRowError(message, reason="a single passage", location=location, hint=hint)
         if self.loss == "pairwise" and len(set(scores)) < 2:
-            message, hint = "no passage is better than another", "remove the row, or set reranking.loss: binary"
+            message = "no passage is better than another"
+            hint = "remove the row, or set reranking.loss: binary"
             raise BadRowError(message, reason="passages with equal scores", location=location, hint=hint)
         if self.loss == "contrastive" and (min(scores) < 0 or not max(scores) > 0):
             message = "no passage of the row is right, or a label is negative"

@@ -22,15 +22,25 @@ class RerankingSettings(TaskSettings):
         "ranking loss; binary: cross-entropy of each score; pairwise: better of two passages; listwise: softmax over "
         "scored lists; contrastive: positive against the query's negatives; auto: contrastive for rows with "
         "negatives, listwise for lists, else binary",
+        when="Leave auto, which follows from the rows.",
     )
-    score_range: tuple[float, float] = setting((0.0, 1.0), "minimum and maximum score of a row")
+    score_range: tuple[float, float] = setting(
+        (0.0, 1.0), "minimum and maximum score of a row", when="Set it to the scale of your scores, for example [0, 3]."
+    )
     template: str | None = setting(
         None,
         "prompt of a decoder with {query} and {passage}; null: from the model's chat template, or a yes/no question; "
         "for encoders a sentence pair",
+        when="Set it to the question that your program asks a language model.",
     )
-    yes: str = setting("yes", "token that means a relevant passage, for language models without a classification head")
-    no: str = setting("no", "token that means an irrelevant passage")
+    yes: str = setting(
+        "yes",
+        "token that means a relevant passage, for language models without a classification head",
+        when="Set it if the template asks in another language.",
+    )
+    no: str = setting(
+        "no", "token that means an irrelevant passage", when="Set it if the template asks in another language."
+    )
 
     @model_validator(mode="after")
     def _validate(self) -> RerankingSettings:

@@ -31,8 +31,9 @@ from deltaw.data.rendering import FAULTS, render_conversation
 from deltaw.data.report import PreparationReport
 from deltaw.data.row_reader import RunData
 from deltaw.errors import UserError
-from deltaw.hub.loading import has_values, head_outputs, read_config
+from deltaw.hub.empty_models import head_outputs, read_config
 from deltaw.hub.sentence_layout import write_cross_encoder
+from deltaw.hub.skeletons import has_values
 from deltaw.machine.choices import Choice
 from deltaw.settings.data import DataSettings
 from deltaw.tasks.classification.objective import LabelObjective, check_outputs
@@ -40,10 +41,10 @@ from deltaw.tasks.classification.task import LabelTask, predict_rows
 from deltaw.tasks.embedding.rows import TextGroup
 from deltaw.tasks.reranking.rows import PairEncoder, RerankReader, as_chat_template, prompt_of
 from deltaw.tasks.reranking.settings import RerankingSettings
+from deltaw.training.batcher import Batcher
 from deltaw.training.batchers import BatcherOptions, text_positions
 from deltaw.training.evaluation.base import Evaluation, mean_interval
 from deltaw.training.evaluation.retrieval import MAIN_METRIC, retrieval_evaluation
-from deltaw.training.microbatches import Batcher
 from deltaw.training.task import BatcherChoice, Classes, ModelFiles, NamedParameters, Predictions, Rows
 
 Name: TypeAlias = Literal["binary", "pairwise", "listwise", "contrastive"]

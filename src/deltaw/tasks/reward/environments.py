@@ -98,7 +98,8 @@ class Environments:
             UserError: if the environment raises, exceeds ``reward.seconds``, exits, or returns an invalid value.
         """
         answer = self._request({"number": number, "row": dict(columns)}, row)
-        text, tools = answer["text"], answer["tools"]
+        text = answer["text"]
+        tools = answer["tools"]
         if not (text is None or isinstance(text, str)) or not all(isinstance(tool, dict) for tool in tools):
             raise self._error("reset must return a text or None, and tools must be a list of descriptions", row)
         return EnvironmentStart(text or "", tuple(tools))
@@ -110,7 +111,8 @@ class Environments:
             UserError: as in :meth:`reset`, or if the reward is not a finite number.
         """
         answer = self._request({"number": number, "text": text}, row)
-        response, reward = answer["said"], answer["reward"]
+        response = answer["said"]
+        reward = answer["reward"]
         message = {"role": "user", "content": response} if isinstance(response, str) else response
         if message is None and answer["done"]:
             message = {"role": "user", "content": ""}

@@ -33,7 +33,7 @@ from deltaw.tasks.reward.scoring import Completions, Prompts, Scorer
 from deltaw.tasks.reward.settings import RewardSettings
 from deltaw.training.evaluation.base import mean_interval
 from deltaw.training.losses import RowLogProbs
-from deltaw.training.microbatches import SINGLE_PROCESS, Reducer
+from deltaw.training.reducer import SINGLE_PROCESS, Reducer
 from deltaw.training.rollouts import RolloutFeed
 
 
@@ -77,7 +77,8 @@ class _Conversation:
         self.logprobs += [np.nan] * len(tokens) if logprobs is None else logprobs.tolist()
 
     def completion(self) -> SampledCompletion:
-        response, logprobs = np.array(self.response, np.int64), np.array(self.logprobs, np.float32)
+        response = np.array(self.response, np.int64)
+        logprobs = np.array(self.logprobs, np.float32)
         is_generated = np.array(self.is_generated, bool)
         return SampledCompletion(response, self.text, self.terminator, logprobs, self.tokens, is_generated, self.reward)
 
@@ -107,7 +108,10 @@ class MultiTurnSampler:
     """
 
     def __init__(self, settings: RewardSettings, sampler: Sampler, encoder: Encoder, vocab_size: int) -> None:
-        self._settings, self._sampler, self._encoder, self._vocab_size = settings, sampler, encoder, vocab_size
+        self._settings = settings
+        self._sampler = sampler
+        self._encoder = encoder
+        self._vocab_size = vocab_size
         self._environments = Environments(settings)
 
     def __call__(self, prompts: Sequence[TokenizedPrompt], params: SamplingParams) -> list[SampledCompletion]:
@@ -140,7 +144,8 @@ class MultiTurnSampler:
             raise UserError(message, location="reward.environment", hint=hint)
         start = self._environments.reset(index, prompt.row, prompt.columns)
         messages, tools = prompt_messages(dict(prompt.columns), location)
-        tokens, limit = prompt.tokens, len(prompt.tokens) + self._settings.max_response_tokens
+        tokens = prompt.tokens
+        limit = len(prompt.tokens) + self._settings.max_response_tokens
         if start.text or start.tools:
             if start.text:
                 messages[-1] = {"role": "user", "content": start.text}
@@ -155,7 +160,8 @@ class MultiTurnSampler:
     def _advance(self, conversation: _Conversation, completion: SampledCompletion, *, last: bool) -> None:
         """Add the model's turn and the response of the environment."""
         conversation.add(completion.tokens.tolist(), True, completion.logprobs)
-        conversation.text, conversation.terminator = completion.text, completion.terminator
+        conversation.text = completion.text
+        conversation.terminator = completion.terminator
         response = self._environments.step(conversation.index, conversation.prompt.row, completion.text)
         conversation.reward += response.reward
         conversation.is_active = not (last or response.done or completion.terminator is None)
@@ -221,8 +227,11 @@ class RewardFeed(RolloutFeed):
         processes: Reducer = SINGLE_PROCESS,
     ) -> None:
         super().__init__(objective, batcher, processes)
-        self.settings, self.sampler, self.steps_per_round = settings, sampler, settings.updates
-        self._seed, self._reference = seed, reference
+        self.settings = settings
+        self.sampler = sampler
+        self.steps_per_round = settings.updates
+        self._seed = seed
+        self._reference = reference
         self.scorer = Scorer(settings)
 
     def worst_case_rows(self, prompts: Prompts) -> list[Rollout]:
@@ -274,8 +283,10 @@ class RewardFeed(RolloutFeed):
         Returns:
             For each prompt its completions, and their rewards (names, group).
         """
-        settings, group = self.settings, self.settings.group
-        rank, size = self.processes.rank, self.processes.size
+        settings = self.settings
+        group = self.settings.group
+        rank = self.processes.rank
+        size = self.processes.size
         local_prompts = [prompt for prompt in prompts[rank::size] for _ in range(group)]
         numbered = enumerate(local_prompts)
         seeds = tuple(derive_seed(self._seed, *key, prompt.row, n % group) for n, prompt in numbered)
@@ -329,7 +340,8 @@ class RewardFeed(RolloutFeed):
         advantages: np.ndarray,
     ) -> None:
         """Add metrics of the completions to the step. Errors are half the width of the 95 % interval over groups."""
-        groups, metrics = totals.reshape(-1, self.settings.group), {}
+        groups = totals.reshape(-1, self.settings.group)
+        metrics = {}
         for name, values in self.scorer.by_name(rewards).items():
             metrics[name] = float(values.mean())
             if (bounds := mean_interval(values.reshape(groups.shape).mean(1))) is not None:
@@ -344,7 +356,8 @@ class RewardFeed(RolloutFeed):
         self.step_metrics = metrics
 
     def complete(self, prompt: Example, completion: SampledCompletion, **fields: Any) -> Rollout:
-        logprobs, is_generated = completion.logprobs, completion.is_generated
+        logprobs = completion.logprobs
+        is_generated = completion.is_generated
         if logprobs is not None and is_generated is not None:
             logprobs = logprobs[is_generated]
         rollout: Rollout = super().complete(prompt, completion, engine_logprobs=logprobs, **fields)

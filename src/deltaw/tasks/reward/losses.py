@@ -134,7 +134,8 @@ class PolicyLoss:
     def of_tokens(self, rows: RowLogProbs) -> Tensor:
         """Return (E,) the loss of each label of each completion, in the order of ``rows.index``."""
         settings = self.settings
-        logprobs, rollouts = rows.values.index_select(0, rows.index), [_rollout(row) for row in rows.rows]
+        logprobs = rows.values.index_select(0, rows.index)
+        rollouts = [_rollout(row) for row in rows.rows]
         current = logprobs.detach()
         old = _concatenate([row.old_logprobs for row in rollouts], rollouts, current)
         token_log_ratios = logprobs - torch.where(old.isnan(), current, old)

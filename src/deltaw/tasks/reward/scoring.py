@@ -12,13 +12,14 @@ import numpy as np
 from deltaw.data.prompts import TokenizedPrompt, last_prompt_text
 from deltaw.decoding.generation import SampledCompletion
 from deltaw.errors import UserError
-from deltaw.tasks.reward.rewards import Completion
+from deltaw.tasks.reward.rewards.functions import Completion
 from deltaw.tasks.reward.rewards.rewarder import Rewarder
 from deltaw.tasks.reward.settings import RewardSettings
 from deltaw.training.evaluation.base import Interval, mean_interval
 
 # Maximum number of characters of a logged text, and number of best and of worst completions to log.
-MAX_TEXT_LENGTH, NUM_EXTREMES = 600, 2
+MAX_TEXT_LENGTH = 600
+NUM_EXTREMES = 2
 # Maximum weighted reward. Sums, squares and gradients of larger rewards might overflow.
 _MAX_REWARD = 1e12
 
@@ -60,9 +61,11 @@ class Scorer:
 
     def __init__(self, settings: RewardSettings) -> None:
         self._rewarders = [Rewarder(function) for function in settings.functions]
-        weights, names = [function.weight for function in settings.functions], [f.name for f in settings.functions]
+        weights = [function.weight for function in settings.functions]
+        names = [f.name for f in settings.functions]
         if settings.environment is not None:  # rewards of an environment have weight 1
-            weights, names = [*weights, 1.0], [*names, settings.environment]
+            weights = [*weights, 1.0]
+            names = [*names, settings.environment]
         self._weights = np.array(weights)
         self.highest = float(np.maximum(self._weights, 0.0).sum())
         short_names = [name.rpartition(":")[2] for name in names]

@@ -139,7 +139,9 @@ def refuse_remote_references(schema: Any, location: str) -> None:
     Raises:
         UserError: if a reference leads to another file or address.
     """
-    pending, bases, references = [schema], [""], []
+    pending = [schema]
+    bases = [""]
+    references = []
     while pending:
         if isinstance(part := pending.pop(), dict):
             references += [text for key, text in part.items() if key in _REFERENCES and isinstance(text, str)]
@@ -157,28 +159,123 @@ def refuse_remote_references(schema: Any, location: str) -> None:
 class RewardSettings(TaskSettings):
     """The ``reward:`` section; for ``task: rl``."""
 
-    functions: list[RewardFunction] = setting([], "reward functions, by name, with optional weights")
-    environment: CodeName | None = setting(None, "environment that replies to the model and rewards it: FILE.py:CLASS")
-    turns: int = setting(8, "maximum number of model turns in the environment", ge=1, le=1000)
-    environment_tokens: int = setting(256, "maximum number of environment tokens per rollout, over all turns", ge=1)
-    seconds: float = setting(30.0, "time limit of an environment step in seconds", gt=0, le=3600)
-    loss: Literal["grpo", "dr_grpo", "dapo", "cispo", "gspo", "rloo"] = setting("dapo", "policy-gradient loss")
-    group: int = setting(8, "number of completions per prompt", ge=2, le=256)
-    max_new_tokens: int = setting(128, "maximum number of tokens per completion; in an environment, per turn", ge=1)
-    temperature: float = setting(1.0, "sampling temperature; the loss uses temperature 1", gt=0, le=10)
-    top_p: float = setting(1.0, "cumulative probability of the most likely tokens to sample from", gt=0, le=1)
-    top_k: int = setting(0, "number of most likely tokens to sample from; 0: all", ge=0)
-    epsilon: float = setting(0.2, "lower clipping range of the probability ratio: 1 - epsilon", ge=0, lt=1)
-    epsilon_high: float | None = setting(
-        None, "upper clipping range; null: equal to epsilon; for cispo the upper bound itself, default 5", ge=0
+    functions: list[RewardFunction] = setting(
+        [],
+        "reward functions, by name, with optional weights",
+        when="Begin with one function that is cheap and hard to cheat, and read sampled completions early.",
     )
-    beta: float = setting(0.0, "weight of the KL divergence from the base model", ge=0)
-    updates: int = setting(1, "number of optimizer steps per rollout", ge=1, le=64)
-    mask_cut: bool = setting(False, "mask the loss of completions truncated at max_new_tokens")
-    overlong: int = setting(0, "number of tokens before max_new_tokens over which a length penalty rises to 1", ge=0)
-    redraw: int = setting(0, "maximum number of times to resample a group of equally rewarded completions", ge=0, le=16)
+    environment: CodeName | None = setting(
+        None,
+        "environment that replies to the model and rewards it: FILE.py:CLASS",
+        when="Use it if the model must act in several turns, such as with tools or in games.",
+    )
+    turns: int = setting(
+        8,
+        "maximum number of model turns in the environment",
+        when="Lower it if rollouts run out of tokens before the end.",
+        ge=1,
+        le=1000,
+    )
+    environment_tokens: int = setting(
+        256,
+        "maximum number of environment tokens per rollout, over all turns",
+        when="Raise it if replies of the environment are cut.",
+        ge=1,
+    )
+    seconds: float = setting(
+        30.0,
+        "time limit of an environment step in seconds",
+        when="Raise it for tests that run long; a slow reward delays the whole rollout.",
+        gt=0,
+        le=3600,
+    )
+    loss: Literal["grpo", "dr_grpo", "dapo", "cispo", "gspo", "rloo"] = setting(
+        "dapo",
+        "policy-gradient loss",
+        when="Use dapo first; rloo needs no clipping range, and gspo suits long completions.",
+    )
+    group: int = setting(
+        8,
+        "number of completions per prompt",
+        when="Use 4 for quick trials and 16 if rewards are rare; the time of a rollout grows in proportion.",
+        ge=2,
+        le=256,
+    )
+    max_new_tokens: int = setting(
+        128,
+        "maximum number of tokens per completion; in an environment, per turn",
+        when="Set it slightly above the longest good answer; most of the time is spent here.",
+        ge=1,
+    )
+    temperature: float = setting(
+        1.0,
+        "sampling temperature; the loss uses temperature 1",
+        when="Raise it if completions of a group are equal, lower it if they are nonsense.",
+        gt=0,
+        le=10,
+    )
+    top_p: float = setting(
+        1.0,
+        "cumulative probability of the most likely tokens to sample from",
+        when="Leave 1: cut distributions bias the gradient.",
+        gt=0,
+        le=1,
+    )
+    top_k: int = setting(
+        0,
+        "number of most likely tokens to sample from; 0: all",
+        when="Leave 0: cut distributions bias the gradient.",
+        ge=0,
+    )
+    epsilon: float = setting(
+        0.2,
+        "lower clipping range of the probability ratio: 1 - epsilon",
+        when="Raise it only together with reward.updates above 1.",
+        ge=0,
+        lt=1,
+    )
+    epsilon_high: float | None = setting(
+        None,
+        "upper clipping range; null: equal to epsilon; for cispo the upper bound itself, default 5",
+        when="Use 0.28 to let rare tokens grow faster (DAPO).",
+        ge=0,
+    )
+    beta: float = setting(
+        0.0,
+        "weight of the KL divergence from the base model",
+        when="Use 0.01 to 0.1 if answers outside the reward get worse; the reference model costs one more pass.",
+        ge=0,
+    )
+    updates: int = setting(
+        1,
+        "number of optimizer steps per rollout",
+        when="Use 2 to 4 if sampling takes most of the time; completions become older than the model.",
+        ge=1,
+        le=64,
+    )
+    mask_cut: bool = setting(
+        False,
+        "mask the loss of completions truncated at max_new_tokens",
+        when="Use true if good answers are sometimes cut; otherwise the model is punished for length.",
+    )
+    overlong: int = setting(
+        0,
+        "number of tokens before max_new_tokens over which a length penalty rises to 1",
+        when="Set it to a quarter of max_new_tokens if completions grow until they are cut.",
+        ge=0,
+    )
+    redraw: int = setting(
+        0,
+        "maximum number of times to resample a group of equally rewarded completions",
+        when="Use 1 or 2 if most groups have equal rewards; each redraw samples again.",
+        ge=0,
+        le=16,
+    )
     correct_above: float | None = setting(
-        0.5, "log-probability mismatch of the sampler above which tokens get importance weights; null: never", ge=0
+        0.5,
+        "log-probability mismatch of the sampler above which tokens get importance weights; null: never",
+        when="Leave it unless the run reports a mismatch in most rollouts.",
+        ge=0,
     )
 
     code_keys: ClassVar[tuple[str, ...]] = ("functions", "environment")

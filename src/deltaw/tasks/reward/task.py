@@ -26,10 +26,11 @@ from deltaw.tasks.reward.rewards.functions import require_file, settings_locatio
 from deltaw.tasks.reward.scoring import Scorer, interval_of, pass_at
 from deltaw.tasks.reward.settings import RewardSettings
 from deltaw.training.answers import EvaluatedAnswer, EvaluationScore, ScoreOptions
+from deltaw.training.batcher import Batcher
 from deltaw.training.batchers import BatcherOptions
 from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.evaluation.base import Evaluation, mean_interval
-from deltaw.training.microbatches import Batcher, Objective
+from deltaw.training.objective import Objective
 from deltaw.training.task import (
     BatcherChoice,
     Classes,
@@ -123,7 +124,8 @@ class RewardTask(CausalTask):
 
     def check(self, data: RunData, *, call: bool) -> None:
         """Check the reward functions and the environment on one row."""
-        scorer, environments = Scorer(self.settings), Environments(self.settings)
+        scorer = Scorer(self.settings)
+        environments = Environments(self.settings)
         with contextlib.closing(scorer), contextlib.closing(environments), track_progress("checking the rewards"):
             scorer.check(data.train, call=call)
             if call and self.settings.environment is not None:
@@ -132,10 +134,12 @@ class RewardTask(CausalTask):
                 environments.step(0, first.row, first.answer or ".")
 
     def generation_limits(self, data: RunData, batch_size: int) -> TaskGeneration:
-        sets, group = [len(rows) for rows in data.sets.values()], self.settings.group
+        sets = [len(rows) for rows in data.sets.values()]
+        group = self.settings.group
         max_tokens = self.settings.max_response_tokens
         max_length = max(map(len, data.all_rows)) + max_tokens
-        num_rows, num_tokens = max([batch_size * group, *sets]), sum(sets) * max_tokens
+        num_rows = max([batch_size * group, *sets])
+        num_tokens = sum(sets) * max_tokens
         return TaskGeneration(num_rows, max_length, num_tokens, group, self.settings.max_new_tokens)
 
     def objective(self, model: PreTrainedModel) -> CausalObjective:

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deltaw.cache import load_result, store_result
+from deltaw.cache.results import load_result, store_result
 from deltaw.data.example import Example
 from deltaw.data.packing import MicroBatch, epoch_order
 from deltaw.data.prepare import encode_prompt
 from deltaw.decoding.generation import GeneratedCompletion, Progress, TextGenerator, generate, position_limit
 from deltaw.errors import UserError
-from deltaw.hub.loading import has_values
+from deltaw.hub.skeletons import has_values
 from deltaw.kernels.layout import to_device
 from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.lora.stored import count_logical_parameters
@@ -35,9 +35,9 @@ from deltaw.machine.kernel_choice import numerics_key
 from deltaw.progress import track_progress
 from deltaw.runtime.quantized_weights import Rounding
 from deltaw.settings.data import DataSettings, TemplateName
+from deltaw.training.batcher import Batcher
 from deltaw.training.causal_objective import ROW_MULTIPLE, CausalObjective, chunked_sum
 from deltaw.training.losses import detach_wide, kl_divergence, label_indices, with_remainder
-from deltaw.training.microbatches import Batcher
 
 # Maximum number of tokens of an answer. Longer answers add little information, because drift shows in the first words.
 MAX_ANSWER_TOKENS = 40
@@ -112,7 +112,8 @@ class GreedyDecoder:
         completions = None if self.writer is None else self.writer(prompts, count, tokens, on_progress)
         if completions is not None:
             return completions
-        model, tokenizer = self.model, self.tokenizer
+        model = self.model
+        tokenizer = self.tokenizer
         return generate(model, tokenizer, prompts, max_new_tokens=count, batch_tokens=tokens, on_progress=on_progress)
 
     def cached(self, prompts: PromptTokens, count: int, on_progress: Progress = None) -> list[GeneratedCompletion]:

@@ -12,7 +12,8 @@ from deltaw.errors import UserError
 from deltaw.training.evaluation.base import Evaluation, Interval, check_finite, mean_interval
 
 # Passages per block, and maximum number of scores in memory (64 MB).
-BLOCK_PASSAGES, MAX_SCORES = 2**14, 2**24
+BLOCK_PASSAGES = 2**14
+MAX_SCORES = 2**24
 MAIN_METRIC = "ndcg@10"
 # Relevant passages of a query: indices, or grades by index. Passages with a grade above 0 are relevant.
 Relevant = Collection[int] | Mapping[int, float]
@@ -45,11 +46,13 @@ def nearest(queries: Tensor, passages: Tensor, count: int, *, block: int = BLOCK
             check_finite(f"the vector of a {name} is", part.numpy(force=True))
     for row_start in range(0, len(queries), rows):
         part = queries[row_start : row_start + rows]
-        best, best_indices = scores[row_start : row_start + rows, :0], indices[row_start : row_start + rows, :0]
+        best = scores[row_start : row_start + rows, :0]
+        best_indices = indices[row_start : row_start + rows, :0]
         for start in range(0, len(passages) if count else 0, block):
             block_scores, local = _top(part @ passages[start : start + block].T, count)
             best, best_indices = _merge((best, best_indices), (block_scores, local + start), count)
-        scores[row_start : row_start + rows], indices[row_start : row_start + rows] = best, best_indices
+        scores[row_start : row_start + rows] = best
+        indices[row_start : row_start + rows] = best_indices
     return scores, indices
 
 
@@ -88,7 +91,8 @@ def _top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     columns = columns.gather(1, order)
     if len(contested):
         sorted_scores, order = scores[contested].sort(dim=1, descending=True, stable=True)
-        best[contested], columns[contested] = sorted_scores[:, :count], order[:, :count]
+        best[contested] = sorted_scores[:, :count]
+        columns[contested] = order[:, :count]
     return best, columns
 
 
@@ -148,7 +152,8 @@ def retrieval_evaluation(
     rows = ranking_metrics(ranked, relevant, cutoffs=sorted({*cutoffs, 10}))
     intervals = {name: bounds for name, values in rows.items() if (bounds := _interval(values)) is not None}
     metrics = {name: float(values.mean()) for name, values in rows.items()}
-    per_row, interval = rows[MAIN_METRIC], intervals.pop(MAIN_METRIC, None)
+    per_row = rows[MAIN_METRIC]
+    interval = intervals.pop(MAIN_METRIC, None)
     return Evaluation(metrics, MAIN_METRIC, per_row=per_row, interval=interval, intervals=intervals)
 
 

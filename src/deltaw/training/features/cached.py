@@ -26,7 +26,7 @@ from deltaw.data.packing import Member, MicroBatch, row_targets
 from deltaw.kernels.layout import to_device
 from deltaw.runtime.layer_entry import LayerEntry
 from deltaw.training.features.store import FeatureStore, Shape
-from deltaw.training.microbatches import Feed
+from deltaw.training.feed import Feed
 
 # Number of vectors in a batch that only a head processes.
 VECTORS_PER_BATCH = 4096
@@ -107,7 +107,8 @@ class FeatureCache(Feed):
 
     def __init__(self, reference: Feed, entry: LayerEntry) -> None:
         super().__init__(reference.objective, reference.batcher)
-        self.entry, self.device = entry, torch.device("cpu")
+        self.entry = entry
+        self.device = torch.device("cpu")
 
     def inspect(self, batch: Any) -> Tensor:
         """Run the frozen layers once to determine the shape of their output. Returns it as (n, width)."""
@@ -122,7 +123,8 @@ class FeatureCache(Feed):
     def with_store(self, rows: RowIndex, store: FeatureStore) -> FeatureCache:
         """Return a copy of the feed for these rows with their vectors in ``store``."""
         feed = copy.copy(self)
-        feed.rows, feed.store = rows, store
+        feed.rows = rows
+        feed.store = store
         feed._prepare_rows()
         return feed
 
@@ -208,7 +210,9 @@ class AllTokenFeatures(FeatureCache):
     kind = "every token"
 
     def _inspect_output(self, batch: Any, hidden: Tensor) -> None:
-        self._is_text, self._patches, self._tail = "input_ids" in batch.inputs, hidden.shape[1], hidden.shape[2:]
+        self._is_text = "input_ids" in batch.inputs
+        self._patches = hidden.shape[1]
+        self._tail = hidden.shape[2:]
 
     def units(self, example: Any) -> int:
         return len(example.tokens) if self._is_text else self._patches
@@ -279,7 +283,8 @@ class PooledFeatures(FeatureCache):
     def _inspect_output(self, batch: Any, hidden: Tensor) -> None:
         if hidden.dim() != 2:
             raise RuntimeError("the head reads several vectors per row")
-        self._template, self._is_text = batch, "input_ids" in batch.inputs
+        self._template = batch
+        self._is_text = "input_ids" in batch.inputs
 
     def units(self, example: Any) -> int:
         return 1
@@ -291,7 +296,8 @@ class PooledFeatures(FeatureCache):
 
     def _batch(self, rows: Sequence[Any]) -> Any:
         """Return a batch with one token per row, because modules above the backbone do not read the other inputs."""
-        count, inputs = len(rows), self._template.inputs
+        count = len(rows)
+        inputs = self._template.inputs
         lengths = [len(row.tokens) if self._is_text else len(self._template.members[0].indices) for row in rows]
         return MicroBatch(
             inputs={key: value[:1, :1].expand(count, 1, *value.shape[2:]) for key, value in inputs.items()},
@@ -328,7 +334,8 @@ def _predictors(example: Any) -> np.ndarray:
 
 def _members(rows: Sequence[Any]) -> tuple[Member, ...]:
     """Return batch members for rows without tokens: label positions index the batch's vectors, others are -1."""
-    members, offset = [], 0
+    members = []
+    offset = 0
     for example in rows:
         predictors = _predictors(example)
         indices = np.full(len(example.tokens), -1)

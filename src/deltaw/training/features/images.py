@@ -30,16 +30,18 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from deltaw.cache import Cache, file_digest, load_result, store_result, versions
+from deltaw.cache.entries import Cache
+from deltaw.cache.keys import versions
+from deltaw.cache.results import file_digest, load_result, store_result
 from deltaw.data.image_files import unreadable_image
 from deltaw.data.report import count_of
 from deltaw.data.row_images import PlacedImage, RowImage
 from deltaw.decoding.request import BusyError
 from deltaw.errors import UserError
 from deltaw.hub.checkpoint import read_checkpoint
-from deltaw.hub.loading import has_values
 from deltaw.hub.mrope import image_grids
 from deltaw.hub.processors import PROCESSOR_FILES, ModelProcessor
+from deltaw.hub.skeletons import has_values
 from deltaw.hub.vision import Tower, load_tower, loads_as_text_view
 from deltaw.hub.vision_parts import is_new_connector
 from deltaw.kernels.torch_private import without_dispatch
@@ -122,11 +124,13 @@ class RowImages:
 
     def __init__(self, folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, dtype: str) -> None:
         self._processor = ModelProcessor(folder, config, tokenizer)
-        self.placeholder, self.token_id = self._processor.placeholder, self._processor.token_id
+        self.placeholder = self._processor.placeholder
+        self.token_id = self._processor.token_id
         self.first_id = int(config.get_text_config(decoder=True).vocab_size)
         self.before_connector = self.is_live = self.trains_tower = self.trains_connector = False
         self.width = int(config.get_text_config(decoder=True).hidden_size)
-        self._folder, self._config = folder, config
+        self._folder = folder
+        self._config = config
         self._dtype = dtype_of(dtype)
         self.has_new_connector = is_new_connector(folder)
         self._identity = _identity(folder, self._processor.settings)
@@ -136,12 +140,14 @@ class RowImages:
         self._sorted: list[_StoredImage] = []
         # Text, number of tokens and grid by size of the image.
         self._texts: dict[tuple[int, int], tuple[str, int, tuple[int, int] | None]] = {}
-        self._cache, self._table = Cache("images", LIMIT_BYTES), _Table()
+        self._cache = Cache("images", LIMIT_BYTES)
+        self._table = _Table()
         self._tower: Tower | None = None
         self._thumbnail_bytes = 0  # images in memory whose features are computed
         self._next_id = self.first_id  # with a limit
         # _lock protects the images and the feature table. _computing serializes the computation of features.
-        self._lock, self._computing = threading.RLock(), threading.RLock()
+        self._lock = threading.RLock()
+        self._computing = threading.RLock()
 
     def __len__(self) -> int:
         return len(self._images)
@@ -158,7 +164,8 @@ class RowImages:
                 self._texts.clear()
             number = int((self._processor.tokenize(text) == self.token_id).sum())
             known = self._texts[decoded.size] = text, number, next(iter(image_grids(self._config, inputs)), None)
-        digest, (text, count, grid) = self._digest(decoded), known
+        digest = self._digest(decoded)
+        text, count, grid = known
         with self._lock:
             stored = self._images.get(digest)
             if stored is None:
@@ -179,7 +186,8 @@ class RowImages:
             first_id = taken.first_id + taken.count
             if first_id > _MAX_ID - count:
                 first_id = self.first_id
-        stored, self._next_id = _StoredImage(digest, image, first_id, count, grid), first_id + count
+        stored = _StoredImage(digest, image, first_id, count, grid)
+        self._next_id = first_id + count
         self._images[digest] = stored
         position = bisect.bisect(self._first_ids, first_id)
         self._first_ids.insert(position, first_id)
@@ -272,19 +280,22 @@ class RowImages:
         position = bisect.bisect_left(self._first_ids, image.first_id)
         del self._first_ids[position], self._sorted[position], self._images[image.digest]
         if self._table.count > 2 * sum(image.count for image in self._sorted):
-            old, self._table = self._table, _Table()
+            old = self._table
+            self._table = _Table()
             for image in self._sorted:
                 if image.start is not None:
                     image.start = self._table.append(old.rows(np.arange(image.start, image.start + image.count)))
 
     def thumbnails(self, tokens: np.ndarray) -> list[str]:
         """Return small versions of the images of a prompt as data URLs, without those that were released or removed."""
-        urls, (images, indices) = [], self._find(tokens[self.contains(tokens)])
+        urls = []
+        images, indices = self._find(tokens[self.contains(tokens)])
         for image in (images[index].image for index in dict.fromkeys(indices.tolist())):
             with contextlib.suppress(UserError):
                 if image is None:
                     continue
-                picture, content = image.decoded().copy(), io.BytesIO()
+                picture = image.decoded().copy()
+                content = io.BytesIO()
                 picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
                 picture.save(content, "JPEG")
                 urls.append(f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}")
@@ -293,7 +304,10 @@ class RowImages:
     def clear(self) -> None:
         """Remove all images, which no later prompt refers to."""
         with self._lock:
-            self._images, self._first_ids, self._sorted, self._table = {}, [], [], _Table()
+            self._images = {}
+            self._first_ids = []
+            self._sorted = []
+            self._table = _Table()
             self._thumbnail_bytes = 0
 
     def compute_prompt(self, tokens: np.ndarray) -> None:
@@ -351,7 +365,8 @@ class RowImages:
             if has_values(model):
                 self._verify(model)
             attach_images(model, self, parts, tower if self.is_live else None)
-            names, mapping = {id(m): name for name, m in model.named_modules()}, complete_names(model)
+            names = {id(m): name for name, m in model.named_modules()}
+            mapping = complete_names(model)
             for name, part in parts.items():
                 mapping = mapping and mapping.with_module(names[id(part)], name)
             if mapping is not None:
@@ -384,10 +399,8 @@ class RowImages:
         if not trained and not starts_connector:
             return None, {}
         tower = load_tower(self._folder, self._config, self._dtype, values=False)
-        connector, parts = (
-            (tower.connector or ""),
-            {f"{tower.prefix}{name}": part for name, part in tower.parts.items()},
-        )
+        connector = tower.connector or ""
+        parts = {f"{tower.prefix}{name}": part for name, part in tower.parts.items()}
         others = [f".{name}." for name in parts if not f"{connector}.".startswith(f"{name}.")]
         self.trains_tower = VISION_TOWER in trained or any(part in f".{name}" for name in trained for part in others)
         last_names = {part for name in trained for part in name.split(".")}
@@ -405,7 +418,8 @@ class RowImages:
             return tower, parts if self.trains_tower else {}
         module = tower.require_connector()
         if not self.is_live:
-            self.before_connector, self.width = True, int(next(module.parameters()).shape[-1])
+            self.before_connector = True
+            self.width = int(next(module.parameters()).shape[-1])
         return tower, parts if self.trains_tower else {connector: module}
 
     def _verify(self, view: PreTrainedModel) -> None:
@@ -430,7 +444,8 @@ class RowImages:
         missing = [image for image in self._sorted if image.start is None and not self._path(image).is_file()]
         if not missing or self.is_live:
             return 0
-        largest, tower = max(missing, key=lambda image: image.count), list[Tower]()
+        largest = max(missing, key=lambda image: image.count)
+        tower = list[Tower]()
 
         def run() -> None:
             tower.append(load_tower(self._folder, self._config, self._dtype, values=False))
@@ -542,14 +557,17 @@ class _Table:
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
-        self.count, self._width, self._dtype = 0, 0, torch.float32
+        self.count = 0
+        self._width = 0
+        self._dtype = torch.float32
         self._values: Tensor | None = None
 
     def append(self, values: Tensor) -> int:
         """Append (n, width) values and return the index of the first one."""
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=_folder())  # noqa: SIM115 - open as long as this object
-            self._width, self._dtype = values.shape[1], values.dtype
+            self._width = values.shape[1]
+            self._dtype = values.dtype
         try:
             self._file.seek(self.count * self._width * self._dtype.itemsize)
             self._file.write(values.contiguous().view(torch.uint8).numpy().tobytes())
@@ -558,7 +576,8 @@ class _Table:
             hint = "free space there, or choose another cache folder in DELTAW_CACHE"
             message = f"features of images cannot be stored: {error.strerror or error}"
             raise UserError(message, location=str(_folder() or tempfile.gettempdir()), hint=hint) from error
-        self._values, start = None, self.count
+        self._values = None
+        start = self.count
         self.count += len(values)
         return start
 
@@ -583,7 +602,8 @@ class _Table:
         total, squares = torch.zeros(2, self._width, dtype=torch.float64)
         for start in range(0, self.count, _BLOCK):
             values = self.rows(np.arange(start, min(start + _BLOCK, self.count))).double()
-            total, squares = total + values.sum(0), squares + values.square().sum(0)
+            total = total + values.sum(0)
+            squares = squares + values.square().sum(0)
         if not self.count:
             return None
         mean = total / self.count

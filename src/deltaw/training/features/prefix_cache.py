@@ -7,31 +7,34 @@ Otherwise it is not used, and the run reports the reason. Stored features of an 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from deltaw import platforms
-from deltaw.cache import key
-from deltaw.data.example import RowGroup, lengths_of
+from deltaw.cache.keys import key
+from deltaw.data.example import RowGroup
 from deltaw.errors import UserError
-from deltaw.hub.loading import has_values
+from deltaw.hub.skeletons import has_values
 from deltaw.hub.transformers_private import NAME_OR_PATH
-from deltaw.kernels.layout import to_device
-from deltaw.machine.cards import card_memory
 from deltaw.machine.choices import Choice
 from deltaw.machine.kernel_choice import numerics_key
 from deltaw.runtime.layer_entry import BackboneEntry, BlockEntry, HeadEntry, Level, frozen_digest, frozen_level
 from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.features.cached import AllTokenFeatures, FeatureCache, PooledFeatures, PredictorFeatures, RowIndex
+from deltaw.training.features.device_store import with_device_copy
+from deltaw.training.features.feed_comparison import (
+    NUM_PROBE_ROWS,
+    compare_feeds,
+    is_close,
+    select_probe_rows,
+    short_error,
+    tolerance_of,
+)
+from deltaw.training.features.shared_store import Sharing
 from deltaw.training.features.store import (
     DiskStore,
     FeatureStore,
@@ -39,206 +42,10 @@ from deltaw.training.features.store import (
     Shape,
     ShapeStore,
     StoreLocation,
-    WrappedStore,
-    is_complete,
     open_store,
     size_text,
 )
-from deltaw.training.microbatches import SINGLE_PROCESS, Feed, Reducer
-
-NUM_PROBE_ROWS = 3
-# Number of gradient elements to compare at a time.
-_CHUNK_SIZE = 1 << 20
-
-
-def select_probe_rows(examples: Sequence[Any]) -> list[Any]:
-    """Return a few rows of different lengths, without very long ones."""
-    ordered = np.argsort(lengths_of(examples), kind="stable").tolist()
-    return [examples[ordered[index]] for index in sorted({0, len(ordered) // 4, len(ordered) // 2})][:NUM_PROBE_ROWS]
-
-
-def loss_and_gradients(feed: Feed, rows: Sequence[Any], trained: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    """Return the summed loss and its gradient for each trained parameter, or None for a parameter without gradient."""
-    total: list[Tensor | None] = [None] * (1 + len(trained))
-    for batch in feed.batches(rows):
-        loss = feed.objective(batch)
-        parts = [loss.detach(), *torch.autograd.grad(loss, trained, allow_unused=True)]
-        for n, part in enumerate(parts):
-            partial_sum = total[n]
-            total[n] = part if partial_sum is None or part is None else partial_sum + part
-    return total
-
-
-def compare_feeds(
-    model: nn.Module, reference: Feed, cached: Feed, rows: Sequence[Any], *, loss: float | None, gradients: float = 0.0
-) -> str | None:
-    """Compare the loss and gradients of two feeds of a model.
-
-    The cached feed runs twice: it first computes its features and then reads them.
-
-    Args:
-        reference: Feed without a cache.
-        cached: Feed with a cache.
-        rows: Rows to run.
-        loss: Maximum relative difference of the loss. If it is None, the feeds only have to run without an error.
-        gradients: Maximum relative difference of the gradients. The default 0 is for that of the loss.
-
-    Returns:
-        A description of the difference, or None.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    expected = loss_and_gradients(reference, rows, trained)
-    for _ in range(2):
-        actual = loss_and_gradients(cached, rows, trained)
-        if loss is not None and not is_close(expected[:1], actual[:1], loss):
-            return "a different loss"
-        if loss is not None and not is_close(expected[1:], actual[1:], gradients or loss):
-            return "different gradients"
-    return None
-
-
-def short_error(error: Exception) -> str:
-    """Return type and message of a third-party error, shortened for use in a sentence."""
-    return f"{type(error).__name__}: {str(error)[:100]}"
-
-
-def is_close(expected: Sequence[Tensor | None], actual: Sequence[Tensor | None], tolerance: float) -> bool:
-    """Return True if the tensors together differ by at most ``tolerance``, relative to their norm."""
-    if [e is None for e in expected] != [f is None for f in actual]:
-        return False
-    difference = norm = 0.0
-    for e, f in zip(expected, actual, strict=True):
-        if e is None or f is None:
-            continue
-        # Compare in chunks, because a gradient can be as large as the model's largest weight.
-        parts = (e.flatten().split(_CHUNK_SIZE), f.flatten().split(_CHUNK_SIZE))
-        for expected_chunk, actual_chunk in zip(*parts, strict=True):
-            difference += float((expected_chunk.float() - actual_chunk.float()).square().sum())
-            norm += float(expected_chunk.float().square().sum())
-    return math.sqrt(difference) <= tolerance * math.sqrt(norm)
-
-
-def tolerance_of(dtype: torch.dtype) -> float:
-    """Return the relative difference of norms that rounding in this type can cause."""
-    return 1e-3 if dtype in (torch.float32, torch.float64) else 6e-2
-
-
-# The processes of a machine that train together share one store. The first process opens it, and the others join.
-#
-# Values and completion flags are memory-mapped files, so writes of one process are visible in the others. The flags of
-# the running training are in a separate mapped file. The persistent flags are written after the values are on disk.
-# Processes have different rows in a step. Two processes that write the same row write equal values up to rounding.
-
-_DONE_PREFIX = "seen-"
-
-
-class Sharing:
-    """Shares a store between the processes of a machine.
-
-    Args:
-        processes: Processes that train together. Each creates the same object.
-
-    Attributes:
-        is_leader: True if this process opens the store of its machine.
-    """
-
-    def __init__(self, processes: Reducer = SINGLE_PROCESS) -> None:
-        self._processes = processes
-        self._location: tuple[str, str] | None = None
-        self.is_leader = processes.local_rank == 0
-
-    def publish(self, store: DiskStore) -> None:
-        """Make a store of this process available to the others."""
-        if self._processes.local_size == 1:
-            return
-        for old in store.folder.glob(f"{_DONE_PREFIX}*"):  # from killed runs
-            platforms.remove_path(old)
-        name = f"{_DONE_PREFIX}{os.getpid()}.bin"
-        (store.folder / name).write_bytes(store.done.astype(np.uint8).tobytes())
-        _map_done(store, name)
-        store.run_file = store.folder / name
-        self._location = str(store.folder), name
-
-    def exchange(self, *, has_store: bool) -> bool:
-        """Return True if this machine stores features.
-
-        Each process calls it once, the leader after it opened the store.
-        """
-        processes = self._processes
-        replies = processes.texts(json.dumps([has_store, self._location]))
-        has_store, self._location = json.loads(replies[processes.rank - processes.local_rank])
-        return has_store
-
-    def join(self, shape: Shape) -> DiskStore | None:
-        """Return the store of this machine's leader, or None if it has none on disk.
-
-        Raises:
-            UserError: if the store does not match the one that this process would create.
-        """
-        if self._location is None:
-            return None
-        folder, name = self._location
-        if not is_complete(Path(folder), shape):
-            message = "the features stored by the first process of this machine do not match those of this process"
-            hint = "let all processes of a machine see the same folder, or set train.keep_features: false"
-            raise UserError(message, location=folder, hint=hint)
-        store = DiskStore(Path(folder), shape, None)
-        _map_done(store, name)
-        return store
-
-
-def _map_done(store: DiskStore, name: str) -> None:
-    store.done = np.asarray(np.memmap(store.folder / name, np.uint8, "r+", shape=(store.shape.rows,))).view(bool)
-
-
-# Vectors of a store can be mirrored on the device. The first epoch writes to both. Later epochs gather on the device
-# without copies or synchronization. Vectors of an earlier run are copied on first use.
-
-# Maximum share of the device's free memory for vectors. The rest is for training.
-MAX_MEMORY_SHARE = 0.25
-
-
-class DeviceStore(WrappedStore):
-    """Store with a copy of its vectors on ``device``."""
-
-    def __init__(self, inner: FeatureStore, device: torch.device) -> None:
-        super().__init__(inner)
-        self.device, shape = device, inner.shape
-        self._values = torch.empty(shape.units, shape.width, dtype=shape.torch_dtype, device=device)
-        self._present = np.zeros(shape.units, bool)
-
-    def read(self, indices: np.ndarray) -> Tensor:
-        """Return (n, width) the vectors at (n,) indices, on the device."""
-        missing = np.unique(indices[~self._present[indices]])
-        if len(missing):
-            self._put(missing, to_device(self.inner.read(missing), self.device))
-        return self._values.index_select(0, to_device(torch.from_numpy(indices), self.device))
-
-    def write(self, rows: np.ndarray, indices: np.ndarray, values: Tensor) -> None:
-        self._put(indices, values.detach().to(self.device))
-        self.inner.write(rows, indices, values)
-
-    def _put(self, indices: np.ndarray, values: Tensor) -> None:
-        self._values.index_copy_(0, to_device(torch.from_numpy(indices), self.device), values)
-        self._present[indices] = True
-
-    def clear(self) -> None:
-        self._present[:] = False
-        super().clear()
-
-    def close(self) -> None:
-        """Release the device memory and the inner store."""
-        self._values = self._values[:0].clone()
-        self._present[:] = False
-        super().close()
-
-
-def with_device_copy(store: FeatureStore, device: torch.device) -> FeatureStore:
-    """Mirror the store on the device, if the device has its own memory and enough of it."""
-    card = card_memory(str(device)) if device.type == "cuda" else None
-    fits = card is not None and store.shape.bytes <= MAX_MEMORY_SHARE * card[0]
-    return DeviceStore(store, device) if fits else store
-
+from deltaw.training.feed import Feed
 
 # If a smaller share of the blocks is frozen, storing features costs more than it saves.
 MIN_FROZEN_SHARE = 1 / 8
@@ -284,7 +91,8 @@ def cached_prefix(
         return None, Choice("off", "training reaches down to the first block")
     if level.kind == "block" and level.index < MIN_FROZEN_SHARE * level.count:
         return None, Choice("off", f"only {level} are frozen")
-    probe_rows, has_weights = select_probe_rows(examples), has_values(model)
+    probe_rows = select_probe_rows(examples)
+    has_weights = has_values(model)
     try:
         feed = _feed(model, level, reference)
         vectors = feed.inspect(next(iter(reference.batcher.batches(probe_rows))))

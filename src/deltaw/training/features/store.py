@@ -7,18 +7,14 @@ Other runs with the same key get a separate copy.
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import mmap
 import os
 import shutil
 import time
-import zlib
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +22,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from deltaw import atomic_files, platforms
-from deltaw.cache import Cache
+from deltaw.cache.entries import Cache
 from deltaw.errors import UserError
 
 # Maximum total size of all stores. The least recently used ones are removed first.
@@ -41,7 +37,9 @@ COPIES = 4
 # cache.
 RESIDENT_BYTES = 256 * 2**20
 FREE_SPACE = "free space there, or choose another cache folder in DELTAW_CACHE"
-VALUES, DONE, DESCRIPTION = "values.bin", "done.bin", "store.json"
+VALUES = "values.bin"
+DONE = "done.bin"
+DESCRIPTION = "store.json"
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,8 @@ class FeatureStore:
     folder: Path | None = None
 
     def __init__(self, shape: Shape, resident_bytes: int = 0) -> None:
-        self.shape, self.resident_bytes = shape, resident_bytes
+        self.shape = shape
+        self.resident_bytes = resident_bytes
         self.done = np.zeros(shape.rows, bool)
 
     def read(self, indices: np.ndarray) -> Tensor:
@@ -158,7 +157,9 @@ class WrappedStore(FeatureStore):
 
     def __init__(self, inner: FeatureStore) -> None:
         super().__init__(inner.shape, inner.resident_bytes)
-        self.inner, self.done, self.folder = inner, inner.done, inner.folder
+        self.inner = inner
+        self.done = inner.done
+        self.folder = inner.folder
 
     def clear(self) -> None:
         self.inner.clear()
@@ -210,7 +211,8 @@ class DiskStore(FeatureStore):
     def __init__(self, folder: Path, shape: Shape, lock: FileLock | None) -> None:
         super().__init__(shape, min(shape.bytes, RESIDENT_BYTES))
         self.run_file: Path | None = None
-        self.folder, self._lock = folder, lock
+        self.folder = folder
+        self._lock = lock
         self._map = np.memmap(folder / VALUES, np.uint8, "r+", shape=(shape.bytes,))
         self._values = torch.from_numpy(self._map).view(shape.torch_dtype).view(shape.units, shape.width)
         self._marks = np.memmap(folder / DONE, np.uint8, "r+", shape=(shape.rows,))
@@ -256,7 +258,8 @@ class DiskStore(FeatureStore):
     def close(self) -> None:
         self.flush()
         # Release the maps, because Windows cannot remove mapped files.
-        self.done, self._values = np.array(self.done), torch.empty(0)
+        self.done = np.array(self.done)
+        self._values = torch.empty(0)
         del self._map, self._marks
         if self.run_file is not None:
             platforms.remove_path(self.run_file)
@@ -361,54 +364,3 @@ def size_text(count: int) -> str:
     if count < 2**20:
         return f"{math.ceil(count / 2**10)} KB"
     return f"{count / 2**20:.0f} MB" if count < 2**30 else f"{count / 2**30:.1f} GB"
-
-
-# The stored rows are part of a checkpoint, so that a resumed run is bitwise equal. The rounding of features depends on
-# the other rows of their batch. A resumed run must therefore use exactly the features stored at its checkpoint, and
-# recompute those that a killed process stored later.
-
-
-@dataclass(frozen=True)
-class FeatureRecord:
-    """Saves and restores the set of stored rows.
-
-    Attributes:
-        store: Store of the run, if any.
-        level: Description of the layers that the features cover.
-        log: Receives warnings if the following steps cannot be bitwise equal.
-    """
-
-    store: FeatureStore | None
-    level: str
-    log: Callable[[str], None]
-
-    def state(self) -> dict[str, Any]:
-        """Return JSON values, with the rows as compressed bits."""
-        store = self.store
-        if store is None:
-            return {"kept": self.level}
-        store.flush()
-        folder = store.folder and store.folder.name
-        bits = base64.b64encode(zlib.compress(np.packbits(store.done).tobytes(), 1)).decode()
-        return {"kept": self.level, "folder": folder, "rows": len(store.done), "done": bits}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore the set of stored rows, as far as they still exist."""
-        store = self.store
-        if state.get("kept") != self.level:
-            self._warn(f"features of frozen layers are {self.level}, and were {state.get('kept')}")
-        if store is None or state.get("rows") != len(store.done):
-            return
-        bits = np.frombuffer(zlib.decompress(base64.b64decode(state["done"])), np.uint8)
-        was_done = np.unpackbits(bits, count=len(store.done)).astype(bool)
-        missing = int((was_done & ~store.done).sum())
-        if missing and state.get("folder") is not None:
-            self._warn(f"features of {missing:,} rows are no longer stored, and are computed again")
-        elif missing:
-            self._warn(f"features of {missing:,} rows were in memory, and are computed again")
-        elif store.folder is not None and state.get("folder") not in (None, store.folder.name):
-            self._warn("features are read from another store")
-        store.done &= was_done
-
-    def _warn(self, message: str) -> None:
-        self.log(f"{message}: the next steps may be rounded differently")

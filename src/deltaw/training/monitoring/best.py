@@ -51,7 +51,8 @@ class BestParameters:
     """
 
     def __init__(self, session: Session, folder: Path) -> None:
-        self._session, self._folder = session, folder / FOLDER
+        self._session = session
+        self._folder = folder / FOLDER
         self._checkpoint_step: int | None = None  # best step of the last checkpoint
         self._newest_step: int | None = None
 
@@ -111,7 +112,8 @@ class BestParameters:
 
 
 # Maximum and minimum number of evaluations of a run if it is not configured.
-MAX_EVALUATIONS, MIN_EVALUATIONS = 10, 4
+MAX_EVALUATIONS = 10
+MIN_EVALUATIONS = 4
 # Minimum number of training rows between two evaluations per evaluated row, if MIN_EVALUATIONS allows.
 ROWS_PER_HELD_OUT = 5
 
@@ -171,7 +173,10 @@ class BestScore:
         if is_better and self.value is not None:
             is_better = value > self.value if higher_is_better else value < self.value
         if is_better:
-            self.step, self.value, self.metric, self.waited = step, float(value), metric, 0
+            self.step = step
+            self.value = float(value)
+            self.metric = metric
+            self.waited = 0
         else:
             self.waited += 1
         return is_better
@@ -200,12 +205,16 @@ class BestScore:
 
 
 # Minimum and maximum number of measured steps before the first plan, and the share of the budget to spend on them.
-MIN_MEASURED_STEPS, MAX_MEASURED_STEPS, MEASURED_TIME_SHARE = 3, 16, 0.02
+MIN_MEASURED_STEPS = 3
+MAX_MEASURED_STEPS = 16
+MEASURED_TIME_SHARE = 0.02
 # Number of recent steps that determine the speed.
 WINDOW = 64
 # A plan is revised if it is off by more than this share of the remaining steps, by more than this number of standard
 # errors of the speed, and by more than SLACK steps.
-TOLERANCE, NUM_STANDARD_ERRORS, SLACK = 0.05, 3.0, 2
+TOLERANCE = 0.05
+NUM_STANDARD_ERRORS = 3.0
+SLACK = 2
 # Share of the budget that is reserved for unforeseen delays.
 MARGIN = 0.02
 
@@ -336,21 +345,25 @@ class TimeBudget:
         step_seconds = self._step_seconds() + (self.overhead.evaluation / every if every else 0.0)
         num_fitting = max(0, math.floor(self._remaining() / step_seconds)) if step_seconds > 0 else self.max_steps
         total = min(self.max_steps, state.step + num_fitting)
-        remaining_steps, difference = max(1, state.total_steps - state.step), abs(total - state.total_steps)
+        remaining_steps = max(1, state.total_steps - state.step)
+        difference = abs(total - state.total_steps)
         times = self._durations
         # standard error of the mean step duration, relative to the mean
         error = statistics.stdev(times) / math.sqrt(len(times)) / max(1e-9, statistics.fmean(times))
         tolerance = max(TOLERANCE, NUM_STANDARD_ERRORS * math.hypot(error, self._error_planned))
         if self.planned and (difference <= SLACK or difference <= tolerance * remaining_steps):
             return None
-        is_revision, self.planned, self._error_planned = self.planned, True, error
+        is_revision = self.planned
+        self.planned = True
+        self._error_planned = error
         changed = total != state.total_steps
         state.replan(total)
         if is_revision and not changed:
             return None
         status = ("planned again" if is_revision else "planned") + (" (all steps)" if total == self.max_steps else "")
         reserved = self.overhead.evaluation + self.overhead.after
-        label, speed = self.label or f"{self.seconds:g}s", f"{self._step_seconds():.3g} s a step"
+        label = self.label or f"{self.seconds:g}s"
+        speed = f"{self._step_seconds():.3g} s a step"
         spent = f"{self.spent():.0f} s spent and {reserved:.0f} s reserved for the work after the last step"
         return f"time {label}: {total} steps {status}, at {speed}, with {spent}"
 
@@ -365,7 +378,8 @@ GENERATED_COST = 4.0
 # Number of tokens in a general prompt with its template.
 PROMPT_TOKENS = 60
 # Time to write files: fixed seconds, and bytes per second.
-SAVING_SECONDS, SAVING_RATE = 2.0, 50e6
+SAVING_SECONDS = 2.0
+SAVING_RATE = 50e6
 
 
 class CostEstimates:
@@ -381,7 +395,8 @@ class CostEstimates:
 
     def __init__(self, session: Session, answers: int) -> None:
         self.samples = 0.0
-        self._tokens, self._seconds = 0, 0.0
+        self._tokens = 0
+        self._seconds = 0.0
         rows = [row for part in evaluated_rows(session) for row in part]
         max_answer_length = max((len(row) - getattr(row, "prompt_length", 0) for row in rows), default=0)
         max_answer_tokens = answers * max_answer_length + session.generation_limits.evaluation_tokens

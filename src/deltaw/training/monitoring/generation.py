@@ -28,21 +28,34 @@ from deltaw.training.rendered_rows import render_example
 from deltaw.training.session import Session
 
 # Prompts of the data that are answered, rows that they are drawn from, and the random stream that draws them.
-PROMPTS, POOL, _STREAM = 24, 4096, 13
+PROMPTS = 24
+POOL = 4096
+_STREAM = 13
 # Bounds of the token limit of an answer. In between it is twice the longest expected answer.
-MIN_ANSWER_TOKENS, MAX_DATA_ANSWER_TOKENS = 16, 96
+MIN_ANSWER_TOKENS = 16
+MAX_DATA_ANSWER_TOKENS = 96
 # Shortest answer, in tokens, that can be a loop or improbable text. An answer is a loop if fewer than this share of its
 # 4-grams are distinct. It is improbable if its median log-probability per token under the base model is below this one.
-MIN_JUDGED_TOKENS, MIN_DISTINCT_SHARE, IMPROBABLE = 8, 0.5, -4.0
+MIN_JUDGED_TOKENS = 8
+MIN_DISTINCT_SHARE = 0.5
+IMPROBABLE = -4.0
 # Least changes that count, if they also exceed their 95 % interval over prompts: shares of prompts, and nats per token.
-BROKEN, CUT, OVERLAP, LOG_PROB, GENERAL_LOG_PROB = 0.1, 0.2, 0.05, 0.5, 1.0
+BROKEN = 0.1
+CUT = 0.2
+OVERLAP = 0.05
+LOG_PROB = 0.5
+GENERAL_LOG_PROB = 1.0
 # Answers are too short or too long if they differ by this factor from those before training and from the expected ones.
 LENGTH = 4.0
 # Answers of each kind that a range test watches, and the fall of their mean log-probability that ends it.
-WATCHED, WATCHED_FALL = 8, 0.3
-WORSE, UNCLEAR, FINE = "worse", "unclear", "not worse"
+WATCHED = 8
+WATCHED_FALL = 0.3
+WORSE = "worse"
+UNCLEAR = "unclear"
+FINE = "not worse"
 # Names of the sets of prompts, as they appear in messages.
-DATA, GENERAL = "prompts of the data", "general prompts"
+DATA = "prompts of the data"
+GENERAL = "general prompts"
 # Kinds of broken text, in words.
 _KINDS = {"empty": "empty", "loop": "repetition", "improbable": "word salad"}
 # By name, a metric of each prompt; NaN if it is not defined for the prompt.
@@ -109,7 +122,8 @@ def distinct_share(tokens: np.ndarray, size: int = 4) -> float:
 
 def word_overlap(text: str, expected: str) -> float:
     """Return the F1 of the words of two texts, case and order ignored."""
-    words, expected_words = Counter(text.lower().split()), Counter(expected.lower().split())
+    words = Counter(text.lower().split())
+    expected_words = Counter(expected.lower().split())
     return 2 * sum((words & expected_words).values()) / max(1, sum(words.values()) + sum(expected_words.values()))
 
 
@@ -152,13 +166,15 @@ class AnswerComparison:
 
     def fall(self, metric: str) -> str:
         """Describe the fall of matches with the expected answers."""
-        (before, after), text = self.means(), metric.replace("_", " ")
+        before, after = self.means()
+        text = metric.replace("_", " ")
         location = f"with the expected answers to {len(self.after['broken'])} {self.name}"
         return f"{text} {location} fell from {before[metric]:.0%} to {after[metric]:.0%}"
 
     def reasons(self) -> list[str]:
         """Return in which respects the answers got worse beyond chance, in words."""
-        (before, after), reasons = self.means(), []
+        before, after = self.means()
+        reasons = []
         if self.rises("broken", BROKEN):
             kinds = ", ".join(word for kind, word in _KINDS.items() if after[kind])
             counts = [side["broken"].sum() for side in (self.after, self.before)]
@@ -176,7 +192,8 @@ class AnswerComparison:
             reasons.append(f"{share}, {before['cut']:.0%} before")
         elif self.expected_length is not None:
             reference_lengths = [max(1.0, min(n, self.limit)) for n in (before["length"], self.expected_length)]
-            shortest, longest = min(reference_lengths), max(reference_lengths)
+            shortest = min(reference_lengths)
+            longest = max(reference_lengths)
             if after["length"] > LENGTH * longest or LENGTH * max(1.0, after["length"]) < shortest:
                 lengths = f"{after['length']:.0f} tokens, {before['length']:.0f} before"
                 reasons.append(f"the answers to {self.name} have {lengths}")
@@ -188,11 +205,14 @@ def verdict_of(comparisons: Sequence[AnswerComparison], hint: str = "") -> dict[
     reasons = [reason for comparison in comparisons for reason in comparison.reasons()]
     matches = [compared for compared in comparisons if compared.trained]
     falls = [m.fall("exact_match") for m in matches if np.nansum(m.after["exact_match"] - m.before["exact_match"]) < 0]
-    verdict, line = FINE, None
+    verdict = FINE
+    line = None
     if reasons:
-        verdict, line = WORSE, f"generation got worse: {'; '.join(reasons)}"
+        verdict = WORSE
+        line = f"generation got worse: {'; '.join(reasons)}"
     elif falls:
-        verdict, line = UNCLEAR, f"answers may be worse: {falls[0]}, which may be chance"
+        verdict = UNCLEAR
+        line = f"answers may be worse: {falls[0]}, which may be chance"
     numbers = {
         compared.name: {"prompts": len(compared.after["broken"]), "max_new_tokens": compared.limit}
         | dict(zip(("before", "after"), compared.means(), strict=True))
@@ -208,7 +228,8 @@ def is_checked(session: Session) -> bool:
 
 def prompts_of(session: Session) -> list[Example]:
     """Return held-out prompts of the data, with training prompts added up to ``PROMPTS``."""
-    rows, seed = list[Example](), (session.config.train.seed, _STREAM)
+    rows = list[Example]()
+    seed = (session.config.train.seed, _STREAM)
     for part in (session.data.held_out, session.data.train):
         rows += choose_rows(part[:POOL], PROMPTS - len(rows), seed, lambda row: row.prompt_length > 0)
     return rows
@@ -280,9 +301,12 @@ class GenerationCheck:
 
     def _compared(self, reference: BaseAnswers, answers: Iterator[GeneratedCompletion]) -> AnswerComparison:
         """Compare the base model's answers with the trained model's, which are taken from ``answers``."""
-        session, rows, of_data = self._session, reference.rows, reference.name == DATA
+        session = self._session
+        rows = reference.rows
+        of_data = reference.name == DATA
         after = [_truncated(next(answers), reference.limit) for _ in rows]
-        log_probs, base_scores = self._log_probs([render_example(row, session.method) for row in rows]), []
+        log_probs = self._log_probs([render_example(row, session.method) for row in rows])
+        base_scores = []
         if self._keeps_base:
             with session.method.base_model_active(session.model):
                 base_scores = self._log_probs(list(map(_with_answer, rows, after)))
@@ -295,7 +319,8 @@ class GenerationCheck:
 
     def _base_answers(self) -> list[BaseAnswers]:
         """Answer the prompts of the data and the general prompts with the base model."""
-        session, sets = self._session, {}
+        session = self._session
+        sets = {}
         if not is_checked(session):
             return []
         rows: list[Any] = prompts_of(session)
@@ -330,12 +355,14 @@ def label_log_probs(session: Session, rows: Sequence[Example]) -> list[np.ndarra
 
     Call it within ``session.running``.
     """
-    labeled, by_row = [row for row in rows if row.label_count], dict[int, np.ndarray]()
+    labeled = [row for row in rows if row.label_count]
+    by_row = dict[int, np.ndarray]()
     with session.method.evaluating(session.model):
         objective = CausalObjective(session.model)
         for batch in session.batcher.batches(labeled) if labeled else ():
             values = RowLogProbs.of(batch, objective.token_log_probs(batch))
-            labels, owners = values.values[values.index].float().cpu().numpy(), values.row.cpu().numpy()
+            labels = values.values[values.index].float().cpu().numpy()
+            owners = values.row.cpu().numpy()
             by_row |= {id(row): labels[owners == index] for index, row in enumerate(values.rows)}
     return [by_row.get(id(row), np.empty(0)) for row in rows]
 

@@ -49,11 +49,13 @@ from deltaw.training.task import Task
 # steps of the same run, so it does not depend on model, loss or batch size.
 
 # Number of recent steps that a rule considers, and the minimum number that it needs.
-WINDOW, MIN_STEPS = 100, 20
+WINDOW = 100
+MIN_STEPS = 20
 # A gradient norm is a spike if its logarithm is this number of standard deviations above the median of the window, and
 # if it exceeds the largest norm of the window by this factor. The standard deviation is estimated by the median
 # absolute deviation, which spikes do not affect.
-DEVIATIONS, JUMP_FACTOR = 8.0, 2.0
+DEVIATIONS = 8.0
+JUMP_FACTOR = 2.0
 # 1 / the 75 % quantile of a normal distribution. It converts a median absolute deviation to a standard deviation.
 MAD_TO_STD = 1.4826
 # Warn if this share of the window's steps was clipped.
@@ -61,7 +63,8 @@ CLIPPED_SHARE = 0.95
 # The loss is rising if, for RISE_WINDOW steps in a row, the mean of the last RISE_WINDOW steps is RISE_ERRORS standard
 # errors above the lowest previous mean. The lowest of several means is up to three standard errors low by chance. The
 # threshold is twice that.
-RISE_WINDOW, RISE_ERRORS = 50, 6.0
+RISE_WINDOW = 50
+RISE_ERRORS = 6.0
 # Number of steps without any advantage after which a run with rewards warns.
 STEPS_WITHOUT_ADVANTAGE = 5
 
@@ -143,7 +146,8 @@ class StepMonitor:
 
     def _jump(self, step: Step) -> StepWarning | None:
         """Warn about a norm far above those of the previous steps."""
-        previous_norms, norm = self._norms[-WINDOW:], step.gradient_norm
+        previous_norms = self._norms[-WINDOW:]
+        norm = step.gradient_norm
         self._norms = [*previous_norms, norm][-WINDOW:]
         if len(previous_norms) < MIN_STEPS or norm < JUMP_FACTOR * max(previous_norms):
             return None
@@ -160,7 +164,8 @@ class StepMonitor:
 
     def _clipped(self, step: Step) -> StepWarning | None:
         """Warn if nearly all recent steps were clipped, so that the limit determines the length of each step."""
-        limit, norms = self.max_grad_norm, self._norms
+        limit = self.max_grad_norm
+        norms = self._norms
         if limit is None or self._seen < 2 * WINDOW:  # initial gradients are often large
             return None
         share = sum(norm > limit for norm in norms) / len(norms)
@@ -216,7 +221,8 @@ MIN_SAMPLE_TOKENS = 16
 # Maximum length for a model that is trained with rewards.
 MAX_REWARD_SAMPLE_TOKENS = 256
 # Random streams that select rows for scored answers and for samples.
-_ANSWER_STREAM, _SAMPLE_STREAM = 11, 12
+_ANSWER_STREAM = 11
+_SAMPLE_STREAM = 12
 # Metric of generated answers: share of exact matches with the data.
 ANSWER_METRIC = "generated_exact_match"
 
@@ -247,7 +253,8 @@ class Samples:
 
         If the method does not preserve the base model, call it before the first step.
         """
-        method, model = self._session.method, self._session.model
+        method = self._session.method
+        model = self._session.model
         if not method.can_restore_base(model):
             return self.of_adapter()
         with method.base_model_active(model):
@@ -341,13 +348,17 @@ class Monitor:
 
     def __init__(self, session: Session, folder: Path, callback: Callback, write: WriteLine, *, start: float) -> None:
         train = session.config.train
-        self._session, self._folder, self._callback, self._write = session, folder, callback, write
+        self._session = session
+        self._folder = folder
+        self._callback = callback
+        self._write = write
         self.best = BestScore(train.early_stopping)
         self.stopped: str | None = None
         self._best_parameters = BestParameters(session, folder) if train.saved_adapter == "best" else None
         # rows with scored answers, by set
         sets = session.data.sets.items() if train.eval_answers else ()
-        count, seed = train.eval_answers, (train.seed, _ANSWER_STREAM)
+        count = train.eval_answers
+        seed = (train.seed, _ANSWER_STREAM)
         self._answer_rows = {name: choose_rows(rows, count, seed) for name, rows in sets}
         self._samples = Samples(session, session.data.held_out, self._sample_count())
         self._base_samples: list[Sample] | None = None
@@ -361,7 +372,8 @@ class Monitor:
         self._costs = CostEstimates(session, answers=sum(map(len, self._answer_rows.values())))
         self.budget: TimeBudget | None = None
         if train.time is not None:
-            seconds, cycle = duration_seconds(train.time), session.feed.steps_per_round
+            seconds = duration_seconds(train.time)
+            cycle = session.feed.steps_per_round
             self.budget = TimeBudget(seconds, session.total_steps, start, now, label=train.time, cycle=cycle)
         else:
             self._choose_eval_interval(session.total_steps)
@@ -393,7 +405,9 @@ class Monitor:
         Args:
             start: Evaluation of that adapter.
         """
-        session, method, task = self._session, self._session.method, self._session.task
+        session = self._session
+        method = self._session.method
+        task = self._session.task
         if method.start_values is None or method.virtual_tokens or task.trains_head or task.needs_session:
             return
         with method.evaluating(session.model), method.base_model_active(session.model):
@@ -431,7 +445,9 @@ class Monitor:
 
     def _after(self, step: int) -> Evaluation | None:
         """Evaluate and revise the time budget after a step."""
-        budget, state, evaluation = self.budget, self._state, None
+        budget = self.budget
+        state = self._state
+        evaluation = None
         assert state is not None
         if self._eval_every and step % self._eval_every == 0 and step < state.total_steps:
             evaluation = self._evaluate(step)
@@ -450,7 +466,8 @@ class Monitor:
             if self.best.exhausted:
                 self.stopped = self.best.reason()
             elif self.budget is not None and self.budget.is_over(self._state):
-                done, planned = self._state.step, self._state.total_steps
+                done = self._state.step
+                planned = self._state.total_steps
                 self.stopped = f"time {self.budget.label}: stopped after {done} of {planned} planned steps"
             if self.stopped is not None:
                 self._callback.on_line(self.stopped)
@@ -561,7 +578,8 @@ class Monitor:
 
     def _sample_count(self) -> int:
         """Return the number of samples."""
-        session, setting = self._session, self._session.config.train.samples
+        session = self._session
+        setting = self._session.config.train.samples
         if setting != "auto":
             return int(setting)
         chosen = Choice(SAMPLES, "a language model")
@@ -587,7 +605,8 @@ class Monitor:
     def _evaluate_sets(self, *, scores_answers: bool = True) -> Evaluation:
         """Evaluate all sets, by default including scored answers. The first set decides."""
         scored = self._answer_rows if scores_answers else {}
-        session, evaluations = self._session, {}
+        session = self._session
+        evaluations = {}
         for name, rows in session.data.sets.items():
             evaluations[name] = session.evaluate(rows)
             if answer_rows := scored.get(name):
@@ -606,7 +625,8 @@ class Monitor:
         """Evaluate, report the result, and update the best score."""
         with contextlib.nullcontext() if self.budget is None else self.budget.evaluating():
             measured = self._evaluate_sets()
-            self._evaluated_step, self._evaluation = step, measured
+            self._evaluated_step = step
+            self._evaluation = measured
             if not measured.metrics:
                 return None
             self._write({"step": step, "eval": measured.as_dict()})
@@ -629,7 +649,8 @@ class Monitor:
         """Return an example's text as written or else as the model reads it, or the name of its image file."""
         if text := getattr(value, "text", ""):
             return str(text)
-        tokenizer, image = self._session.task.tokenizer, getattr(value, "image", value)
+        tokenizer = self._session.task.tokenizer
+        image = getattr(value, "image", value)
         if tokenizer is None or not hasattr(value, "tokens"):
             return image.name if isinstance(image, Path) else image if isinstance(image, str) else ""
         return str(tokenizer.decode(value.tokens[:MAX_TEXT_LENGTH], skip_special_tokens=True))[:MAX_TEXT_LENGTH]

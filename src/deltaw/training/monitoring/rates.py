@@ -23,13 +23,13 @@ from deltaw.atomic_files import write_text
 from deltaw.machine.choices import Choice
 from deltaw.progress import track_progress
 from deltaw.training.callbacks import Callback, FunctionCallback, RateSearch
-from deltaw.training.loop import UntrainedParameterWarning
-from deltaw.training.microbatches import Reducer
 from deltaw.training.monitoring.generation import text_watch
 from deltaw.training.optimizer import RisingRates
 from deltaw.training.parallel.group import Group
+from deltaw.training.reducer import Reducer
 from deltaw.training.session import RATE, Session
 from deltaw.training.state import NotFiniteError, Step
+from deltaw.training.trained_check import UntrainedParameterWarning
 
 # Range test: L. N. Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv 1506.01186, 3.3.
 
@@ -37,10 +37,12 @@ from deltaw.training.state import NotFiniteError, Step
 SMOOTHING = 2.0
 # The curve is flat up to the rate at which the smoothed loss has risen by this share of its decrease. The position of
 # the minimum before it is random. The chosen rate is the end of the flat part divided by this number.
-MAX_RISE, RATE_DIVISOR = 0.05, 5.0
+MAX_RISE = 0.05
+RATE_DIVISOR = 5.0
 # A decrease from the mean of the first losses to the lowest smoothed loss is noise up to this number of standard
 # deviations of single losses. The lowest of about ten independent means is half a standard deviation lower by chance.
-NUM_DEVIATIONS, NUM_FIRST = 2.0, 5
+NUM_DEVIATIONS = 2.0
+NUM_FIRST = 5
 
 
 def read_curve(rates: Sequence[float], losses: Sequence[float], *, usual: float, diverged: bool) -> RateSearch:
@@ -75,7 +77,8 @@ def read_curve(rates: Sequence[float], losses: Sequence[float], *, usual: float,
     edge = ", the highest rate tried" if end == len(rates) - 1 and not diverged else ""
     flat_end = f"the highest rate at which the loss is still low, {rates[end]:.2g}{edge}"
     reason = f"range test: a fifth of {flat_end}; usual for the method is {usual:.2g}"
-    lowest, end_rate = float(rates[lowest_index]), float(rates[end])
+    lowest = float(rates[lowest_index])
+    end_rate = float(rates[end])
     return result(lowest=lowest, steepest=steepest, end=end_rate, chosen=chosen, why=reason)
 
 
@@ -90,12 +93,15 @@ def smooth(losses: Sequence[float]) -> list[float]:
     for step in steps:
         distances = steps - step
         weights = np.exp(-0.5 * (distances / SMOOTHING) ** 2)
-        total, first, second = weights.sum(), (weights * distances).sum(), (weights * distances**2).sum()
+        total = weights.sum()
+        first = (weights * distances).sum()
+        second = (weights * distances**2).sum()
         determinant = total * second - first**2
         if determinant <= 0:
             smoothed.append(float(values[int(step)]))
             continue
-        mean, slope = (weights * values).sum(), (weights * distances * values).sum()
+        mean = (weights * values).sum()
+        slope = (weights * distances * values).sum()
         smoothed.append(float((second * mean - first * slope) / determinant))
     return smoothed
 
@@ -113,9 +119,11 @@ def _noise(losses: Sequence[float], smoothed: Sequence[float]) -> float:
 
 CURVE = "learning_rate.json"
 # The test covers rates from the default rate divided by the first number to the default rate times the second.
-LOWEST_DIVISOR, HIGHEST_FACTOR = 30.0, 30.0
+LOWEST_DIVISOR = 30.0
+HIGHEST_FACTOR = 30.0
 # The test has a quarter of the run's steps, within these bounds.
-MIN_STEPS, MAX_STEPS = 20, 60
+MIN_STEPS = 20
+MAX_STEPS = 60
 # The loss has diverged, and the test stops, if it exceeds the mean of the first losses by this factor.
 DIVERGENCE_FACTOR = 2.0
 
@@ -136,7 +144,8 @@ def choose_rate(session: Session, folder: Path, callback: Callback) -> bool:
     """
     if session.config.train.learning_rate != "search":
         return True
-    search, processes = _read_curve(folder / CURVE), session.processes
+    search = _read_curve(folder / CURVE)
+    processes = session.processes
     if isinstance(processes, Group):
         processes.send_text(json.dumps(search is None))
     if search is None:
@@ -191,7 +200,8 @@ def search_rate(session: Session, *, should_stop: Callable[[], bool] = lambda: F
     steps = MIN_STEPS if has_time_budget else min(MAX_STEPS, max(MIN_STEPS, session.total_steps // 4))
     schedule = RisingRates("constant", usual * HIGHEST_FACTOR, steps, lowest=usual / LOWEST_DIVISOR)
     steps_done: list[Step] = []
-    text_degrades, degraded_rates = text_watch(session), list[float]()
+    text_degrades = text_watch(session)
+    degraded_rates = list[float]()
 
     def has_diverged() -> bool:
         first = sum(step.loss for step in steps_done[:NUM_FIRST]) / NUM_FIRST
@@ -215,7 +225,8 @@ def search_rate(session: Session, *, should_stop: Callable[[], bool] = lambda: F
             diverged = True
     finite = [step for step in steps_done if math.isfinite(step.loss)]
     diverged = diverged or has_diverged() or len(finite) < len(steps_done)
-    rates, losses = [step.learning_rate for step in finite], [step.loss for step in finite]
+    rates = [step.learning_rate for step in finite]
+    losses = [step.loss for step in finite]
     search = read_curve(rates, losses, usual=usual, diverged=diverged or bool(degraded_rates))
     if degraded_rates and search.end is not None:
         search = replace(search, why=f"{search.why}; the test stopped when general or chosen answers became unlikely")
@@ -225,7 +236,8 @@ def search_rate(session: Session, *, should_stop: Callable[[], bool] = lambda: F
 @contextlib.contextmanager
 def restored_parameters(session: Session) -> Iterator[None]:
     """Restore the trained parameters bitwise on exit. The copy takes the same amount of memory as the parameters."""
-    method, model = session.method, session.model
+    method = session.method
+    model = session.model
     copies = [parameter.detach().clone() for _, parameter in method.parameters(model)]
     try:
         yield

@@ -8,25 +8,23 @@ and tensors. Pickle is not used.
 from __future__ import annotations
 
 import contextlib
-import functools
-import heapq
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deltaw.data.example import rows_of
-from deltaw.data.packing import common_prefix, sort_key
 from deltaw.errors import UserError
+from deltaw.training.batcher import Batcher
 from deltaw.training.losses import MetricAccumulator
-from deltaw.training.microbatches import Batcher, Parameters, Reducer, SpareBatch, StepSums
+from deltaw.training.parallel.gradient_sum import GradientSum
+from deltaw.training.parallel.launch_environment import LaunchEnvironment
+from deltaw.training.parallel.row_distribution import distribute_rows
+from deltaw.training.reducer import Parameters, Reducer, SpareBatch, StepSums
 from deltaw.training.state import SavedState, TrainState
 
 # Gradients are summed over processes as one flat vector in ranges, overlapped with the backward pass.
@@ -35,13 +33,6 @@ from deltaw.training.state import SavedState, TrainState
 # microbatch of a step, a range is sent once all of its gradients are computed and all previous ranges are sent. The
 # remaining ranges follow after the backward pass. All processes send the same ranges in the same order, so the sum is
 # bitwise equal to a sum after the backward pass.
-
-# A ring reduction sends a range as one part per process. The latency of smaller parts outweighs the overlap, and more
-# ranges have little effect.
-PART_BYTES = 256 * 1024
-MAX_RANGES = 8
-
-Item = TypeVar("Item")
 
 
 @contextlib.contextmanager
@@ -61,236 +52,6 @@ def suppress_native_stdout() -> Iterator[None]:
         os.close(saved_descriptor)
 
 
-class PendingReduction(Protocol):
-    """Asynchronous reduction."""
-
-    def wait(self) -> object:
-        """Wait for the result."""
-        ...
-
-
-class GradientSum:
-    """Sums the gradients of parameters over all processes.
-
-    Args:
-        parameters: Parameters of any dtype.
-        sources: For each parameter, the model parameter whose backward hook signals the gradient: the parameter itself,
-            or the one that it is the master weight of.
-        start_sum: Starts the in-place reduction of a tensor. Called in the same order by all processes.
-        size: Number of processes.
-
-    Attributes:
-        num_early: Number of ranges of the last step that were sent before the end of its backward pass.
-    """
-
-    def __init__(
-        self, parameters: Parameters, sources: Parameters, start_sum: Callable[[Tensor], PendingReduction], *, size: int
-    ) -> None:
-        self.num_early = 0
-        self._parameters, self._sources, self._start_reduction = list(parameters), list(sources), start_sum
-        has_fp64 = any(p.dtype == torch.float64 for p in parameters)
-        self._dtype = torch.float64 if has_fp64 else torch.float32
-        self._ranges = _ranges([p.numel() for p in self._parameters], size, 8 if has_fp64 else 4)
-        self._range_of = {number: range_index for range_index, members in enumerate(self._ranges) for number in members}
-        self._flat: list[Tensor] = []
-        self._missing: list[int] = []
-        self._pending: list[PendingReduction] = []
-        self._calls: dict[int, int] = {}
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        # A model can accumulate the gradient of a parameter in several parts. The first step detects this and sends
-        # all ranges after its backward pass.
-        self._can_send_early: bool | None = None
-
-    def microbatches(self, batches: Iterable[Item]) -> Iterator[Item]:
-        """Yield the microbatches of a step. Ranges are sent during the backward pass of the last one.
-
-        Batches are requested one ahead, in order to detect the last one.
-        """
-        iterator = iter(batches)
-        batch = next(iterator, None)
-        while batch is not None:
-            next_batch = next(iterator, None)
-            if next_batch is None:
-                self._register_hooks()
-            yield batch
-            batch = next_batch
-
-    def send_all(self) -> None:
-        """Send the remaining ranges."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        if self._calls and self._can_send_early is None:
-            self._can_send_early = max(self._calls.values()) == 1
-        self.num_early = len(self._pending)
-        while len(self._pending) < len(self._ranges):
-            self._send()
-
-    def wait(self) -> None:
-        """Wait until all ranges are summed."""
-        for reduction in self._pending:
-            reduction.wait()
-        self._pending.clear()
-        self._calls.clear()
-
-    def assign(self, is_used: Sequence[bool]) -> None:
-        """Assign the sums as gradients of the selected parameters, and None to the rest."""
-        for members, flat in zip(self._ranges, self._flat, strict=True):
-            for number, part in zip(members, self._parts(members, flat), strict=True):
-                parameter = self._parameters[number]
-                parameter.grad = part.to(parameter.dtype) if is_used[number] else None
-
-    def _register_hooks(self) -> None:
-        self._missing = [len(members) for members in self._ranges]
-        for number, source in enumerate(self._sources):
-            if source.requires_grad:
-                hook = functools.partial(self._on_gradient, number)
-                self._hooks.append(source.register_post_accumulate_grad_hook(hook))
-
-    def _on_gradient(self, number: int, source: Tensor) -> None:
-        """Record the gradient of a parameter and send complete ranges."""
-        calls = self._calls[number] = self._calls.get(number, 0) + 1
-        range_index = self._range_of[number]
-        if range_index < len(self._pending):
-            raise RuntimeError(f"the gradient of parameter {number} changed after its sum was started")
-        if calls == 1:
-            self._missing[range_index] -= 1
-        while self._can_send_early and (sent := len(self._pending)) < len(self._ranges) and not self._missing[sent]:
-            self._send()
-
-    @torch.no_grad()
-    def _send(self) -> None:
-        """Start the reduction of the next range."""
-        if not self._flat:
-            sizes = [sum(self._parameters[n].numel() for n in members) for members in self._ranges]
-            device = self._parameters[0].device if self._parameters else None
-            self._flat = list(torch.empty(sum(sizes), dtype=self._dtype, device=device).split(sizes))
-        range_index = len(self._pending)
-        members, flat = self._ranges[range_index], self._flat[range_index]
-        for number, part in zip(members, self._parts(members, flat), strict=True):
-            grad = self._parameters[number].grad
-            if grad is None:
-                part.zero_()
-            else:
-                part.copy_(grad)
-        self._pending.append(self._start_reduction(flat))
-
-    def _parts(self, members: Sequence[int], flat: Tensor) -> list[Tensor]:
-        """Return views of a range's parameters in its flat tensor."""
-        parameters = [self._parameters[number] for number in members]
-        parts = flat.split([p.numel() for p in parameters])
-        return [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
-
-
-def _ranges(counts: Sequence[int], size: int, bytes_each: int) -> list[list[int]]:
-    """Return the parameter indices of each range, from the last parameter on. Equal in all processes."""
-    min_bytes = max(PART_BYTES * size, sum(counts) * bytes_each / MAX_RANGES)
-    ranges, is_full, num_bytes = list[list[int]](), True, 0
-    for number in reversed(range(len(counts))):
-        if is_full:
-            ranges.append([])
-            num_bytes = 0
-        ranges[-1].append(number)
-        num_bytes += counts[number] * bytes_each
-        is_full = num_bytes >= min_bytes
-    if len(ranges) > 1 and not is_full:  # merge a small remainder into the last range
-        rest = ranges.pop()
-        ranges[-1] += rest
-    return ranges
-
-
-# Distribution of a step's rows to processes, with equal work and common prefixes in the same process.
-#
-# The slowest process determines the time of a step. There are two methods. The first sorts rows by their tokens and
-# splits them into contiguous runs, so that a shared prefix is computed once. The second assigns the longest row first,
-# each to the process with the least work. The method with the smaller maximum load is used. A group of rows, such as a
-# preference pair, is assigned as one row without its shared tokens. The result depends only on the rows, so that each
-# process computes it.
-
-
-def distribute_rows(rows: Sequence[Any], parts: int, *, share: bool) -> list[list[int]]:
-    """Return the ascending indices of the rows of each part. The first part is not empty if there are rows.
-
-    Args:
-        rows: Rows of a step.
-        parts: Number of parts.
-        share: True if shared prefixes are computed once within a part.
-    """
-    costs = [_cost(row, share) for row in rows]
-    balanced = _assign_longest_first(costs, parts)
-    firsts = [rows_of(row)[0] for row in rows]
-    if not share or parts == 1 or not all(hasattr(row, "tokens") for row in firsts):
-        return balanced
-    order = sorted(range(len(rows)), key=lambda index: sort_key(firsts[index].tokens))
-    saved = [0] + [_shared_tokens(firsts[a], firsts[b]) for a, b in itertools.pairwise(order)]
-    ordered = [costs[index] for index in order]
-    runs = _split_into_runs(ordered, saved, parts)
-    max_load = max(sum(ordered[i] - (saved[i] if n else 0) for n, i in enumerate(run)) for run in runs)
-    if max_load > max(sum(costs[index] for index in part) for part in balanced):
-        return balanced
-    return [sorted(order[i] for i in run) for run in runs]
-
-
-def _cost(row: Any, share: bool) -> int:
-    """Return the number of computed tokens of a row or group, or 1 for an image.
-
-    With ``share``, tokens shared within a group count once.
-    """
-    if not hasattr(row, "__len__"):
-        return 1
-    members = rows_of(row)
-    if share and len(members) > 1:
-        members = tuple(sorted(members, key=lambda member: sort_key(member.tokens)))
-        return max(1, len(row) - sum(_shared_tokens(a, b) for a, b in itertools.pairwise(members)))
-    return max(1, len(row))
-
-
-def _shared_tokens(row: Any, other: Any) -> int:
-    """Return the number of common tokens at the start of two rows that are computed once."""
-    return common_prefix(row.tokens[: row.shareable_length], other.tokens[: other.shareable_length])
-
-
-def _assign_longest_first(costs: Sequence[int], parts: int) -> list[list[int]]:
-    """Assign each row to the part with the least cost so far, the longest row first."""
-    heap = [(0, part) for part in range(parts)]
-    assigned: list[list[int]] = [[] for _ in range(parts)]
-    for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
-        load, part = heapq.heappop(heap)
-        assigned[part].append(index)
-        heapq.heappush(heap, (load + costs[index], part))
-    return [sorted(part) for part in assigned]
-
-
-def _split_into_runs(costs: Sequence[int], saved: Sequence[int], parts: int) -> list[list[int]]:
-    """Split a sequence into at most ``parts`` runs with the smallest maximum cost, by bisection.
-
-    A row that follows another row of its run costs only the tokens that they do not share.
-    """
-    low, high = max(costs, default=0), sum(costs)
-    while low < high:
-        middle = (low + high) // 2
-        if len(_cut_runs(costs, saved, middle)) <= parts:
-            high = middle
-        else:
-            low = middle + 1
-    runs = _cut_runs(costs, saved, low)
-    return runs + [[] for _ in range(parts - len(runs))]
-
-
-def _cut_runs(costs: Sequence[int], saved: Sequence[int], max_cost: int) -> list[list[int]]:
-    """Return runs of at most this cost, each as long as possible."""
-    runs, load = list[list[int]](), 0
-    for index, cost in enumerate(costs):
-        added = cost - saved[index]
-        if runs and load + added <= max_cost:
-            runs[-1].append(index)
-            load += added
-        else:
-            runs.append([index])
-            load = cost
-    return runs
-
-
 # Orders: run a step, stop the training loop, evaluate a set of rows, exit, receive a text, gather a block's rows.
 STEP, STOP_TRAINING, EVALUATE, EXIT, TEXT, GATHER = range(6)
 # The header of a tensor has its dtype, its number of dimensions, and up to four sizes.
@@ -300,33 +61,6 @@ _HEADER_SIZE = 6
 
 class LostProcess(UserError):
     """Another process exited or does not answer."""
-
-
-@dataclass(frozen=True)
-class LaunchEnvironment:
-    """Process settings read from torchrun's environment variables.
-
-    Attributes:
-        rank: Rank of this process.
-        size: Number of processes.
-        local_rank: Rank of this process on its machine.
-        local_size: Number of processes on its machine.
-        address: Address of process 0.
-        port: Port of process 0.
-        agent: True if torchrun's agent provides the store.
-        attempt: Number of restarts by torchrun.
-        seconds: Time limit of collective operations.
-    """
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    address: str
-    port: int
-    agent: bool
-    attempt: str
-    seconds: float
 
 
 class Group(Reducer):
@@ -347,10 +81,13 @@ class Group(Reducer):
     """
 
     def __init__(self, launch: LaunchEnvironment, orders: dist.ProcessGroup, gradients: dist.ProcessGroup) -> None:
-        self.rank, self.size = launch.rank, launch.size
-        self.local_rank, self.local_size = launch.local_rank, launch.local_size
+        self.rank = launch.rank
+        self.size = launch.size
+        self.local_rank = launch.local_rank
+        self.local_size = launch.local_size
         self.lost = False
-        self._orders, self._gradient_group = orders, gradients
+        self._orders = orders
+        self._gradient_group = gradients
         self._seconds = launch.seconds
         self.start_run()
 
@@ -358,7 +95,8 @@ class Group(Reducer):
         """Reset the state of a run, so that the group can train several runs one after the other."""
         self.evaluate: Callable[[int], None] = lambda number: None
         self.gather: Callable[[int], None] = lambda number: None
-        self.sharded, self.synchronized = False, True
+        self.sharded = False
+        self.synchronized = True
         self._gradients: GradientSum | None = None
 
     # Orders

@@ -23,8 +23,9 @@ from deltaw.machine.choices import choose_device, choose_threads
 from deltaw.machine.memory import return_large_blocks
 from deltaw.progress import LogFunction
 from deltaw.settings.config import RunConfig
-from deltaw.training.microbatches import SINGLE_PROCESS, Reducer
-from deltaw.training.parallel.group import Group, LaunchEnvironment, suppress_native_stdout
+from deltaw.training.parallel.group import Group, suppress_native_stdout
+from deltaw.training.parallel.launch_environment import LaunchEnvironment
+from deltaw.training.reducer import SINGLE_PROCESS, Reducer
 
 
 def apply_sharding(config: RunConfig, log: LogFunction) -> RunConfig:
@@ -33,9 +34,11 @@ def apply_sharding(config: RunConfig, log: LogFunction) -> RunConfig:
     Raises:
         UserError: if the settings need something that a sharded base model does not support.
     """
-    train, lora = config.train, config.lora
+    train = config.train
+    lora = config.lora
     needs_full_weights = lora.init not in ("uniform", "gaussian", "orthogonal")
-    has_block_format, device = config.precision in ("gguf", "nf4"), choose_device(config.device).value
+    has_block_format = config.precision in ("gguf", "nf4")
+    device = choose_device(config.device).value
     for is_unsupported, feature, key, replacement in (
         (config.method != "lora", f"method {config.method}", "method", "lora"),
         (lora.dora, "DoRA, which needs the norms of full weights", "lora.dora", "false"),
@@ -134,7 +137,8 @@ def _unsupported_error(feature: str, location: str, advice: str) -> UserError:
 
 
 # Seconds that a process waits for other processes to connect and to answer in a step.
-VARIABLE, DEFAULT_SECONDS = "DELTAW_PEER_SECONDS", 300.0
+VARIABLE = "DELTAW_PEER_SECONDS"
+DEFAULT_SECONDS = 300.0
 # Time limit while process 0 evaluates, generates samples or saves. A process that exits is detected immediately.
 ORDERS_SECONDS = 86400.0
 _POLL = 0.05
@@ -167,9 +171,11 @@ def read_launch_environment(environment: Mapping[str, str] | None = None) -> Lau
         raise _missing("MASTER_ADDR")
     local_rank = _read_int(variables, "LOCAL_RANK", rank, minimum=0)
     local_size = _read_int(variables, "LOCAL_WORLD_SIZE", 1, minimum=1)
-    address, port = variables["MASTER_ADDR"], _read_int(variables, "MASTER_PORT", None, minimum=1)
+    address = variables["MASTER_ADDR"]
+    port = _read_int(variables, "MASTER_PORT", None, minimum=1)
     agent = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    restarts, seconds = variables.get("TORCHELASTIC_RESTART_COUNT", "0"), _read_seconds(variables)
+    restarts = variables.get("TORCHELASTIC_RESTART_COUNT", "0")
+    seconds = _read_seconds(variables)
     return LaunchEnvironment(rank, size, local_rank, local_size, address, port, agent, restarts, seconds)
 
 
@@ -221,7 +227,8 @@ def _connect(launch: LaunchEnvironment) -> Group:
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     if cuda and launch.local_rank < torch.cuda.device_count():
         torch.cuda.set_device(launch.local_rank)
-    backend, limit = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=launch.seconds)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    limit = timedelta(seconds=launch.seconds)
     try:
         with suppress_native_stdout():
             dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=limit)
@@ -239,10 +246,12 @@ def _connect(launch: LaunchEnvironment) -> Group:
 
 def _store(launch: LaunchEnvironment) -> dist.Store:
     """Open the key-value store, which process 0 or torchrun's agent provides."""
-    is_server, limit = launch.rank == 0 and not launch.agent, timedelta(seconds=launch.seconds)
+    is_server = launch.rank == 0 and not launch.agent
+    limit = timedelta(seconds=launch.seconds)
     location = f"MASTER_ADDR={launch.address} MASTER_PORT={launch.port}"
     try:
-        address, port = launch.address, launch.port
+        address = launch.address
+        port = launch.port
         return dist.TCPStore(address, port, None, is_server, limit, wait_for_workers=False, multi_tenant=False)
     except (dist.DistError, RuntimeError, ValueError) as error:
         if "EADDRINUSE" in str(error) or "in use" in str(error):

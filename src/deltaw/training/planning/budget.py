@@ -10,8 +10,8 @@ from typing import Any
 
 from deltaw.data.row_reader import RunData
 from deltaw.errors import UserError
+from deltaw.hub.empty_models import check_architecture
 from deltaw.hub.folders import config_folder
-from deltaw.hub.loading import check_architecture
 from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.machine.kernel_choice import planning_rates
 from deltaw.memory.plan import FittingPlan, FittingTime, Plan, available_bytes, parse_bytes
@@ -29,7 +29,8 @@ PLANNED_DEVICES = ("cpu", "cuda")
 TOKENS_PER_PASS = (1024, 512, 256, 128)
 RANKS = (16, 8, 4)
 # Sizes of microbatches on a card, and the size that is assumed to fill it (not measured).
-CARD_TOKENS_PER_PASS, FILLING_TOKENS = (4096, 2048, 1024, 512), 2048
+CARD_TOKENS_PER_PASS = (4096, 2048, 1024, 512)
+FILLING_TOKENS = 2048
 # Precisions that a search under a time budget compares for ``precision: auto``.
 FIT_PRECISIONS = ("bf16", "fp32", "int8")
 # Maximum tokens of a microbatch in a search under a time budget, if the settings do not fit into memory.
@@ -196,8 +197,10 @@ def fitting_times(
 def _within_time(config: RunConfig, data: RunData, plan: Plan, budget: float) -> FittingTime | None:
     """Return the largest number of epochs, or of rows in one epoch, that fits into a time budget."""
     assert plan.seconds is not None and plan.seconds_per_step is not None
-    train, rows = config.train, len(data.train)
-    total, per_epoch = count_steps(rows, train.batch_size, train.epochs, train.max_steps), -(-rows // train.batch_size)
+    train = config.train
+    rows = len(data.train)
+    total = count_steps(rows, train.batch_size, train.epochs, train.max_steps)
+    per_epoch = -(-rows // train.batch_size)
     fixed = plan.seconds - plan.seconds_by_phase.get("training", 0.0)
     available = budget * (1 - FREE_TIME_SHARE) - fixed
     steps = min(total, int(available / max(1e-9, plan.seconds_per_step)))
@@ -205,7 +208,8 @@ def _within_time(config: RunConfig, data: RunData, plan: Plan, budget: float) ->
         return None
     num_rows: int | None = None
     if steps < min(total, per_epoch):
-        num_rows, held_out = steps * train.batch_size, eval_size(config.data.eval)
+        num_rows = steps * train.batch_size
+        held_out = eval_size(config.data.eval)
         # Held-out rows are taken from these rows, as a share or as a number.
         num_rows = math.floor(num_rows / (1 - held_out)) if held_out < 1 else num_rows + int(held_out)
     epochs = train.epochs if steps == total else max(1.0, int(100 * steps / per_epoch) / 100)
@@ -267,7 +271,9 @@ def fit_card(
     Raises:
         UserError: if no settings fit.
     """
-    target, blocks, error = limit * (1 - FREE_SHARE), count_blocks(config, task), None
+    target = limit * (1 - FREE_SHARE)
+    blocks = count_blocks(config, task)
+    error = None
     if plan.required_bytes <= target:
         return config, plan
     tokens = config.train.tokens_per_pass

@@ -17,18 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltaw.cache import file_state, load_result, result_digest, store_result
+from deltaw.cache.results import file_state, load_result, result_digest, store_result
 from deltaw.data.row_store import digest_of_rows
 from deltaw.errors import UserError
 from deltaw.hub import packages
 from deltaw.hub.folders import resolve
 from deltaw.kernels.processor import processor_flags, processor_name
 from deltaw.kernels.variants import MEASURED
-from deltaw.machine import choices
+from deltaw.machine import container_limits
 from deltaw.machine.choices import usable_processors
 from deltaw.memory.plan import Plan
 from deltaw.progress import Detail
-from deltaw.settings import method_registry
 from deltaw.settings.config import RunConfig
 from deltaw.settings.data import eval_sets
 from deltaw.settings.mixture import references
@@ -220,33 +219,5 @@ def _machine_key() -> list[object]:
     }
     gpu_devices = sorted(str(card) for card in Path("/dev").glob("nvidia[0-9]*"))
     visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")
-    available = [sorted(usable_processors()), choices.processor_quota()]
+    available = [sorted(usable_processors()), container_limits.processor_quota()]
     return [processor_name(), sorted(processor_flags()), available, gpu_devices, visible_devices, variables]
-
-
-# Arguments of the commands that plan.
-
-
-def reject_memory_setting(memory: str | None, verb: str) -> None:
-    """Reject the setting ``memory`` for a command that does not enforce it.
-
-    Raises:
-        UserError: if it is set.
-    """
-    if memory is not None:
-        hint = "leave memory out and set train.checkpointing or train.tokens_per_pass"
-        raise UserError(f"memory limits 'deltaw train', not 'deltaw {verb}'", location="memory", hint=hint)
-
-
-def parse_methods(text: str, run_method: str) -> list[str]:
-    """Return the methods of a list such as ``lora,head``, or of ``all``. The method of the run is first.
-
-    Raises:
-        UserError: if a name is not a method.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if text == "all":
-        names = list(method_registry.names())
-    for name in names:
-        method_registry.entry_of(name, location="--methods")
-    return list(dict.fromkeys([run_method, *names]))

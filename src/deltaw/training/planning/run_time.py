@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import Field, TypeAdapter
 
-from deltaw.cache import load_result, store_result
+from deltaw.cache.results import load_result, store_result
 from deltaw.memory.plan import Plan
 from deltaw.settings.config import RunConfig, duration_seconds
 
@@ -25,7 +25,9 @@ MAX_EXTRAPOLATION = 4.0
 # A product with a small number of rows takes as long as one with this number, because its weight is read once.
 MIN_PRODUCT_ROWS = 30.0
 # Time of phases that are not measured: constructing the model, reading weights, writing files and the report.
-LOADING_SECONDS, LOADED_BYTES_PER_SECOND, SAVE_SECONDS = 1.0, 1e9, 1.0
+LOADING_SECONDS = 1.0
+LOADED_BYTES_PER_SECOND = 1e9
+SAVE_SECONDS = 1.0
 # Gradients that the check of approximations computes. The first one, in fp32, counts several times.
 CHECK_GRADIENTS = 8
 # Assumed mean length of generated rows, relative to their maximum length.

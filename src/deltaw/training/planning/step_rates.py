@@ -25,21 +25,24 @@ from torch import Tensor, nn
 from deltaw.data.example import Example, rows_of
 from deltaw.kernels import loader
 from deltaw.kernels.processor import processor_flags, processor_name
-from deltaw.kernels.torch_private import direct_buffers, direct_parameters, in_backward
+from deltaw.kernels.torch_modules import direct_buffers, direct_parameters
+from deltaw.kernels.torch_private import in_backward
 from deltaw.machine.kernel_choice import planning_rates
+from deltaw.runtime.block_roles import forward_replaced
 from deltaw.runtime.layer_entry import frozen_level
-from deltaw.runtime.recognition import blocks_of, forward_replaced, signature
+from deltaw.runtime.recognition import blocks_of, signature
 from deltaw.tensor_files import has_values
 from deltaw.training.approximations import Approximations, applicable
 from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.evaluation.general import MAX_ANSWER_TOKENS, NoGeneralAnswers, check_size
 from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
-from deltaw.training.microbatches import SINGLE_PROCESS, Feed
+from deltaw.training.feed import Feed
 from deltaw.training.monitoring.best import PROMPT_TOKENS, default_eval_every, evaluated_rows
 from deltaw.training.monitoring.generation import answer_limit, is_checked, prompts_of
 from deltaw.training.monitoring.monitor import MAX_SAMPLE_TOKENS, MIN_SAMPLE_TOKENS, SAMPLES, evaluates_base
 from deltaw.training.optimizer import clipped_norm
 from deltaw.training.planning.run_time import BUSY_REASON, Generation, Microbatches, MicrobatchTime, StepRates, Workload
+from deltaw.training.reducer import SINGLE_PROCESS
 from deltaw.training.session import Session
 from deltaw.training.state import TrainOptions, TrainState
 from deltaw.training.task import Rows
@@ -47,21 +50,27 @@ from deltaw.training.task import Rows
 # Maximum number of steps whose microbatches are counted, evenly spaced over the run.
 MAX_COUNTED_STEPS = 50
 # Sizes of the measured microbatches, relative to the largest one of the first steps, and the number of these steps.
-MEASURED_SHARES, MEASURED_STEPS = (0.25, 0.6, 1.0), 4
+MEASURED_SHARES = (0.25, 0.6, 1.0)
+MEASURED_STEPS = 4
 # Maximum number of rows that these microbatches are selected from.
 MAX_CANDIDATE_ROWS = 128
 # Time limit of all measurements in seconds, and of the products of one head.
-SECONDS, HEAD_SECONDS = 2.8, 0.3
+SECONDS = 2.8
+HEAD_SECONDS = 0.3
 # Number of measurements of each microbatch. More are made until the time limit.
-NUM_TRIALS, MAX_TRIALS = 2, 4
+NUM_TRIALS = 2
+MAX_TRIALS = 4
 # Maximum ratio of the two fastest times in an undisturbed measurement, and maximum number of CPUs used by others.
-STEADY_RATIO, MAX_OTHER_CPUS = 1.25, 0.25
+STEADY_RATIO = 1.25
+MAX_OTHER_CPUS = 0.25
 # Weights are filled with copies of this number of random values. An embedding is filled up to this number of values.
-NUM_RANDOM, MAX_FILLED = 1 << 20, 1 << 24
+NUM_RANDOM = 1 << 20
+MAX_FILLED = 1 << 24
 # Time of starting this process and importing libraries, limited because a notebook computes before it imports deltaw.
 START_SECONDS = min(15.0, time.process_time())
 # Tokens of the measured decoding step, and bytes that are larger than the caches of a CPU.
-DECODED_TOKENS, CACHE_BYTES = 64, 64 << 20
+DECODED_TOKENS = 64
+CACHE_BYTES = 64 << 20
 
 
 # Time, CPU seconds of all processes, and CPU seconds of this process.
@@ -75,12 +84,16 @@ def workload_of(session: Session, read_seconds: float) -> Workload:
         session: Session on fake tensors.
         read_seconds: Measured time of reading the rows.
     """
-    feed, train, total = session.feed, session.config.train, session.total_steps
+    feed = session.feed
+    train = session.config.train
+    total = session.total_steps
     steps = range(0, total, max(1, -(-total // MAX_COUNTED_STEPS)))
-    evaluations, general = _num_evaluations(session), len(DRIFT_PROMPTS) * _is_enabled(session, train.drift)
+    evaluations = _num_evaluations(session)
+    general = len(DRIFT_PROMPTS) * _is_enabled(session, train.drift)
     has_reference = getattr(getattr(session.task, "settings", None), "has_reference", False)
     models = 2 if session.start is None else 4  # the base model and the adapter, also before training with start_from
-    drift_tokens, per_pass = models * general * (PROMPT_TOKENS + MAX_ANSWER_TOKENS), session.batcher.tokens_per_pass
+    drift_tokens = models * general * (PROMPT_TOKENS + MAX_ANSWER_TOKENS)
+    per_pass = session.batcher.tokens_per_pass
     full_steps = total if feed.store is None else min(total, -(-len(session.data.train) // train.batch_size))
     return Workload(
         key=_rates_key(session),
@@ -114,7 +127,8 @@ def _batches_of(session: Session, *parts: Rows, is_step: bool = False) -> Microb
 
 def _num_evaluations(session: Session) -> int:
     """Return the number of evaluations, including those of the base model and of the last step."""
-    train, total = session.config.train, session.total_steps
+    train = session.config.train
+    total = session.total_steps
     if not session.data.held_out:
         return 0
     every = train.eval_every
@@ -136,11 +150,15 @@ def _is_enabled(session: Session, setting: bool | int | str) -> bool:
 
 def _generations(session: Session, evaluations: int, general: int) -> Iterator[Generation]:
     """Yield the texts that a run generates: rollouts, scored answers, samples, and general answers."""
-    train, limits, num_rows = session.config.train, session.generation_limits, len(session.data.held_out)
-    count, max_new_tokens = SAMPLES if train.samples == "auto" else int(train.samples), limits.max_new_tokens
+    train = session.config.train
+    limits = session.generation_limits
+    num_rows = len(session.data.held_out)
+    count = SAMPLES if train.samples == "auto" else int(train.samples)
+    max_new_tokens = limits.max_new_tokens
     first_rows = (rows_of(row)[0] for row in session.data.held_out[: max(count, train.eval_answers)])
     longest = max((len(row) - getattr(row, "prompt_length", 0) for row in first_rows), default=0)
-    rounds, completions = -(-session.total_steps // session.feed.steps_per_round), limits.completions_per_row
+    rounds = -(-session.total_steps // session.feed.steps_per_round)
+    completions = limits.completions_per_row
     samples = min(count, num_rows) * _is_enabled(session, train.samples)
     prompts = prompts_of(session) if is_checked(session) and _is_enabled(session, "auto") else []
     for texts, tokens, times, phase in (
@@ -157,7 +175,8 @@ def _generations(session: Session, evaluations: int, general: int) -> Iterator[G
 
 def _rates_key(session: Session) -> str:
     """Return the cache key of the rates: machine, blocks, trained parameters, objective, and length of the rows."""
-    model, config = session.model, session.config
+    model = session.model
+    config = session.config
     length = np.log2(np.mean([len(row) for row in session.planned_rows(0)] or [1]) + 1)
     machine = processor_name(), sorted(processor_flags()), torch.get_num_threads(), loader.arithmetic().as_dict()
     batching = type(session.objective), type(session.batcher), session.batcher.padded, session.feed.share, round(length)
@@ -209,7 +228,8 @@ class _Timer:
     """
 
     def __init__(self, clock: Callable[[], float], cache: Tensor) -> None:
-        self.clock, self._cache = clock, cache
+        self.clock = clock
+        self._cache = cache
         self._evicting = 0.0
         self._form: int | None = None  # length of the tuple that a block returns, if not a tensor
         self.clear()
@@ -254,7 +274,8 @@ class _Timer:
             output = forward(*args, **kwargs)
             self.forward[index] = self.forward.get(index, 0.0) + self.clock() - start
             self._form = len(output) if isinstance(output, tuple) else None
-            hidden, first = _hidden(args, kwargs), output[0] if isinstance(output, tuple) else output
+            hidden = _hidden(args, kwargs)
+            first = output[0] if isinstance(output, tuple) else output
             if is_first and torch.is_grad_enabled() and hidden.requires_grad:
                 hidden.register_hook(lambda _: mark(None))
             if torch.is_grad_enabled() and first.requires_grad:
@@ -331,7 +352,8 @@ class _Measurement:
 
     def __init__(self, session: Session, clock: Callable[[], float]) -> None:
         self.session = session
-        block_list, kinds = blocks_of(session.model), block_kinds(session)
+        block_list = blocks_of(session.model)
+        kinds = block_kinds(session)
         self.blocks = [] if block_list is None else list(block_list[1])
         self.representatives = [kinds.index(kind) for kind in kinds]
         self.upper = range(_frozen_blocks(session, len(kinds)), len(kinds))
@@ -346,12 +368,15 @@ class _Measurement:
         names = session.approximations.names
         rejected = [Approximations(set(names) - {"int8_gradients"})] if "int8_gradients" in names else []
         self.variants = [session.approximations, *rejected]
-        self.update, self.elapsed, self.num_updates = 0.0, 0.0, 0
+        self.update = 0.0
+        self.elapsed = 0.0
+        self.num_updates = 0
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Context in which the model computes microbatches with the measured blocks."""
-        session, measured = self.session, sorted(set(self.representatives))
+        session = self.session
+        measured = sorted(set(self.representatives))
         with torch.random.fork_rng(devices=[]), session.running(), contextlib.ExitStack() as stack:
             for index, block in enumerate(self.blocks):
                 timed = self.timer.timed(index, block.forward, is_first=index == measured[0])
@@ -371,7 +396,8 @@ class _Measurement:
 
     def train(self, rows: Rows) -> MicrobatchTime:
         """Compute the gradients of rows with each variant of the approximations, and return the mean times."""
-        start, points = self.timer.clock(), []
+        start = self.timer.clock()
+        points = []
         for variant in self.variants:
             with variant.on():
                 points.append(self._train(rows))
@@ -379,16 +405,21 @@ class _Measurement:
         return MicrobatchTime(*(statistics.fmean(values) for values in zip(*map(astuple, points), strict=True)))
 
     def _train(self, rows: Rows) -> MicrobatchTime:
-        timer, objective, tokens, count = self.timer, self.objective, 0, 0
+        timer = self.timer
+        objective = self.objective
+        tokens = 0
+        count = 0
         timer.clear()
         if objective.accumulator is not None:
             objective.accumulator.clear()
-        start, units = timer.clock(), max(1, objective.units(rows))
+        start = timer.clock()
+        units = max(1, objective.units(rows))
         objective.start_step(rows, self.feed, SINGLE_PROCESS)
         for batch in self.feed.batches(rows):
             (objective(batch) / units).backward()
             timer.end_backward()
-            tokens, count = tokens + batch.tokens, count + 1
+            tokens = tokens + batch.tokens
+            count = count + 1
         end = timer.clock()
         if self.num_updates < NUM_TRIALS:  # the first update allocates the optimizer's state
             for parameter in self.state.trained:  # methods that train copies lose their hooks on fake parameters
@@ -399,7 +430,8 @@ class _Measurement:
             self.update = (timer.clock() - updating) * self.update_factor
             self.num_updates += 1
         self.state.abandon_step()
-        forward, backward = timer.forward, timer.backward
+        forward = timer.forward
+        backward = timer.backward
         blocks = self.block_seconds(forward) + self.block_seconds(backward)
         upper = self.block_seconds(forward, self.upper) + self.block_seconds(backward, self.upper)
         values = num_labels(rows), blocks, self.block_seconds(forward), upper, max(0.0, end - start - timer.total)
@@ -408,11 +440,13 @@ class _Measurement:
     @torch.no_grad()
     def evaluate(self, batches: Callable[[], Iterator[Any]], compute: Callable[[Any], object]) -> tuple[float, float]:
         """Return the minimum seconds of a microbatch without gradients: all blocks, and the rest."""
-        seconds, timer = [], self.timer
+        seconds = []
+        timer = self.timer
         with self.session.method.evaluating(self.session.model):
             for _ in range(NUM_TRIALS):
                 timer.clear()
-                start, count = timer.clock(), 0
+                start = timer.clock()
+                count = 0
                 for count, batch in enumerate(batches(), 1):  # noqa: B007 - the number of microbatches
                     compute(batch)
                 rest = timer.clock() - start - timer.total
@@ -432,11 +466,19 @@ def measure(
         clock: Returns the time in seconds.
         limit: Time limit in seconds. Larger microbatches are not measured if they would exceed it.
     """
-    threads, is_busy = torch.get_num_threads(), other_cpus(usage) > MAX_OTHER_CPUS
+    threads = torch.get_num_threads()
+    is_busy = other_cpus(usage) > MAX_OTHER_CPUS
     if is_busy and clock is time.perf_counter:
-        clock, limit = (lambda: time.thread_time() / threads), limit / threads
-    measurement, trials = _Measurement(session, clock), list[tuple[Rows, list[MicrobatchTime]]]()
-    usage, deadline = cpu_usage(), clock() + limit
+        limit /= threads
+
+        def thread_share() -> float:
+            return time.thread_time() / threads
+
+        clock = thread_share
+    measurement = _Measurement(session, clock)
+    trials = list[tuple[Rows, list[MicrobatchTime]]]()
+    usage = cpu_usage()
+    deadline = clock() + limit
     with measurement.running(), contextlib.ExitStack() as stack:
         if is_busy:
             stack.callback(torch.set_num_threads, threads)
@@ -450,7 +492,9 @@ def measure(
             if clock() + measurement.elapsed < deadline:
                 points.append(measurement.train(rows))
         ordered = [sorted(points, key=lambda point: point.seconds) for _, points in trials]
-        task, feed, last_rows = session.task, measurement.feed, trials[-1][0]
+        task = session.task
+        feed = measurement.feed
+        last_rows = trials[-1][0]
         blocks, head = measurement.evaluate(
             lambda: feed.batches(last_rows), lambda batch: task.evaluate_batch(measurement.objective, batch)
         )

@@ -167,7 +167,8 @@ def number(settings: RewardFunction, completions: Sequence[Completion]) -> list[
     """Return 1 if the last numbers of completion and expected answer are equal within ``tolerance``."""
     rewards: list[float | None] = []
     for completion in completions:
-        expected, actual = last_number(expected_answer(settings, completion)), last_number(completion.text)
+        expected = last_number(expected_answer(settings, completion))
+        actual = last_number(completion.text)
         if expected is None:
             rewards.append(None)
         else:

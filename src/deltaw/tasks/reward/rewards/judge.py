@@ -40,12 +40,15 @@ _FRACTION = (
     rf"\s*(?:/|(?:out\s+)?of(?:\s+a\s+possible)?)\s*(?P<of>{_NUMBER})(?!\w|[.,]\d))?"
 )
 _KEYWORD = r"\b(?:scores?|scored|ratings?|rated?|grades?|graded|marks?)\b[^\d\n]{0,40}?"
-_SCORE, _MARKED = re.compile(_FRACTION, re.IGNORECASE), re.compile(_KEYWORD + _FRACTION, re.IGNORECASE)
+_SCORE = re.compile(_FRACTION, re.IGNORECASE)
+_MARKED = re.compile(_KEYWORD + _FRACTION, re.IGNORECASE)
 _FINAL = re.compile(rf"\b(?:final|overall|total)\W+(?:{_KEYWORD}|answer\W{{1,9}}){_FRACTION}", re.IGNORECASE)
 _LINE = rf"[^\w+.-]*(?:[-+]\s+)?(?:{_KEYWORD})?{_FRACTION}[^\w%]*(?:points?|stars?)?\W*"
 _LINE_SCORE = re.compile(_LINE, re.IGNORECASE)
 # Concurrent requests, maximum size of a response, and the share of the call's time limit for requests.
-_MAX_CONCURRENT, _MAX_BYTES, _TIME_SHARE = 8, 1 << 20, 0.9
+_MAX_CONCURRENT = 8
+_MAX_BYTES = 1 << 20
+_TIME_SHARE = 0.9
 # Status codes below 500 that are retried.
 _RETRYABLE = (408, 409, 425, 429)
 
@@ -95,7 +98,8 @@ def score_in(text: str, low: float, high: float) -> float | None:
 
 def _on_scale(match: re.Match[str], low: float, high: float) -> float | None:
     """Return a matched score on the scale, or None if it is outside the scale or a fraction of another scale."""
-    value, maximum = _value(match["value"], high), 100.0 if match["percent"] else _value(match["of"] or f"{high}", high)
+    value = _value(match["value"], high)
+    maximum = 100.0 if match["percent"] else _value(match["of"] or f"{high}", high)
     if maximum != high:
         value = value * high / maximum if low == 0 and maximum > 0 else math.nan
     return value if low <= value <= high else None
@@ -123,7 +127,8 @@ def _request_score(settings: RewardFunction, key: str | None, deadline: float, c
     url = f"{str(settings.url).rstrip('/').removesuffix('/chat/completions')}/chat/completions"
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(url, json.dumps(body).encode(), headers, method="POST")
-    failure, hint = "it does not answer in time", "check 'url', 'model' and 'key_from', or raise 'seconds'"
+    failure = "it does not answer in time"
+    hint = "check 'url', 'model' and 'key_from', or raise 'seconds'"
     for attempt in range(settings.retries + 1):
         remaining = deadline - time.monotonic()
         if remaining <= 0:

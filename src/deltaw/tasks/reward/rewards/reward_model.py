@@ -15,7 +15,7 @@ from deltaw.data.prompts import with_answer
 from deltaw.data.report import raise_error
 from deltaw.errors import UserError
 from deltaw.progress import ignore_line
-from deltaw.runtime.packed import padded_rows
+from deltaw.runtime.padded import padded_rows
 from deltaw.settings.data import DataSettings
 from deltaw.tasks.classification.objective import LabelObjective
 from deltaw.tasks.classification.rows import RewardReader, to_labeled_example

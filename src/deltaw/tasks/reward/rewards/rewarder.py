@@ -13,8 +13,8 @@ from dataclasses import asdict
 from typing import Any
 
 from deltaw.errors import UserError
-from deltaw.tasks.reward.rewards import Reward, load_reward, required_columns
-from deltaw.tasks.reward.rewards.functions import Completion, settings_location
+from deltaw.tasks.reward.rewards import load_reward, required_columns
+from deltaw.tasks.reward.rewards.functions import Completion, Reward, settings_location
 from deltaw.tasks.reward.rewards.worker import RequestHandler, RewardWorker, answer_requests, as_number, describe_error
 from deltaw.tasks.reward.settings import RewardFunction
 
@@ -65,7 +65,9 @@ class Rewarder:
         if answer is None:
             raise self._timeout_error(None)
         self._raise_error(answer)
-        required, available, sample = set(answer["needs"]), set[str](), list[Completion]()
+        required = set(answer["needs"])
+        available = set[str]()
+        sample = list[Completion]()
         for completion in rows:
             has_answer = bool(completion.answer and completion.answer.strip())
             provided = completion.columns.keys() - {"answer"} | ({"answer"} if has_answer else set())

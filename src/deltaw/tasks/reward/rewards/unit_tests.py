@@ -179,7 +179,8 @@ def _is_main_guard(node: ast.stmt) -> bool:
 
 _FENCED = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 _RUNNER = Path(__file__).with_name("unit_tests_runner.py")
-_COLUMN, _ENTRY_POINT = "tests", "entry_point"
+_COLUMN = "tests"
+_ENTRY_POINT = "entry_point"
 _MAX_BYTES = 1 << 20
 # Seconds for the runner to stop its processes before it is killed.
 _GRACE = 5.0
@@ -218,7 +219,8 @@ def code_of(text: str) -> str:
 
 def program(prompt: str, completion: str) -> str:
     """Return the code to test. If the prompt ends with a function without a body, the completion may be the body."""
-    code, prefix = code_of(completion), code_of(prompt)
+    code = code_of(completion)
+    prefix = code_of(prompt)
     stub = _parsed(prefix)
     last = stub[-1] if stub else None
     if not isinstance(last, ast.FunctionDef | ast.AsyncFunctionDef) or not all(map(_is_empty, last.body)):
@@ -235,7 +237,8 @@ def program(prompt: str, completion: str) -> str:
 def missing_isolation() -> str:
     """Return a list of actions that the system does not prevent for the tested code, or an empty string."""
     version = landlock_version()
-    can_access_files, can_use_network = version < 1, not _namespaces()
+    can_access_files = version < 1
+    can_use_network = not _namespaces()
     dangers = {"read your files": can_access_files, "write your files": can_access_files}
     dangers |= {"use the network": can_use_network, "signal your processes": can_use_network and version < 6}
     return ", ".join(danger for danger, possible in dangers.items() if possible)

@@ -25,7 +25,9 @@ from fractions import Fraction
 from typing import IO, Any, NoReturn
 
 MAX_MESSAGE_BYTES = 1 << 24
-MAX_FILE_BYTES, MAX_OPEN_FILES, MAX_OUTPUT = 1 << 24, 64, 1 << 20
+MAX_FILE_BYTES = 1 << 24
+MAX_OPEN_FILES = 64
+MAX_OUTPUT = 1 << 20
 
 
 def _dunder(names: str, prefixes: Sequence[str] = ("",)) -> set[str]:
@@ -113,13 +115,18 @@ class Peer:
         on_disconnect: Callable[[str], NoReturn],
         is_untrusted: bool = False,
     ) -> None:
-        self._reader, self._writer, self._handler = reader, writer, handler
-        self._on_disconnect, self.is_untrusted = on_disconnect, is_untrusted
+        self._reader = reader
+        self._writer = writer
+        self._handler = handler
+        self._on_disconnect = on_disconnect
+        self.is_untrusted = is_untrusted
         self._exported_objects: dict[int, Any] = {}
         self._exported_keys: dict[int, int] = {}
         self._imported_handles: dict[int, Any] = {}
         self._imported_keys: dict[int, int] = {}
-        self._numbers, self._lock, self.output = itertools.count(), threading.RLock(), io.StringIO()
+        self._numbers = itertools.count()
+        self._lock = threading.RLock()
+        self.output = io.StringIO()
 
     def request(self, operation: str, /, *args: Any, **kwargs: Any) -> Any:
         """Run an operation on the other side, and return its result or raise its exception.
@@ -146,9 +153,11 @@ class Peer:
         arguments = [*args, *kwargs.values()]
         received = list(map(self._encode, arguments))
         try:
-            kind, value = "result", self._handler(self, operation, *args, **kwargs)
+            kind = "result"
+            value = self._handler(self, operation, *args, **kwargs)
         except BaseException as error:
-            kind, value = "error", error
+            kind = "error"
+            value = error
         contents = zip(received, map(self._encode, arguments), strict=True)
         self._send(kind, value, [None if before == after else after for before, after in contents])
 
@@ -170,7 +179,8 @@ class Peer:
                 self._on_disconnect("the process of the completion ended, or its result exceeds 16 MiB")
             try:
                 kind, text, changes, value = json.loads(line)
-                value, changes = self._decode(value), list(map(self._decode, changes))
+                value = self._decode(value)
+                changes = list(map(self._decode, changes))
             except Exception as error:
                 self._on_disconnect(f"the completion sent an invalid message: {error!r}")
             sys.stdout.write(str(text))
@@ -214,7 +224,8 @@ class Peer:
             case ["owned_by_receiver", key]:
                 return self._exported_objects[key]
             case ["value", name, parts]:
-                kind, parts = TYPES_BY_NAME[name], list(map(self._decode, parts))
+                kind = TYPES_BY_NAME[name]
+                parts = list(map(self._decode, parts))
                 if kind in MAPPINGS:
                     return kind(dict(parts))
                 return kind(parts) if kind in SEQUENCES else kind(*parts)
@@ -227,7 +238,8 @@ class Peer:
             case ["builtin", name] if name in ("NotImplemented", "Ellipsis") or isinstance(vars(builtins)[name], type):
                 return vars(builtins)[name]
             case ["exception", kind, args, fields]:
-                kind, args = self._decode(kind), self._decode(args)
+                kind = self._decode(kind)
+                args = self._decode(args)
                 if not issubclass(kind, BaseException):
                     raise ValueError("not an exception")
                 error = kind.__new__(kind, *args)
@@ -284,7 +296,8 @@ def confine(folder: str, cpu_seconds: int, megabytes: int) -> None:
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
     if not sys.platform.startswith("linux"):
         return
-    libc, version = ctypes.CDLL(None), landlock_version()
+    libc = ctypes.CDLL(None)
+    version = landlock_version()
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
     if version < 1:
@@ -334,20 +347,24 @@ def _execute_operation(peer: Peer, operation: str, /, *args: Any, **kwargs: Any)
 
 def take_standard_streams() -> tuple[IO[bytes], IO[bytes]]:
     """Return stdin and stdout as binary pipes, and redirect stdin, stdout and stderr to the null device."""
-    streams, null = (os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")), os.open(os.devnull, os.O_RDWR)
+    streams = (os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb"))
+    null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(null, stream)
     return streams
 
 
 def _main() -> None:
-    folder, cpu_seconds, megabytes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    folder = sys.argv[1]
+    cpu_seconds = int(sys.argv[2])
+    megabytes = int(sys.argv[3])
     reader, writer = take_standard_streams()
     if hasattr(os, "nice"):
         os.nice(5)  # lower priority than the runner, which enforces the limits
     confine(folder, cpu_seconds, megabytes)
     peer = Peer(reader, writer, _execute_operation, on_disconnect=lambda reason: os._exit(1))
-    sys.stdout, sys.argv = peer.output, [""]
+    sys.stdout = peer.output
+    sys.argv = [""]
     peer.receive()
 
 

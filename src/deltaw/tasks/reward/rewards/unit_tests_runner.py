@@ -30,7 +30,9 @@ from unit_tests_child import SPECIAL, Peer, confine, take_standard_streams
 
 del sys.path[0]
 
-MAX_PROCESSES, MAX_FILES, MAX_TOTAL_BYTES = 64, 4096, 1 << 26
+MAX_PROCESSES = 64
+MAX_FILES = 4096
+MAX_TOTAL_BYTES = 1 << 26
 # Memory beyond that of the completion, for a test framework.
 RUNNER_MEGABYTES = 1024
 TESTS = "tests"
@@ -48,8 +50,11 @@ class Runner:
     """
 
     def __init__(self, results: IO[bytes], request: dict[str, Any]) -> None:
-        self._results, self._request = results, request
-        self._module, self._assertions, self._failure = types.ModuleType(TESTS), 0, ""
+        self._results = results
+        self._request = request
+        self._module = types.ModuleType(TESTS)
+        self._assertions = 0
+        self._failure = ""
         self.write()  # the process has started
 
         def failed(error: AssertionError, *args: Any) -> None:
@@ -107,7 +112,8 @@ class Runner:
         for node in ast.walk(tree):
             imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module:
-                imported, node.level = [node.module], 0
+                imported = [node.module]
+                node.level = 0
             for name in imported:
                 top = name.partition(".")[0]
                 if top not in sys.modules and importlib.util.find_spec(top) is None:
@@ -146,7 +152,8 @@ class Runner:
 
     def pytest_runtest_logstart(self) -> None:
         """Reset the state before a test."""
-        self._assertions, self._failure = 0, ""
+        self._assertions = 0
+        self._failure = ""
 
     def pytest_pyfunc_call(self, pyfuncitem: Any) -> None:
         """Run a coroutine function in an event loop."""
@@ -190,7 +197,9 @@ def visible_names(names: dict[str, Any], sources: str, defined: Iterable[str]) -
 
 def enforce_limits(seconds: float, megabytes: int, isolated: bool) -> NoReturn:
     """Exit with all descendants after a timeout, or if together they exceed the limits."""
-    deadline, runner, exceeded = time.monotonic() + seconds, psutil.Process(), False
+    deadline = time.monotonic() + seconds
+    runner = psutil.Process()
+    exceeded = False
     while time.monotonic() < deadline and not exceeded:
         time.sleep(0.05)
         sizes = []
@@ -241,7 +250,9 @@ def main() -> None:
     reader, results = take_standard_streams()
     request = json.load(reader)
     runner = Runner(results, request)
-    folder, megabytes, isolated = os.getcwd(), request["megabytes"], request["isolated"]
+    folder = os.getcwd()
+    megabytes = request["megabytes"]
+    isolated = request["isolated"]
     if sys.platform.startswith("linux"):
         import ctypes
 

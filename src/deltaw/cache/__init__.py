@@ -1,0 +1,1 @@
+"""Disk cache of expensive results, keyed by everything that they depend on."""

@@ -1,0 +1,228 @@
+"""Description of a transformer block: the roles of its children.
+
+A description contains paths instead of modules, so that modules that were replaced (adapted layers, trained copies)
+are found. It is valid for all blocks of a kind, independent of their sizes.
+
+sequential   x₁ = x + attention(norm(x)),       y = x₁ + mlp(norm(x₁))
+parallel     y  = x + attention(norm(x)) + mlp(norm(x))
+
+Each half has up to three norms: ``before`` its first projection, ``after`` its last one inside the residual branch
+(Gemma 2, arXiv 2408.00118), and ``post`` after the sum with the residual stream (BERT, arXiv 1810.04805).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.kernels.torch_modules import direct_modules, direct_parameters, with_tensors
+from deltaw.kernels.torch_private import without_dispatch
+from deltaw.lora.kinds import is_conv1d
+from deltaw.lora.layers import LoRAConv1D
+from deltaw.lora.stored import stored_form, weight_shape
+
+# Kernel names of activation functions, by their class names in transformers and torch.
+ACTIVATIONS = {
+    **dict.fromkeys(("SiLU", "SiLUActivation"), "silu"),
+    **dict.fromkeys(("PytorchGELUTanh", "GELUTanh", "NewGELUActivation", "FastGELUActivation"), "gelu_tanh"),
+    **dict.fromkeys(("GELUActivation", "GELU"), "gelu"),
+    "ReLU": "relu",
+}
+# Layout of queries, keys and values, with d numbers per head: separate layers ("apart"), or the outputs of one layer.
+# "stacked": all queries, then all keys, then all values (Phi-3, GPT-2). "grouped": for each key head its queries, its
+# key and its value (GPT-NeoX, Falcon).
+Split = Literal["apart", "stacked", "grouped"]
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Paths of the norms of a half block over the hidden size, None if not present."""
+
+    before: str | None = None
+    after: str | None = None
+    post: str | None = None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(path for path in (self.before, self.after, self.post) if path is not None)
+
+
+@dataclass(frozen=True)
+class AttentionRoles:
+    """Attention of a block.
+
+    Args:
+        inputs: Paths of the projections of queries, keys and values, or the path of a combined projection.
+        output: Path of the output projection.
+        split: Layout of queries, keys and values in the outputs of the projections.
+        head_size: Size d of a head. The numbers of heads follow from the sizes of the layers.
+        query_norm: Path of a norm over each query head.
+        key_norm: Path of a norm over each key head.
+        rotary: True for rotary positions (arXiv 2104.09864).
+        causal: True for causal attention.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    norms: Norms
+    split: Split
+    head_size: int
+    query_norm: str | None = None
+    key_norm: str | None = None
+    rotary: bool = True
+    causal: bool = True
+
+    def heads(self, block: nn.Module) -> tuple[int, int]:
+        """Return the numbers of query heads and key heads, from the sizes of the block's layers."""
+        heads = sizes(module_at(block, self.output))[0] // self.head_size
+        if self.split == "apart":
+            return heads, sizes(module_at(block, self.inputs[1]))[1] // self.head_size
+        return heads, (sizes(module_at(block, self.inputs[0]))[1] // self.head_size - heads) // 2
+
+
+@dataclass(frozen=True)
+class MLPRoles:
+    """MLP of a block: output(f(gate)·up), or output(f(inner)) if it is not gated.
+
+    Args:
+        inputs: Paths of gate and up, or of one layer that computes gate and up, or of the inner layer of an MLP without
+            gate.
+        activation: Path of f, see :func:`activation_kind`.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    norms: Norms
+    gated: bool
+    activation: str
+
+
+@dataclass(frozen=True)
+class BlockRoles:
+    """A transformer block.
+
+    Args:
+        parallel: True if both halves read the block's input, False if the MLP reads the sum of the attention half.
+        extra_outputs: Number of values (all None) after the hidden states in the returned tuple, or None if the block
+            returns a tensor.
+    """
+
+    attention: AttentionRoles
+    mlp: MLPRoles
+    parallel: bool = False
+    extra_outputs: int | None = None
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Paths of the linear layers: inputs and output of attention, inputs and output of the MLP."""
+        return (*self.attention.inputs, self.attention.output, *self.mlp.inputs, self.mlp.output)
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Paths of the norms without duplicates."""
+        attention = self.attention
+        heads = tuple(path for path in (attention.query_norm, attention.key_norm) if path is not None)
+        return tuple(dict.fromkeys((*attention.norms.paths, *heads, *self.mlp.norms.paths)))
+
+
+@dataclass(frozen=True)
+class NormForm:
+    """Formula of a norm: (x - mean)·rstd·(weight + offset) + bias.
+
+    Args:
+        eps: Added to the variance.
+        offset: 1 if the weight is stored as its difference from one (Gemma), else 0.
+        centered: True for LayerNorm (arXiv 1607.06450). False for RMSNorm (arXiv 1910.07467), which has mean 0.
+    """
+
+    eps: float
+    offset: float
+    centered: bool
+
+
+def module_at(block: nn.Module, path: str) -> nn.Module:
+    """Return the current module at ``path`` in a block.
+
+    Raises:
+        KeyError: if the path does not exist.
+    """
+    module: nn.Module | None = block
+    for name in path.split("."):
+        module = None if module is None else direct_modules(module)[name]
+    if module is None:
+        raise KeyError(path)
+    return module
+
+
+def sizes(layer: nn.Module) -> tuple[int, int]:
+    """Return input and output size of a linear layer."""
+    rows, columns = weight_shape(layer)
+    return (columns, rows) if by_column(layer) else (rows, columns)
+
+
+def by_column(layer: nn.Module) -> bool:
+    """True for a weight (out, in), as in ``nn.Linear`` and quantized layers. False for (in, out), as in ``Conv1D``."""
+    return stored_form(layer) is not None or not stores_in_out(layer)
+
+
+def stores_in_out(layer: nn.Module) -> bool:
+    return isinstance(layer, LoRAConv1D) or is_conv1d(layer)
+
+
+def activation_kind(module: nn.Module) -> str | None:
+    """Return the kernel name of an activation function, or None if the kernels do not support it."""
+    if isinstance(module, nn.GELU) and module.approximate == "tanh":
+        return "gelu_tanh"
+    return ACTIVATIONS.get(type(module).__name__)
+
+
+def norm_form(module: nn.Module) -> NormForm | None:
+    """Return the formula of a norm over the last dimension, or None if the module is not a supported norm.
+
+    Classes that are not from torch run on fp32 sample values, which are compared with the formula.
+    """
+    weight = direct_parameters(module).get("weight")
+    if weight is None or weight.dim() != 1 or direct_modules(module):
+        return None
+    eps = next((vars(module)[name] for name in ("variance_epsilon", "eps") if name in vars(module)), None)
+    if not isinstance(eps, float):
+        return None
+    if type(module) is nn.LayerNorm:
+        return NormForm(eps, 0.0, True) if weight.shape == tuple(module.normalized_shape) else None
+    bias = direct_parameters(module).get("bias")
+    size = weight.numel()
+    with torch.no_grad(), without_dispatch():
+        x = torch.linspace(-1.5, 2.0, size, dtype=torch.float32)[None]
+        values = {"weight": torch.linspace(0.3, 0.7, size), "bias": torch.linspace(-0.2, 0.1, size)}
+        used = [name for name, tensor in (("weight", weight), ("bias", bias)) if tensor is not None]
+        copy = with_tensors(module, {name: nn.Parameter(values[name], False) for name in used})
+        expected = type(module).forward(copy, x)
+        added = values["bias"] if bias is not None else torch.zeros(size)
+        for centered in (False, True):
+            middle = x - x.mean() if centered else x
+            hat = middle * torch.rsqrt(middle.square().mean() + eps)
+            for offset in (0.0, 1.0):
+                computed = hat * (values["weight"] + offset) + added
+                if isinstance(expected, Tensor) and torch.allclose(expected, computed, rtol=1e-4, atol=1e-5):
+                    return NormForm(eps, offset, centered)
+    return None
+
+
+@contextlib.contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Context in which ``module`` uses another forward function. Its hooks still run."""
+    table = vars(module)
+    previous = table.get("forward")
+    table["forward"] = forward
+    try:
+        yield
+    finally:
+        if previous is None:
+            del table["forward"]
+        else:
+            table["forward"] = previous

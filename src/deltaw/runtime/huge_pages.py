@@ -1,0 +1,68 @@
+"""Moving of large frozen weights into huge pages.
+
+A matmul with a transposed weight reads strips across all rows. With 4 KiB pages, each row of a large weight is on a
+different page, and the strips exceed the TLB.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.kernels import large_pages, loader
+from deltaw.lora.kinds import get_input_embedding
+from deltaw.machine.memory import free_memory_bytes
+from deltaw.runtime.quantized_weights import mapped_file, release_pages
+from deltaw.tensor_files import has_values
+
+MOVE_CHUNK_BYTES = 16 << 20  # bytes that exist twice while a weight is moved
+MAX_FREE_MEMORY_SHARE = 0.5  # larger weights remain memory-mapped, so that the system can evict them
+
+
+@torch.no_grad()
+def use_large_pages(model: nn.Module) -> int:
+    """Move a model's large frozen weights from memory-mapped files into huge pages.
+
+    Values, parameters and weight sharing are preserved. Weights allocated by torch are not moved, nor is an input
+    embedding without tied weights, because the system reads only the rows of its file that occur. Call this after the
+    weights have their final values.
+
+    Returns:
+        Number of bytes moved. 0 if the system has no huge pages, the compiled kernels are unavailable, or memory is
+        scarce.
+    """
+    if not large_pages.large_page_bytes() or loader.unavailable_reason():
+        return 0
+    weights = _large_weights(model)
+    if sum(weight.nbytes for weight in weights) > MAX_FREE_MEMORY_SHARE * free_memory_bytes():
+        return 0
+    for weight in weights:
+        _move(weight)
+    return sum(weight.nbytes for weight in weights)
+
+
+def _large_weights(model: nn.Module) -> list[Tensor]:
+    """Return the large weights without duplicates."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    embedding = getattr(get_input_embedding(model), "weight", None)
+    if embedding is not None and sum(tensor is embedding for _, tensor in tensors) > 1:
+        embedding = None
+    return list({id(tensor): tensor for _, tensor in tensors if tensor is not embedding and _is_large(tensor)}.values())
+
+
+def _is_large(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    frozen = plain and has_values(tensor) and tensor.device.type == "cpu" and not tensor.requires_grad
+    large = frozen and tensor.nbytes >= large_pages.MIN_BYTES and tensor.dim() >= 2 and tensor.is_contiguous()
+    return large and mapped_file(tensor.data_ptr()) is not None
+
+
+def _move(weight: Tensor) -> None:
+    original = weight.data
+    target = large_pages.empty_in_large_pages(weight.numel(), weight.dtype).view(weight.shape)
+    rows = max(1, MOVE_CHUNK_BYTES // (original.nbytes // len(original)))
+    for start in range(0, len(original), rows):
+        target[start : start + rows] = original[start : start + rows]
+        release_pages(original[start : start + rows])
+    release_pages(original)  # including pages at chunk boundaries
+    weight.data = target
