@@ -55,7 +55,7 @@ def test_all_errors_are_reported_with_location_and_hints(tmp_path):
     assert error.location == str(file)
     faults = ("'model' is missing", "unknown key 'modl'", "'train.epochs' cannot be 0")
     hints = ("'modl': did you mean 'model'", "'train.learning_rat': did you mean 'train.learning_rate'")
-    hints += ("'train.epochs' should be greater than 0", "should be a valid integer or be 'auto'")
+    hints += ("'train.epochs' should be greater than 0", "should be an integer or be 'auto'")
     assert [fault for fault in faults if fault not in error.message] == []
     assert [hint for hint in hints if hint not in (error.hint or "")] == []
 
@@ -74,6 +74,17 @@ def test_unusable_numbers_are_rejected():
     bad |= {"weight_decay": [-1], "max_grad_norm": [0], "tokens_per_pass": [0], "seed": [2**64]}
     for key, value in ((key, value) for key, values in bad.items() for value in values):
         assert f"'train.{key}'" in refusal({**MINIMAL, "train": {key: value}}).message
+
+
+def test_constructor_rejects_values_as_read_does():
+    values = {**MINIMAL, "lorra": 3, "train": {"batch_size": 0}}
+    with pytest.raises(UserError) as constructed:
+        RunConfig(**values)
+    with pytest.raises(UserError) as read:
+        RunConfig.read(values)
+    assert str(constructed.value) == str(read.value)
+    assert "unknown key 'lorra'" in constructed.value.message
+    assert "'train.batch_size' should be at least 1" in (constructed.value.hint or "")
 
 
 # Settings whose value follows from the job.

@@ -160,7 +160,7 @@ def test_section_of_registered_task_is_validated(letters, letter_settings):
     config = RunConfig.read(letter_settings(letters={"letters": "xyz"}), {"letters": {"group": 6}})
     assert (config.section, config.letters.letters, config.letters.group) == (config.letters, "xyz", 6)
     for section, message in (
-        ({"group": 1}, "greater than or equal to 2"),
+        ({"group": 1}, "at least 2"),
         ({"leters": "a"}, "leters"),
         ({"updates": 5}, "more updates than rows"),
     ):

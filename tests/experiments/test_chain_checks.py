@@ -253,6 +253,23 @@ def test_changed_finished_stage_is_rejected_before_earlier_ones_are_trained(make
     assert "max_steps" in str(error) and "stage 'stage2'" in error.location
 
 
+def test_memory_limit_of_later_stage_is_checked_before_first_step(make_chain, monkeypatch):
+    chain = make_chain({}, {"memory": "1MB"})
+    monkeypatch.setattr(chain_module, "fit", lambda *_, **__: pytest.fail("a stage was trained"))
+    for command in (lambda: list(train_stages(chain)), lambda: planned_stages(chain)):
+        error = refusal(command)
+        assert "memory allows 1,000,000" in error.message and "stage 'stage2'" in error.location
+
+
+def test_failing_reward_of_later_stage_is_called_before_first_step(make_chain, tmp_path, monkeypatch):
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text("def broken(completion, columns):\n    raise ValueError('no reward')\n")
+    chain = make_chain({}, {**REWARD, "reward": {**REWARD["reward"], "functions": [f"{rewards}:broken"]}})
+    monkeypatch.setattr(chain_module, "fit", lambda *_, **__: pytest.fail("a stage was trained"))
+    error = refusal(list, train_stages(chain))
+    assert "no reward" in str(error) and "stage 'stage2'" in error.location
+
+
 def test_model_that_cannot_be_simulated_is_checked_in_part(make_chain, monkeypatch):
     lines: list[str] = []
     monkeypatch.setattr(FakeModel, "assemble", lambda *_: 1 / 0)

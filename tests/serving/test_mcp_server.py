@@ -118,14 +118,14 @@ HOSTILE = [
     ("eval", {"run": "https://example.org/model"}, "such"),
     ("eval", {"run": "a\0b"}, "NUL"),
     ("eval", {"run": "x" * 100_000}, "at most 1024"),
-    ("eval", {"run": 5}, "valid string"),
-    ("eval", {"run": "tiny", "rows": "5"}, "valid integer"),
-    ("eval", {"run": "tiny", "rows": 10**9}, "less than or equal"),
-    ("eval", {"run": "tiny", "trust_remote_code": True}, "not permitted"),
+    ("eval", {"run": 5}, "should be a text"),
+    ("eval", {"run": "tiny", "rows": "5"}, "should be an integer"),
+    ("eval", {"run": "tiny", "rows": 10**9}, "at most"),
+    ("eval", {"run": "tiny", "trust_remote_code": True}, "no such argument"),
     ("generate", {"run": "tiny", "prompts": ["x"] * 17}, "at most 16"),
     ("generate", {"run": "tiny", "prompts": ["x" * 9000]}, "at most 8192"),
-    ("generate", {"run": "tiny", "prompts": ["x"], "temperature": float("1e9")}, "less than or equal"),
-    ("data_show", {"settings": run_settings(), "rows": 1000}, "less than or equal"),
+    ("generate", {"run": "tiny", "prompts": ["x"], "temperature": float("1e9")}, "at most"),
+    ("data_show", {"settings": run_settings(), "rows": 1000}, "at most"),
     ("data_check", {"file": "link.jsonl"}, "outside of the folders"),
     ("data_check", {"file": "tiny"}, "no such file"),
     ("train", {"settings": run_settings(output="../out")}, "outside of the folders"),
@@ -255,6 +255,15 @@ def test_rejection_does_not_tell_whether_a_file_outside_exists(agent_folder: Pat
         for path in ("away/secret.jsonl", "away/absent.jsonl"):
             with pytest.raises(UserError, match="outside of the folders"):
                 permissions.config(None, run_settings(data={"train": path}))
+
+
+def test_text_setting_does_not_tell_whether_a_file_outside_exists(agent_folder: Path, tmp_path: Path) -> None:
+    permissions = FolderPermissions([agent_folder], allow_remote=False)
+    existing = tmp_path / "a secret"
+    existing.write_text("secret")
+    for path in (existing, tmp_path / "an absent secret"):
+        values = permissions.config(None, run_settings(task="distill", distill={"prompt": str(path)}))
+        assert values["distill"]["prompt"] == {"text": str(path)}
 
 
 def test_parts_of_a_model_are_checked(agent_folder: Path) -> None:

@@ -214,7 +214,7 @@ def test_teacher_with_different_tokenizer_is_rejected(distill_run, tmp_path, lon
         ({"teachers": [{"weight": 2}]}, "the teacher would be identical"),
         ({"prompt": "p", "beta": 0.2}, "has no beta"),
         ({"prompt": "p", "divergence": "jsd", "beta": 1.0}, "less than 1"),
-        ({"prompt": "p", "on_policy": 1.5}, "less than or equal to 1"),
+        ({"prompt": "p", "on_policy": 1.5}, "at most 1"),
     ],
 )
 def test_invalid_settings_are_rejected(distill, message):

@@ -35,6 +35,7 @@ from deltaw.errors import UserError, format_error, redact
 from deltaw.runs.folder import RUNNING, Run
 from deltaw.runs.permissions import FolderPermissions, require_plain_text
 from deltaw.settings.config import SETTINGS
+from deltaw.settings.expectations import expectation
 from deltaw.version import __version__
 
 # Limits of arguments: characters of a path and of other texts, bytes and nesting depth of settings.
@@ -223,8 +224,13 @@ class AgentServer:
             parsed = model.model_validate(arguments)
         except ValidationError as error:
             first_error = error.errors(include_url=False, include_input=False)[0]
-            location = ".".join(map(str, first_error["loc"]))[:200]
-            raise UserError(str(first_error["msg"]), location=location or name, hint="see the tool's schema") from error
+            location = ".".join(map(str, first_error["loc"]))[:200] or name
+            message = str(first_error["msg"]).removeprefix("Value error, ")
+            phrase = expectation(message)
+            problem = message if phrase is None else f"the value should {phrase}"
+            if first_error["type"] == "extra_forbidden":
+                problem = "there is no such argument"
+            raise UserError(problem, location=location, hint="see the tool's schema") from error
         except RecursionError as error:
             raise UserError("the arguments are nested too deeply", location=name) from error
         return await tool(parsed)

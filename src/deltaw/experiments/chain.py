@@ -175,7 +175,7 @@ def train_stages(
         UserError: If a stage is invalid, in which case nothing is written, or if it fails.
     """
     with preserved_process_state():
-        check_stages(chain, log, skip_finished=not fresh)
+        check_stages(chain, log, skip_finished=not fresh, call_functions=True)
     remaining = len(chain.stages)
     with ExperimentFolder(chain.folder, "chain") as experiment:
         experiment.has_results = True  # keep finished stages if a later one fails

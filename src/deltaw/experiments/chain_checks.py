@@ -24,9 +24,11 @@ from deltaw.methods.start import open_start, resolve_start
 from deltaw.progress import LogFunction, ignore_line, track_progress, use_listener
 from deltaw.runs.checks import check_folder, check_rows, check_settings, check_start_folders, record_file_digests
 from deltaw.runs.folder import FINISHED, Run, settings_text
+from deltaw.runs.memory_check import plan_memory
 from deltaw.runs.save_adapter import save_adapter
 from deltaw.settings.config import SETTINGS, RunConfig
 from deltaw.settings.stages import Chain, Stage, at_stage, map_references
+from deltaw.training.callbacks import Callback
 from deltaw.training.planning.fake_model import FakeModel
 from deltaw.training.session import read_data
 from deltaw.training.task import Task
@@ -68,7 +70,7 @@ def located(chain: Chain, stage: Stage, replace: tuple[str, str] = ("", "")) -> 
 
 
 def check_stages(
-    chain: Chain, log: LogFunction = ignore_line, *, skip_finished: bool = True
+    chain: Chain, log: LogFunction = ignore_line, *, skip_finished: bool = True, call_functions: bool = False
 ) -> dict[str, CheckedStage]:
     """Check all stages before the first one is trained: settings, rows, models, and adapters to start from.
 
@@ -76,6 +78,7 @@ def check_stages(
         chain: The chain.
         log: Receives a message if a stage cannot be checked completely.
         skip_finished: Use the adapters of finished stages, and do not read their rows.
+        call_functions: Call the user's functions, such as rewards, as the start of each stage does.
 
     Returns:
         The stages by name.
@@ -84,7 +87,9 @@ def check_stages(
         UserError: If a stage is invalid.
     """
     with tempfile.TemporaryDirectory(prefix="deltaw-chain-") as temporary:
-        checks = _ChainChecks(chain, Path(temporary).resolve(), log, skip_finished)
+        checks = _ChainChecks(
+            chain, Path(temporary).resolve(), log, skip_finished=skip_finished, call_functions=call_functions
+        )
         for stage in chain.stages:
             with located(chain, stage, (str(checks.placeholders), str(chain.folder))):
                 checks.check(stage)
@@ -99,17 +104,21 @@ class _ChainChecks:
         placeholders: Folder for the placeholders.
         log: Receives a message if a stage cannot be checked completely.
         skip_finished: Use the adapters of finished stages.
+        call_functions: Call the user's functions.
 
     Attributes:
         checked: The stages so far by name.
     """
 
-    def __init__(self, chain: Chain, placeholders: Path, log: LogFunction, skip_finished: bool) -> None:
+    def __init__(
+        self, chain: Chain, placeholders: Path, log: LogFunction, *, skip_finished: bool, call_functions: bool
+    ) -> None:
         self.placeholders = placeholders
         self.checked: dict[str, CheckedStage] = {}
         self._chain = chain
         self._log = log
         self._skip_finished = skip_finished
+        self._call_functions = call_functions
         self._adapters: dict[str, Path | None] = {}
 
     def check(self, stage: Stage) -> None:
@@ -140,6 +149,8 @@ class _ChainChecks:
             self._adapters[stage.name] = output
             return
         task, data = self._check_without_model(config)
+        if config.memory is not None:
+            plan_memory(self.checked[stage.name].planned, task, data, Callback())
         with track_progress(f"checking stage '{stage.name}'"), use_listener(None):
             self._adapters[stage.name] = self._save_placeholder(stage, config, task, data)
 
@@ -148,6 +159,8 @@ class _ChainChecks:
         with track_progress("checking the rows"):
             task, data = read_data(config, ignore_line)
             check_rows(config, task, data)
+            if self._call_functions:
+                task.check(data, call=True)
         return task, data
 
     def _save_placeholder(self, stage: Stage, config: RunConfig, task: Task[Any], data: RunData) -> Path | None:

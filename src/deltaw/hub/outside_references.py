@@ -12,7 +12,7 @@ from pathlib import Path
 
 from deltaw.errors import UserError
 from deltaw.hub.shards import UNTRUSTED_HINT, shard_names
-from deltaw.untrusted_paths import is_inside, require_contained
+from deltaw.untrusted_paths import AllowedFolders, is_inside, require_contained
 
 ADAPTER_CONFIG = "adapter_config.json"
 # Tokenizer settings that transformers opens as files, in addition to those that end in "_file". The exception is
@@ -54,7 +54,8 @@ def _require_inside(folder: Path, key: str, name: object) -> None:
         exists = os.path.exists(folder / name)
     except ValueError:  # not a valid path
         return
-    if exists:
+    # A restricted process must not reveal which files exist.
+    if exists or AllowedFolders.of_process() is not None:
         message = f"the tokenizer's '{key}' is the file '{name}', which is not in the model's folder"
         raise UserError(message, location=str(folder / "tokenizer_config.json"), hint=UNTRUSTED_HINT)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from deltaw.errors import UserError
 from deltaw.settings.config import RunConfig
-from deltaw.settings.fields import TextSource
+from deltaw.settings.fields import TextSource, without_file_lookup
 from deltaw.settings.local_names import replace_names
 from deltaw.settings.model_parts import parse_parts
 from deltaw.untrusted_paths import AllowedFolders
@@ -103,7 +103,8 @@ class FolderPermissions:
         path = None if file is None else Path(self.path(file, "file"))
         if path is not None:
             require_small_file(path, "file")
-        values: dict[str, Any] = RunConfig.read(path, overrides).model_dump(mode="json")
+        with without_file_lookup():
+            values: dict[str, Any] = RunConfig.read(path, overrides).model_dump(mode="json")
         for key in ("trust_remote_code", "track", "force"):
             if values[key]:
                 raise UserError("this is not allowed here", location=key, hint=f"remove {key}")

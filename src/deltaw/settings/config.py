@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 from deltaw.errors import UserError, did_you_mean, find_similar_files
 from deltaw.settings import aliases, method_registry, registry, task_registry
 from deltaw.settings.data import DataSettings
+from deltaw.settings.expectations import expectation
 from deltaw.settings.fields import Auto, setting
 from deltaw.settings.local_names import LocalPath
 from deltaw.settings.model_parts import ModelReference
@@ -253,8 +254,22 @@ def _nested(settings_class: type, description: str) -> Any:
     return Field(default_factory=settings_class, description=description)
 
 
-class RunConfig(BaseModel):
-    """All settings of a run."""
+class _ReportedErrors(type(BaseModel)):  # type: ignore[misc]
+    """Metaclass of models whose constructor raises UserErrors, as :meth:`RunConfig.read` does."""
+
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        try:
+            return super().__call__(*args, **values)
+        except ValidationError as error:
+            raise _as_user_error(error, "the settings") from error
+
+
+class RunConfig(BaseModel, metaclass=_ReportedErrors):
+    """All settings of a run.
+
+    Raises:
+        UserError: if a key is unknown or a value is invalid.
+    """
 
     model_config = ConfigDict(extra="forbid", defer_build=True)
 
@@ -727,14 +742,6 @@ def merge_settings(below: Mapping, above: Mapping) -> dict:
     return merged
 
 
-def _expectation(message: str) -> str:
-    """Return the expectation of a pydantic message ("Input should be …") without its subject and parser details."""
-    message = message.removeprefix("Value error, ")
-    if not message.startswith("Input should "):
-        return f"be right: {message[:1].lower()}{message[1:]}"
-    return message.removeprefix("Input should ").partition(", unable")[0]
-
-
 def _as_user_error(error: ValidationError, location: str) -> UserError:
     problems = []
     hints = []
@@ -759,7 +766,9 @@ def _as_user_error(error: ValidationError, location: str) -> UserError:
             if f"{key}." in sections:
                 expectations[key] = ["be a section of keys and values"]
             else:
-                expectations.setdefault(key, []).append(_expectation(problem["msg"]))
+                message = problem["msg"].removeprefix("Value error, ")
+                phrase = expectation(message) or f"be right: {message[:1].lower()}{message[1:]}"
+                expectations.setdefault(key, []).append(phrase)
     if missing:
         flags = " ".join(f"--{key} {key.upper()}" for key in missing)
         files = [n for n in find_similar_files(Path("train.yaml"), _is_yaml_file) if _is_yaml_file(Path(n))]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -29,6 +31,20 @@ def setting(default: Any, description: str, when: str = "", **constraints: Any) 
         constraints: Constraints of the value, as for a pydantic field.
     """
     return Field(default, description=description, json_schema_extra={"when": when} if when else None, **constraints)
+
+
+# False while settings from outside are read, because a lookup would reveal which files exist.
+_LOOKS_UP_FILES = ContextVar("looks_up_files", default=True)
+
+
+@contextlib.contextmanager
+def without_file_lookup() -> Iterator[None]:
+    """Context in which a text is a file only if it looks like a path, whether or not the file exists."""
+    token = _LOOKS_UP_FILES.set(False)
+    try:
+        yield
+    finally:
+        _LOOKS_UP_FILES.reset(token)
 
 
 class TextSource(BaseModel):
@@ -66,7 +82,9 @@ class TextSource(BaseModel):
         if not value.strip():
             return None
         could_be_path = "\n" not in value and len(value) <= 1024
-        is_file = could_be_path and (_FILE_NAME.fullmatch(value) or Path(os.path.expanduser(value)).is_file())
+        looks_like_path = could_be_path and _FILE_NAME.fullmatch(value) is not None
+        exists = could_be_path and _LOOKS_UP_FILES.get() and Path(os.path.expanduser(value)).is_file()
+        is_file = looks_like_path or exists
         return cls(file=value) if is_file else cls(text=value)
 
     def read(self, location: str) -> str:

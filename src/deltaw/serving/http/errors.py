@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from deltaw.decoding.request import BusyError, UnknownAdapterError, UnsupportedError
 from deltaw.errors import UserError, nearest
+from deltaw.settings.expectations import expectation
 
 # Error types of the OpenAI API. Other 4xx are "invalid_request_error", other 5xx "server_error".
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -109,6 +110,8 @@ def validation_error(error: ValidationError, fields: Mapping[str, object]) -> Ap
         message = f"'{param}': '{first['ctx']['tag'][:80]}' is not supported: use {first['ctx']['expected_tags']}"
     elif kind == "missing":
         message = f"the field '{param}' is missing"
+    elif param and (phrase := expectation(message)) is not None:
+        message = f"'{param}' should {phrase[:500]}"
     elif param and param not in message:
         message = f"'{param}': {message[:500]}"
     code = _CODES.get(kind, "invalid_type" if kind.endswith("_type") else "invalid_value")
