@@ -263,7 +263,7 @@ def test_memory_limit_of_later_stage_is_checked_before_first_step(make_chain, mo
 
 def test_failing_reward_of_later_stage_is_called_before_first_step(make_chain, tmp_path, monkeypatch):
     rewards = tmp_path / "rewards.py"
-    rewards.write_text("def broken(completion, columns):\n    raise ValueError('no reward')\n")
+    rewards.write_text("def broken(completion, prompt):\n    raise ValueError('no reward')\n")
     chain = make_chain({}, {**REWARD, "reward": {**REWARD["reward"], "functions": [f"{rewards}:broken"]}})
     monkeypatch.setattr(chain_module, "fit", lambda *_, **__: pytest.fail("a stage was trained"))
     error = refusal(list, train_stages(chain))
