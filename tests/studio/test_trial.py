@@ -257,7 +257,7 @@ def test_files_to_score_can_hold_rows_and_none_is_selected_first(client) -> None
 
 
 def test_models_that_are_not_served_are_tried_on_a_file(client) -> None:
-    for task, is_served in (("sequence-classification", True), ("regression", False)):
+    for task, is_served in (("sequence-classification", True), ("regression", True), ("image-classification", False)):
         (write_run(client, task) / "run.yaml").write_text(f"model: some/model\ntask: {task}\n")
         text = client.get(f"/runs/try/runs/{task}").text
         assert ("/trial/part" in text) is is_served and ("are tried on a file" in text) is not is_served

@@ -31,7 +31,7 @@ from deltaw.cache.keys import versions
 from deltaw.data.chunk import Account, ChunkReader, LongRows, Systems, frequent, no_rows_error, shared_system
 from deltaw.data.example import Example
 from deltaw.data.formats import RowFormat, choose_form, unused_columns
-from deltaw.data.report import BadRows, PreparationReport, ReadProgress
+from deltaw.data.report import BadRows, LabelNumbers, PreparationReport, ReadProgress
 from deltaw.data.row_images import ImagePlacer
 from deltaw.data.row_store import FORMAT, DamagedRowsError, DiskRows, MemoryRows, RowStore, schema
 from deltaw.data.row_stream import RowStream, sample
@@ -537,9 +537,14 @@ class _SourceReader:
             metadata: Metadata stored with the rows.
             skipped: File with the list of skipped rows.
         """
-        if metadata["report"]["bad_rows"]:
+        report = metadata["report"]
+        if report["bad_rows"]:
             self.bad.extend(BadRows.read(skipped).lines())
-        counts = metadata["report"] | {"unused_columns": tuple(metadata["report"]["unused_columns"])}
+        counts = {
+            **report,
+            "unused_columns": tuple(report["unused_columns"]),
+            "label_numbers": tuple(LabelNumbers(**numbers) for numbers in report["label_numbers"]),
+        }
         return ReadResult(rows, PreparationReport(source=self.name, **counts), list(metadata["ends"]))
 
     def read_into(self, writer: RowWriter) -> ReadResult:

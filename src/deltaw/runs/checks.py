@@ -97,7 +97,7 @@ def _check_start_base(config: RunConfig, task: Task[Any], data: RunData, start: 
     Fingerprints of files with converted weights, such as .gguf, and of models with new or trained modules, are checked
     after loading.
     """
-    if task.trains_head or start.has_modules:
+    if task.trains_head or start.has_modules or resolve(config.model).kind == "gguf":
         return
     with torch.device("meta"):
         model = skeleton(config.model, dtype="fp32", task=config.task, trust_remote_code=config.trust_remote_code)

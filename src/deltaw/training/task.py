@@ -470,7 +470,7 @@ class Task(abc.ABC, Generic[ObjectiveType]):
         with self.model_context(model, batcher), track_progress("evaluating"):
             evaluation = self.evaluate(objective, rows, batcher, opened.classes)
         warning = None
-        if generator is not None:
+        if generator is not None and self.answers_rows:
             warning = exact_match_warning(rows, evaluation, opened.tokenizer, generator)
         if not options.num_answers or not self.answers_rows:
             return EvaluationScore(evaluation, warning=warning)
