@@ -304,7 +304,7 @@ def _require_exact(schema: object, key: str = "", *, is_value: bool = False) -> 
     elif isinstance(schema, list):
         for value in schema:
             _require_exact(value, is_value=is_value)
-    elif isinstance(schema, int | Decimal):
+    elif isinstance(schema, (int, Decimal)):
         is_clamped = key == "maximum" and schema >= _MAX_INT64
         is_clamped |= key == "exclusiveMaximum" and schema > _MAX_INT64
         # The next integer after an exclusive limit must be exact, too.

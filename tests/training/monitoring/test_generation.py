@@ -141,6 +141,17 @@ def test_automatic_rate_depends_on_loss_and_reports_reason(preference_run, setti
     assert f"times {factor:g}" in session.chosen["train.learning_rate"].why
 
 
+@pytest.mark.parametrize("method", ["lora", "prompt"])
+def test_answers_before_training_are_those_of_start_from(preference_run, method):
+    first = fit(preference_run("first", learning_rate=0.3, epochs=4) | {"method": method})
+    tiny = preference_run("second", learning_rate=1e-9, max_steps=1)
+    second = fit(tiny | {"method": method, "start_from": str(first.output)})
+    before = second.generation[DATA]["before"]
+    after = second.generation[DATA]["after"]
+    assert before["log_prob"] == pytest.approx(after["log_prob"], abs=1e-4)
+    assert before["log_prob"] != pytest.approx(first.generation[DATA]["before"]["log_prob"], abs=1e-2)
+
+
 def test_plan_of_preference_run_includes_generation(preference_run):
     assert plan(preference_run("run")).phases["rollouts"] > 0
 

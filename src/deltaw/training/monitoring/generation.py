@@ -252,8 +252,8 @@ def max_new_tokens(session: Session) -> int:
 
 
 @dataclass(frozen=True)
-class BaseAnswers:
-    """Prompts with the base model's answers, as it sees them.
+class ReferenceAnswers:
+    """Prompts with the answers of the reference model, as it sees them.
 
     Attributes:
         rows: each with a reference text as its labels: the expected answer, or the base model's answer. Rows of rewards
@@ -272,13 +272,14 @@ class BaseAnswers:
 class GenerationCheck:
     """Answers prompts before and after the training of a session. Create it before the first step.
 
-    If the method keeps the base model, all prompts are answered at the end. Otherwise the base model answers first.
+    The answers before training are those of the reference model: the adapter of ``start_from`` or the base model. If
+    it can be restored after training, all prompts are answered at the end. Otherwise it answers first.
     """
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._keeps_base = session.method.can_restore_base(session.model)
-        self._references = [] if self._keeps_base else self._base_answers()
+        self._keeps_base = session.method.can_restore_base(session.model) and not session.uses_start_reference
+        self._references = [] if self._keeps_base else self._reference_answers()
 
     def measure(self) -> dict[str, object]:
         """Compare the answers of the trained model with those before training; empty if the run is not checked.
@@ -288,7 +289,7 @@ class GenerationCheck:
         session = self._session
         with track_progress("comparing answers before and after training"):
             if self._keeps_base:
-                self._references = self._base_answers()
+                self._references = self._reference_answers()
             rows = [render_example(row, session.method) for reference in self._references for row in reference.rows]
             if not rows:
                 return {}
@@ -299,8 +300,8 @@ class GenerationCheck:
         rate = f"{session.learning_rate / 3:.1g}"
         return verdict_of(comparisons, f"lower train.learning_rate, for example to {rate}, or train fewer steps")
 
-    def _compared(self, reference: BaseAnswers, answers: Iterator[GeneratedCompletion]) -> AnswerComparison:
-        """Compare the base model's answers with the trained model's, which are taken from ``answers``."""
+    def _compared(self, reference: ReferenceAnswers, answers: Iterator[GeneratedCompletion]) -> AnswerComparison:
+        """Compare the answers of the reference model with the trained model's, which are taken from ``answers``."""
         session = self._session
         rows = reference.rows
         of_data = reference.name == DATA
@@ -317,8 +318,8 @@ class GenerationCheck:
         length = float(np.mean(lengths)) if lengths else None
         return AnswerComparison(reference.name, reference.limit, *metrics, length, reference.checks_cut)
 
-    def _base_answers(self) -> list[BaseAnswers]:
-        """Answer the prompts of the data and the general prompts with the base model."""
+    def _reference_answers(self) -> list[ReferenceAnswers]:
+        """Answer the prompts of the data and the general prompts with the reference model."""
         session = self._session
         sets = {}
         if not is_checked(session):
@@ -330,19 +331,22 @@ class GenerationCheck:
             check_size(session.model)
             sets[GENERAL] = session.general_answers(DRIFT_PROMPTS)[::2]
         with session.method.base_model_active(session.model) if self._keeps_base else contextlib.nullcontext():
-            return [self._answered_by_base(name, rows) for name, rows in sets.items()]
+            return [self._answered(name, rows) for name, rows in sets.items()]
 
-    def _answered_by_base(self, name: str, rows: Sequence[Example]) -> BaseAnswers:
+    def _answered(self, name: str, rows: Sequence[Example]) -> ReferenceAnswers:
         session = self._session
-        if name == GENERAL:  # their labels are the answers
+        is_base = not session.uses_start_reference
+        if name == GENERAL and is_base:  # their labels are the answers
             pairs = [(row.tokens[row.prompt_length :], row.answer or "") for row in rows]
             answers = [GeneratedCompletion(t, text, len(t) < MAX_ANSWER_TOKENS) for t, text in pairs]
-            return BaseAnswers(name, MAX_ANSWER_TOKENS, rows, answers, self._log_probs(rows))
-        limit = answer_limit(session, rows)
+            return ReferenceAnswers(name, MAX_ANSWER_TOKENS, rows, answers, self._log_probs(rows))
+        limit = MAX_ANSWER_TOKENS if name == GENERAL else answer_limit(session, rows)
         rows = [_without_undesired(row.without_prefix(session.method.virtual_tokens)) for row in rows]
-        answers = session.complete([row.tokens[: row.prompt_length] for row in rows], limit, of_base=True)
-        checks_cut = any(row.label_count for row in rows) or limit == session.generation_limits.max_new_tokens
-        return BaseAnswers(name, limit, rows, answers, self._log_probs(rows), checks_cut)
+        seen = rows if is_base else [render_example(row, session.method) for row in rows]
+        answers = session.complete([row.tokens[: row.prompt_length] for row in seen], limit, of_base=is_base)
+        has_known_length = any(row.label_count for row in rows) or limit == session.generation_limits.max_new_tokens
+        checks_cut = name == DATA and has_known_length
+        return ReferenceAnswers(name, limit, rows, answers, self._log_probs(seen), checks_cut)
 
     def _log_probs(self, rows: Sequence[Example]) -> list[np.ndarray]:
         with self._session.running():
