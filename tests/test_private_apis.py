@@ -25,7 +25,7 @@ from tests.test_structure import tree_of
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "deltaw"
-PRIVATE_MODULES = {"kernels/torch_private.py", "hub/transformers_private.py"}
+PRIVATE_MODULES = {"kernels/torch_private.py", "kernels/torch_modules.py", "hub/transformers_private.py"}
 # Documented names of the Python standard library.
 STANDARD = {"_exit", "_getframe", "_make", "_replace", "_fields_"}
 # Functions that take the name of an attribute.
@@ -175,15 +175,15 @@ def test_train_plan_and_generate_work_without_all_names(run_without_names) -> No
     _check(lists, expected, answers)
 
 
-def _without(monkeypatch: pytest.MonkeyPatch, *names: str) -> ModuleType:
-    """Load a second ``torch_private`` as if torch lacked these names."""
+def _without(monkeypatch: pytest.MonkeyPatch, *names: str, of: ModuleType = torch_private) -> ModuleType:
+    """Load a second copy of a module with private names as if torch lacked these names."""
     original = private_apis.look_up
 
     def look_up(owner: object, path: str) -> object:
         return None if set(names) & set(path.split(".")) else original(owner, path)
 
     monkeypatch.setattr(private_apis, "look_up", look_up)
-    spec = importlib.util.spec_from_file_location("torch_private_without", torch_private.__file__)
+    spec = importlib.util.spec_from_file_location("private_names_without", of.__file__)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -193,7 +193,8 @@ def _without(monkeypatch: pytest.MonkeyPatch, *names: str) -> ModuleType:
 def test_all_names_exist_in_this_torch_version() -> None:
     missing = [
         node.args[1].value
-        for node in ast.walk(ast.parse(Path(torch_private.__file__).read_text(encoding="utf-8")))
+        for module in (torch_private, torch_modules)
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and ast.unparse(node).startswith("look_up(torch,")
         if private_apis.look_up(torch, node.args[1].value) is None
     ]
@@ -234,12 +235,13 @@ def test_softmax_and_view_fallbacks_match_values_and_gradients(monkeypatch: pyte
 
 
 def test_module_tables_match_public_apis(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = _without(monkeypatch, "_parameters")
+    other = _without(monkeypatch, "_parameters", of=torch_modules)
     module = nn.Sequential(nn.Linear(2, 3, bias=False), nn.BatchNorm1d(3))
     module[0].register_parameter("again", module[0].weight)
     for submodule in module.modules():
         for table in ("direct_parameters", "direct_buffers", "direct_modules"):
-            private, fallback = getattr(torch_private, table)(submodule), getattr(other, table)(submodule)
+            private = getattr(torch_modules, table)(submodule)
+            fallback = getattr(other, table)(submodule)
             assert fallback.keys() == private.keys() and all(fallback[name] is private[name] for name in fallback)
     copies = {"with_tensors": (module[0], {}), "share_parameters": (module[0], {})}
     for function, args in {"cast_module": (nn.Linear, module[0]), **copies}.items():
@@ -256,7 +258,7 @@ def test_copy_with_other_tensors_does_not_change_the_module() -> None:
 
 
 def test_hooks_are_detected_and_removed_by_id(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = _without(monkeypatch, "_backward_hooks")
+    other = _without(monkeypatch, "_backward_hooks", of=torch_modules)
     module = nn.Linear(2, 2)
     assert not torch_modules.are_hooked([vars(module)]) and other.are_hooked([vars(module)])
     handles = [module.register_forward_pre_hook(print), module.register_forward_hook(print, always_call=True)]
@@ -270,7 +272,7 @@ def test_overridden_convolution_forward_is_detected_without_private_names(monkey
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return input
 
-    for module in (torch_private, _without(monkeypatch, "_conv_forward")):
+    for module in (torch_modules, _without(monkeypatch, "_conv_forward", of=torch_modules)):
         assert module.convolves_as(nn.Conv1d, nn.Conv1d) and not module.convolves_as(Other, nn.Conv1d)
 
 

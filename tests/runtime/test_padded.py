@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deltaw.kernels import loader
-from deltaw.runtime import packed
+from deltaw.runtime import padded
 from deltaw.runtime.padded import padded_rows
 from tests.runtime.families import VOCABULARY, encoder_of, relative_error
 from tests.runtime.test_fused import count_runs
@@ -45,11 +45,11 @@ def test_image_model_outputs_match():
 
 @pytest.mark.skipif(loader.library() is None, reason="no compiled kernels: torch's own attention runs")
 def test_kernels_run_only_for_right_padding(monkeypatch):
-    attention_calls, original, model = [], packed.packed_attention, encoder_of("Bert")
+    attention_calls, original, model = [], padded.packed_attention, encoder_of("Bert")
     tokens = torch.randint(3, VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(0))
     with padded_rows(model):  # recognition also runs blocks
         pass
-    monkeypatch.setattr(packed, "packed_attention", lambda *a, **k: attention_calls.append(1) or original(*a, **k))
+    monkeypatch.setattr(padded, "packed_attention", lambda *a, **k: attention_calls.append(1) or original(*a, **k))
     block_runs = count_runs(monkeypatch)
     for row, calls in (([0, 0, 1, 1, 1, 1], 0), ([1, 1, 1, 0, 0, 0], 2)):
         mask = torch.tensor([[1] * 6, row])

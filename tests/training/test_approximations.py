@@ -241,7 +241,7 @@ def test_failing_approximation_is_disabled_during_the_run(bf16_run, monkeypatch)
             if step.step == 1:
                 rescale(models[-1], 64)
 
-    monkeypatch.setattr("deltaw.runs.load_model.load_model", loading)
+    monkeypatch.setattr("deltaw.runs.training_run.load_model", loading)
     output, resumed_output = Changing(), RecordingCallback()
     result = fit(bf16_run("failing"), callback=output)
     assert [line for line in output.lines if line.startswith("approximation disabled from step 2: gradients")]

@@ -19,5 +19,5 @@ def worst(monkeypatch: pytest.MonkeyPatch) -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Advance the clock by a quarter of a second per reading. A step reads it several times."""
     readings = itertools.count()
-    for module in ("runs.fit", "training.monitoring.monitor"):
+    for module in ("runs.training_run", "training.monitoring.monitor"):
         monkeypatch.setattr(f"deltaw.{module}.now", lambda: 0.25 * next(readings))
