@@ -304,11 +304,13 @@ def _require_exact(schema: object, key: str = "", *, is_value: bool = False) -> 
     elif isinstance(schema, list):
         for value in schema:
             _require_exact(value, is_value=is_value)
-    elif isinstance(schema, (int, Decimal)):
-        is_clamped = key == "maximum" and schema >= _MAX_INT64
-        is_clamped |= key == "exclusiveMaximum" and schema > _MAX_INT64
+    elif isinstance(schema, int | Decimal):
+        number = Decimal(schema)
+        is_clamped = key == "maximum" and number >= _MAX_INT64
+        is_clamped |= key == "exclusiveMaximum" and number > _MAX_INT64
         # The next integer after an exclusive limit must be exact, too.
-        is_exact = _is_exact(Decimal(schema)) and not (key.startswith("exclusive") and abs(schema) >= 2**53)
+        has_exact_neighbors = not key.startswith("exclusive") or abs(number) < 2**53
+        is_exact = _is_exact(number) and has_exact_neighbors
         if not (is_clamped and not is_value) and not is_exact:
             limit = "write integers up to 2^53, or up to 15 digits"
             raise UserError(f"the number {str(schema)[:50]} cannot be represented exactly: {limit}")
