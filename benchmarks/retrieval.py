@@ -27,8 +27,8 @@ import torch
 import yaml
 from machine import print_machine
 
+from deltaw.data.bad_rows import BadRows
 from deltaw.data.example import LabeledExample
-from deltaw.data.report import BadRows
 from deltaw.evaluation.mining import MiningSettings, mine, read_pairs, write_mined
 from deltaw.hub.packages import member
 from deltaw.runs.fit import fit

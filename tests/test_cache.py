@@ -77,7 +77,7 @@ def test_every_listed_dependency_exists():
 
 def test_row_dependencies_include_all_modules_that_read_rows():
     """Modules that ``data`` imports must be dependencies, except those for batches, file lookup, CPUs and settings."""
-    from deltaw.data.stored_rows import CACHE_DEPENDENCIES
+    from deltaw.data.row_cache_keys import CACHE_DEPENDENCIES
 
     exempt = {"kernels", "errors", "atomic_files", "cache", "untrusted_paths", "progress", "platforms"}
     exempt |= {"settings.registry", "settings.task_registry", "settings.fields", "settings.local_names"}

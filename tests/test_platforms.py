@@ -25,7 +25,7 @@ import deltaw.cli
 from deltaw import platforms
 from deltaw.atomic_files import atomic_path, write_text
 from deltaw.data.chat_template import with_date
-from deltaw.data.template_worker import format_date
+from deltaw.data.template_functions import format_date
 from deltaw.errors import UserError, escape_control_characters
 from deltaw.hub.packages import _check_inside
 from deltaw.lora.files import read_tensors

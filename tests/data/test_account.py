@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
+from deltaw.data.bad_rows import BadRowError
 from deltaw.data.prepare import prepare, prepare_file
-from deltaw.data.report import BadRowError
 from deltaw.data.row_reader import RunData
 from deltaw.settings.data import DataSettings
 from tests.data.chat_templates import tokenizer_of

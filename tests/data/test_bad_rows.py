@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deltaw.data.report import BadRowError, BadRows
+from deltaw.data.bad_rows import BadRowError, BadRows
 from deltaw.data.sources import read_rows, row_errors
 from deltaw.errors import UserError
 

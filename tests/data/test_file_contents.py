@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from deltaw.data.report import BadRows
+from deltaw.data.bad_rows import BadRows
 from deltaw.data.sources import open_source, read_rows, with_lines
 from tests.conftest import refusal
 

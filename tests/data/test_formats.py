@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from deltaw.data.bad_rows import BadRowError
 from deltaw.data.formats import FORMS, Pair, Record, Text, choose_form, read_records, unused_columns
 from deltaw.data.messages import (
     Conversation,
@@ -19,7 +20,6 @@ from deltaw.data.messages import (
     read_tools,
     unlabel_blank_answers,
 )
-from deltaw.data.report import BadRowError
 from deltaw.data.rows import NumberedRows
 from tests.data.conftest import assistant, refusal, user
 

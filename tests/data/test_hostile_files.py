@@ -26,13 +26,14 @@ import pyarrow.parquet
 import pytest
 from PIL import Image, PngImagePlugin
 
-from deltaw.data import arrow_rows, formats, image_files, row_files, sources
+from deltaw.data import arrow_rows, compressed_files, formats, image_files, json_list, sources, tables
+from deltaw.data.bad_rows import TOO_LONG
 from deltaw.data.images import ImageEncoder
+from deltaw.data.json_values import LEVELS
 from deltaw.data.pixels import ImageExample, LabelColumns, read_images
 from deltaw.data.prepare import prepare
-from deltaw.data.report import TOO_LONG
-from deltaw.data.row_files import LEVELS
-from deltaw.data.sources import choose_rows, open_source, read_rows
+from deltaw.data.row_selection import choose_rows
+from deltaw.data.sources import open_source, read_rows
 from deltaw.errors import UserError
 from deltaw.hub import packages
 from deltaw.reports.starter import preview_data
@@ -272,7 +273,7 @@ def test_closed_reader_stops_its_decoder(started: tuple[Generator[Any, None, Non
 
 @pytest.mark.parametrize("block", [1, 7, 1000])
 def test_json_list_rows_do_not_depend_on_the_block_size(block, write, monkeypatch):
-    monkeypatch.setattr(row_files, "_BLOCK", block)
+    monkeypatch.setattr(json_list, "_CHARACTERS", block)
     pick = random.Random(block)
     values = [None, True, -1.5e-9, 12345, 'é\\"\n\u2028', [], {"a": [1, {"b": "]}"}]}, float("-inf")]
     for _ in range(30):
@@ -297,7 +298,7 @@ def test_json_list_rows_do_not_depend_on_the_block_size(block, write, monkeypatc
 )
 @pytest.mark.parametrize("block", [1, 2**18])
 def test_json_list_error_has_a_row_location(text, message, location, block, write, monkeypatch):
-    monkeypatch.setattr(row_files, "_BLOCK", block)
+    monkeypatch.setattr(json_list, "_CHARACTERS", block)
     error = refusal(read_rows, write(text, "d.json"))
     assert message in error.message and location in str(error.location)
 
@@ -503,7 +504,7 @@ def test_compressed_text_may_not_expand_out_of_proportion(
     path = tmp_path / f"d.json{suffix}"
     path.write_bytes(module.compress(b"[" + b'{"text":"a"},' * 100_000 + b'{"text":"a"}]'))
     assert len(read_rows(str(path))) == 100_001
-    monkeypatch.setattr(row_files, "MIN_EXPANDED_BYTES", 2**20)
+    monkeypatch.setattr(compressed_files, "MIN_EXPANDED_BYTES", 2**20)
     assert "256 times its size" in refusal(read_rows, str(path)).message
 
 
@@ -516,5 +517,5 @@ def test_number_of_columns_is_limited_and_names_are_compared_in_linear_time(
     monkeypatch.setattr(formats, "did_you_mean", lambda name, names: compared.append(name) or "")
     assert "no format" in refusal(preview_data, str(path)).message
     assert len(compared) <= 100
-    monkeypatch.setattr(row_files, "MAX_COLUMNS", 2999)
+    monkeypatch.setattr(tables, "MAX_COLUMNS", 2999)
     assert "3,000 columns" in refusal(read_rows, str(path)).message

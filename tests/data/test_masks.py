@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from deltaw.data.bad_rows import BadRowError
 from deltaw.data.formats import Pair, Record, Text
 from deltaw.data.messages import Conversation, Message, conversation
-from deltaw.data.report import BadRowError
 from deltaw.data.templates import Encoded, Encoder
 from tests.data.chat_templates import tokenizer_of
 from tests.data.conftest import assistant, refusal, user

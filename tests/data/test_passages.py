@@ -7,7 +7,7 @@ import gzip
 import pandas
 import pytest
 
-from deltaw.data.report import BadRowError, BadRows
+from deltaw.data.bad_rows import BadRowError, BadRows
 from deltaw.errors import UserError
 from deltaw.evaluation.mining import read_pairs, read_passages, text_key
 from tests.conftest import refusal, write_rows

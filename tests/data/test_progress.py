@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from deltaw.data import report
-from deltaw.data.report import ReadProgress
+from deltaw.data import read_progress
+from deltaw.data.read_progress import ReadProgress
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def log_progress(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[in
 
     def lines(title: str, size: int, seconds: range, rows: int, size_read: int = 0) -> list[tuple[int, str]]:
         clock, logged = SimpleNamespace(now=0.0), []
-        monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: 100.0 + clock.now))
+        monkeypatch.setattr(read_progress, "time", SimpleNamespace(monotonic=lambda: 100.0 + clock.now))
         progress = ReadProgress(lambda line: logged.append((clock.now, line)), title, size)
         for clock.now in seconds:
             progress.update(clock.now * rows, clock.now * size_read)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from deltaw.data.report import BadRows
+from deltaw.data.bad_rows import BadRows
 from deltaw.data.row_store import digest_of_rows
 from deltaw.settings.data import DataSettings
 from deltaw.tasks.embedding.rows import EmbeddingReader

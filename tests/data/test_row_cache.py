@@ -14,12 +14,12 @@ from unittest.mock import Mock
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from deltaw.data import row_stream, stored_rows
+from deltaw.data import row_cache, row_stream, stored_rows
 from deltaw.data.chunk import ChunkReader
 from deltaw.data.prepare import prepare, prepare_file
+from deltaw.data.row_cache import RowCache
 from deltaw.data.row_reader import RunData
 from deltaw.data.row_store import DiskRows, MemoryRows
-from deltaw.data.stored_rows import RowCache
 from deltaw.settings.data import DataSettings
 from tests.caches import invalidate
 from tests.conftest import write_rows
@@ -91,8 +91,8 @@ def test_rows_on_disk_equal_rows_in_memory(data, folder, monkeypatch):
         small, _ = prepare_logged(data, **{"cache": False, **settings})
         assert isinstance(small.train.store, MemoryRows)
         with monkeypatch.context() as patch:
-            patch.setattr(stored_rows, "SPILL_BYTES", 0)
-            patch.setattr(stored_rows, "BATCH_ROWS", 10)
+            patch.setattr(row_cache, "SPILL_BYTES", 0)
+            patch.setattr(row_cache, "BATCH_ROWS", 10)
             patch.setattr(row_stream, "MEMORY_BYTES", 0)
             patch.setattr(row_stream, "CHUNK_ROWS", 7)
             large, _ = prepare_logged(data, **{"cache": False, **settings})
@@ -187,7 +187,7 @@ def test_damaged_entry_is_detected_and_recreated(suffix, change, data, folder, t
 
 
 def test_damage_between_samples_is_detected_on_read(data, folder, tokenized, monkeypatch):
-    monkeypatch.setattr(stored_rows, "sample", lambda file, size, digest: None)
+    monkeypatch.setattr(row_cache, "sample", lambda file, size, digest: None)
     prepare_logged(data, eval=None)
     (path,) = folder.glob("*.arrow")
     with path.open("r+b") as file:
@@ -219,14 +219,14 @@ def kill(*_: object, **__: object) -> None:
 
 
 def kill_after_write() -> None:
-    write = stored_rows.RowWriter._write
-    stored_rows.RowWriter._write = lambda self: kill(write(self))
+    write = row_cache.RowWriter._write
+    row_cache.RowWriter._write = lambda self: kill(write(self))
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda: setattr(stored_rows.RowWriter, "_write", kill),  # before anything is written
+        lambda: setattr(row_cache.RowWriter, "_write", kill),  # before anything is written
         lambda: setattr(RowCache, "describe", kill),  # rows are written, their description is not
         kill_after_write,
     ],
@@ -276,7 +276,7 @@ def test_unwritable_cache_is_an_error_only_on_request(data, tmp_path, monkeypatc
 
 
 def test_full_disk_raises_if_rows_must_be_spilled(data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stored_rows, "SPILL_BYTES", 0)
+    monkeypatch.setattr(row_cache, "SPILL_BYTES", 0)
     monkeypatch.setattr(MemoryRows, "batch", Mock(side_effect=OSError(28, "No space left on device")))
     assert "No space left" in refusal(prepare_logged, data).message
     assert entries(folder) == [] and not list(folder.glob(".*.part"))

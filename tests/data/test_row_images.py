@@ -17,13 +17,13 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from deltaw.data import row_images
+from deltaw.data.bad_rows import BadRowError, BadRows
 from deltaw.data.chunk import ChunkReader
 from deltaw.data.example import Example, token_spans
 from deltaw.data.formats import choose_form
 from deltaw.data.messages import read_prompt
 from deltaw.data.prepare import TextReader, encode_prompt, prepare
 from deltaw.data.prompts import QuestionReader
-from deltaw.data.report import BadRowError, BadRows
 from deltaw.data.row_images import MARKER, PlacedImage, RowImage, take_images
 from deltaw.data.row_reader import RunData
 from deltaw.data.rows import NO_FOLDER, NumberedRows, RowFolder

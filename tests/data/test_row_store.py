@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.data.example import Example
+from deltaw.data.row_cache import RowWriter
 from deltaw.data.row_store import DamagedRowsError, DiskRows, MemoryRows, RowView, schema
-from deltaw.data.stored_rows import RowWriter
 from tests.data.conftest import refusal
 from tests.data.hostile_files import write_arrow
 

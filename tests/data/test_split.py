@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from deltaw.data.prepare import prepare
 from deltaw.data.report import PreparationReport
-from deltaw.data.sources import group_keys, keys_of, split_rows
+from deltaw.data.row_selection import group_keys, keys_of, split_rows
 from deltaw.errors import UserError
 from deltaw.settings.data import DataSettings
 from tests.data.conftest import refusal

@@ -10,10 +10,11 @@ import time
 
 import pytest
 
-from deltaw.data import stored_rows
+from deltaw.data import parallel_map, stored_rows
+from deltaw.data.bad_rows import BadRowError
+from deltaw.data.parallel_map import in_order, num_processes
 from deltaw.data.prepare import prepare
-from deltaw.data.report import BadRowError
-from deltaw.data.stored_rows import RowWriter, in_order, num_processes
+from deltaw.data.row_cache import RowWriter
 from deltaw.settings.data import DataSettings
 from tests.data.conftest import make_tokenizer, refusal
 
@@ -65,7 +66,7 @@ def test_closing_terminates_all_processes() -> None:
 
 
 def test_tokenizers_parallelism_variable_disables_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stored_rows, "usable_processors", lambda: {0, 1, 2})
+    monkeypatch.setattr(parallel_map, "usable_processors", lambda: {0, 1, 2})
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     assert num_processes() == 3
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
@@ -80,7 +81,7 @@ def test_parallel_rows_equal_sequential_rows(write, monkeypatch):
     settings = DataSettings(path, eval=0.2, group="g", bad_rows="skip", rows=70)
     single = prepare(settings, make_tokenizer())
     monkeypatch.setattr(stored_rows, "PARALLEL_BYTES", 0)
-    monkeypatch.setattr(stored_rows, "num_processes", lambda: 3)
+    monkeypatch.setattr(parallel_map, "num_processes", lambda: 3)
     added: list[int] = []
     add = RowWriter.add
     monkeypatch.setattr(RowWriter, "add", lambda self, *args: added.append(len(args[0])) or add(self, *args))
@@ -97,6 +98,6 @@ def test_long_rows_are_counted_across_processes(write, monkeypatch: pytest.Monke
     monkeypatch.setattr(stored_rows, "PARALLEL_BYTES", 0)
     messages = []
     for count in (1, 3):
-        monkeypatch.setattr(stored_rows, "num_processes", lambda count=count: count)
+        monkeypatch.setattr(parallel_map, "num_processes", lambda count=count: count)
         messages.append(str(refusal(prepare, DataSettings(path, max_length=20), make_tokenizer())))
     assert messages[0] == messages[1] and "row 20" in messages[0]

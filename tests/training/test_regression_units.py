@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from deltaw.data.report import BadRowError
+from deltaw.data.bad_rows import BadRowError
 from deltaw.export.merge import merge_run
 from deltaw.runs.fit import fit
 from deltaw.tasks.classification.regression_head import LabelUnits, RegressionHead
@@ -86,7 +86,9 @@ def test_targets_of_other_scales_in_merged_model_and_peft(kind, train, bert, mod
     assert metrics["relative_mse"] == pytest.approx(expected, rel=0.3)
     run = open_on_cpu(result.output)
     rows = load_eval_rows(run)
-    predictions = run.score(rows).evaluation.predictions
+    evaluation = run.score(rows).evaluation
+    assert evaluation.metrics["relative_mse"] == pytest.approx(metrics["relative_mse"], rel=1e-4)
+    predictions = evaluation.predictions
     merge_run(result.output, tmp_path / "merged")
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     np.testing.assert_allclose(outputs_of(merged, rows), predictions, rtol=1e-3, atol=1e-3)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from deltaw.data.bad_rows import SKIPPED_ROWS
 from deltaw.data.prepare import encode_prompt
-from deltaw.data.report import SKIPPED_ROWS
 from deltaw.decoding.generation import generate
 from deltaw.errors import UserError
 from deltaw.methods.trust import read_run_settings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deltaw.data import stored_rows
+from deltaw.data import row_cache
 from deltaw.data.example import lengths_of
 from deltaw.data.row_store import DiskRows, MemoryRows, digest_of_rows
 from deltaw.experiments.trial import split_validation
@@ -27,7 +27,7 @@ KINDS = {
 def test_rows_on_disk_train_identically(settings, tmp_path, kind, monkeypatch):
     changes = deep_merge({"train": {"epochs": 2}}, KINDS[kind])
     in_memory = fit(settings(tmp_path / "small", **changes))
-    monkeypatch.setattr(stored_rows, "SPILL_BYTES", 0)
+    monkeypatch.setattr(row_cache, "SPILL_BYTES", 0)
     monkeypatch.setattr(batchers, "MAX_BUFFERED_ROWS", 10**9)
     on_disk = fit(settings(tmp_path / "large", **changes))
     assert in_memory.evaluation.metrics == on_disk.evaluation.metrics
@@ -50,7 +50,7 @@ def test_evaluation_in_parts_returns_same_metrics(settings, tmp_path, monkeypatc
 
 def test_row_statistics_construct_no_examples(settings, tmp_path, monkeypatch):
     """Lengths, epoch order, the key of a plan, and validation rows are available without constructing examples."""
-    monkeypatch.setattr(stored_rows, "SPILL_BYTES", 0)
+    monkeypatch.setattr(row_cache, "SPILL_BYTES", 0)
     config = RunConfig.read(settings(tmp_path / "run"))
     _, data = read_data(config)
     assert isinstance(data.train.store, DiskRows)

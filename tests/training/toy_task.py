@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from deltaw.data.bad_rows import BadRowError
 from deltaw.data.example import Example, RowGroup
-from deltaw.data.report import BadRowError
 from deltaw.data.row_reader import RowReader
 from deltaw.settings.task_registry import TaskEntry
 from deltaw.tasks.language.task import CausalTask

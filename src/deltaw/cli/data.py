@@ -138,7 +138,7 @@ def mine(
     Negatives are passages of --corpus that the embedding model ranks high but that do not answer the query. Passages
     with almost the score of the positive are excluded.
     """
-    from deltaw.data.report import BadRows
+    from deltaw.data.bad_rows import BadRows
     from deltaw.data.starter import EMBEDDER
     from deltaw.evaluation.mining import MiningSettings, mine, mining_output, read_pairs, read_passages, write_mined
     from deltaw.reports.mined_negatives import mined_lines

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deltaw.data import arrow_decoder
-from deltaw.data.report import too_long_error
-from deltaw.data.row_files import MAX_EXPANSION, OnBad, reading
+from deltaw.data.bad_rows import OnBad, too_long_error
+from deltaw.data.compressed_files import MAX_EXPANSION
+from deltaw.data.row_files import reading
 from deltaw.data.rows import Row
 from deltaw.errors import UserError
 from deltaw.settings.data import MAX_ROW_BYTES

@@ -23,7 +23,7 @@ import numpy as np
 from deltaw.data.example import Example
 from deltaw.data.prefix_tree import common_prefix
 from deltaw.data.rendering import FAULTS, MAX_TEMPLATE_CHARS, render_conversation, render_with_tokenizer
-from deltaw.data.template_worker import format_date
+from deltaw.data.template_functions import format_date
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from deltaw.data.bad_rows import BadRowError, BadRows
 from deltaw.data.example import Example
 from deltaw.data.formats import Pair, Record, RowFormat, Text, read_records, system_of, with_system
 from deltaw.data.messages import Conversation, unlabel_blank_answers
-from deltaw.data.report import BadRowError, BadRows
 from deltaw.data.row_images import ImagePlacer
 from deltaw.data.row_store import key_of
 from deltaw.data.rows import NumberedRows

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from deltaw.data.bad_rows import BadRowError, OnBadRow, raise_error
 from deltaw.data.messages import (
     MALFORMED,
     ROLES,
@@ -19,7 +20,6 @@ from deltaw.data.messages import (
     read_tools,
     text_of,
 )
-from deltaw.data.report import BadRowError, OnBadRow, raise_error
 from deltaw.data.row_images import COLUMNS, RowImage, count_markers, take_images
 from deltaw.data.rows import NumberedRows, Row, RowFolder
 from deltaw.errors import UserError, did_you_mean

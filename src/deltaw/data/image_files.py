@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from deltaw.data.report import BadRowError
+from deltaw.data.bad_rows import BadRowError
 from deltaw.data.rows import RowFolder
 from deltaw.errors import UserError
 from deltaw.untrusted_paths import AllowedFolders

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deltaw.data.report import BadRowError
-from deltaw.data.row_files import parse
+from deltaw.data.bad_rows import BadRowError
+from deltaw.data.json_values import parse
 from deltaw.data.row_images import IMAGE_PARTS, RowImage
 from deltaw.errors import UserError, did_you_mean
 

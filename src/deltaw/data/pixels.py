@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from deltaw.data.bad_rows import OnBad, OnBadRow, raise_error
 from deltaw.data.example import LabeledExample
 from deltaw.data.image_files import BROKEN, decode, decode_error, image_of, open_image, read_content, unreadable_image
-from deltaw.data.report import OnBadRow, raise_error
-from deltaw.data.row_files import KINDS, OnBad
+from deltaw.data.row_files import KINDS
 from deltaw.data.rows import NumberedRows
 from deltaw.data.sources import read_rows, walk
 from deltaw.errors import UserError

@@ -16,17 +16,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deltaw.data.check import DataCheck, build_check, collect_statistics
+from deltaw.data.bad_rows import BadRows
+from deltaw.data.check import DataCheck, build_check
 from deltaw.data.chunk import Account, ChunkReader
+from deltaw.data.data_statistics import collect_statistics
 from deltaw.data.example import token_spans
 from deltaw.data.formats import RowFormat, choose_form
 from deltaw.data.messages import read_prompt
-from deltaw.data.report import BadRows, PreparationReport
+from deltaw.data.report import PreparationReport
 from deltaw.data.row_images import ImagePlacer, take_images, without_markers
 from deltaw.data.row_reader import UNLIMITED, ExamplePreview, RowPreview, RunData
+from deltaw.data.row_selection import split_rows, with_eval_counts
 from deltaw.data.row_store import RowView
 from deltaw.data.rows import NO_FOLDER, NumberedRows, Row, RowFolder
-from deltaw.data.sources import open_source, row_errors, split_rows, with_eval_counts
+from deltaw.data.sources import open_source, row_errors
 from deltaw.data.stored_rows import read_stored
 from deltaw.data.templates import Encoder
 from deltaw.errors import UserError

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deltaw.data.bad_rows import BadRowError
 from deltaw.data.example import Example, RowGroup
 from deltaw.data.formats import FORMS, Pair, Record
 from deltaw.data.messages import Conversation, Message, empty_text, is_blank
-from deltaw.data.report import BadRowError, PreparationReport
+from deltaw.data.report import PreparationReport
 from deltaw.data.row_images import ImagePlacer, take_images
 from deltaw.data.rows import Row
 from deltaw.progress import LogFunction, ignore_line
@@ -27,10 +28,10 @@ import abc
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
+from deltaw.data.bad_rows import OnBadRow
 from deltaw.data.chunk import count_system, differ, example_of, frequent
 from deltaw.data.formats import read_pair, require, with_images, with_system
 from deltaw.data.messages import WRONG_TYPE
-from deltaw.data.report import OnBadRow
 from deltaw.data.row_reader import RowReader
 from deltaw.data.rows import NumberedRows
 from deltaw.data.templates import Encoded, Encoder

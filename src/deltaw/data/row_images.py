@@ -18,8 +18,9 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from deltaw.data.bad_rows import BadRowError
 from deltaw.data.image_files import decode, image_of, unreadable_image
-from deltaw.data.report import BadRowError, count_of
+from deltaw.data.report import count_of
 from deltaw.data.rows import Row, RowFolder
 from deltaw.errors import UserError
 

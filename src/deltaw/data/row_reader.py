@@ -14,27 +14,28 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from deltaw.data.check import DataCheck, DataFinding, bad_row_findings, sort_findings, summarize_lengths
+from deltaw.data.bad_rows import BadRowError, BadRows, OnBad
+from deltaw.data.check import DataCheck, bad_row_findings, sort_findings, summarize_lengths
 from deltaw.data.chunk import Account, LongRows, Systems, limit_length, no_rows_error, shared_system
+from deltaw.data.data_findings import DataFinding
 from deltaw.data.example import RowGroup, TokenSpan, concat_rows, rows_of, token_spans
 from deltaw.data.formats import check_columns, require
 from deltaw.data.messages import drop_nulls
-from deltaw.data.report import BadRowError, BadRows, PreparationReport, ReadProgress, count_of
-from deltaw.data.row_files import OnBad
+from deltaw.data.read_progress import ReadProgress
+from deltaw.data.report import PreparationReport, count_of
 from deltaw.data.row_images import ImagePlacer
-from deltaw.data.row_store import key_of
-from deltaw.data.rows import NumberedRows, Row
-from deltaw.data.sources import (
+from deltaw.data.row_selection import (
     check_group,
     choose_rows,
     group_keys,
     groups_of,
     keys_of,
-    read_rows,
-    row_errors,
     split_rows,
     with_eval_counts,
 )
+from deltaw.data.row_store import key_of
+from deltaw.data.rows import NumberedRows, Row
+from deltaw.data.sources import read_rows, row_errors
 from deltaw.errors import UserError, did_you_mean
 from deltaw.progress import LogFunction, ignore_line
 from deltaw.settings.columns import require_columns
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 # Length limit that no row reaches.
 UNLIMITED = 2**30
-_MAX_LOCATIONS = 5  # maximum number of row locations in a finding
+MAX_LOCATIONS = 5  # maximum number of row locations in a finding
 
 # Rows per tokenizer call.
 ROWS_AT_ONCE = 4096
@@ -563,6 +564,6 @@ def _finding(
     name: str, items: Sequence[Any], source: str, text: str, hint: str | None = None, count: int | None = None
 ) -> DataFinding:
     """Return a warning about items of a file, with ``count`` (by default the number of items)."""
-    locations = tuple(f"{source}, row {item.row}" for item in items[:_MAX_LOCATIONS])
+    locations = tuple(f"{source}, row {item.row}" for item in items[:MAX_LOCATIONS])
     count = len(items) if count is None else count
     return DataFinding(name, "warning", count, f"{count_of(len(items))} {text}", hint, locations)

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, overload
 import numpy as np
 
 from deltaw.data.example import ConcatSequence, Example, rows_of
-from deltaw.data.sources import KEY_BYTES, as_keys
+from deltaw.data.row_selection import KEY_BYTES, as_keys
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class MemoryRows:
         return as_keys(self._keys)
 
     def groups(self) -> np.ndarray | None:
-        """Return (n, 2) uint64 group digests (:func:`deltaw.data.sources.group_digest`), or None without
+        """Return (n, 2) uint64 group digests (:func:`deltaw.data.row_selection.group_digest`), or None without
         ``data.group``.
         """
         return as_keys(self._groups) if self._groups else None

@@ -16,20 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltaw.data.arrow_rows import parquet_metadata, read_arrow, rows_of
-from deltaw.data.report import BadRowError
-from deltaw.data.row_files import (
-    TYPED,
-    DecompressedFile,
-    OnBad,
-    TableReader,
-    delimiter_of,
-    kind_of,
-    object_lines,
-    read_json,
-    read_lines,
-    reading,
-)
+from deltaw.data.bad_rows import BadRowError, OnBad
+from deltaw.data.compressed_files import DecompressedFile
+from deltaw.data.json_lines import read_lines
+from deltaw.data.json_list import object_lines, read_json
+from deltaw.data.row_files import TYPED, kind_of, reading
 from deltaw.data.rows import NumberedRows, Row
+from deltaw.data.tables import TableReader, delimiter_of
 from deltaw.errors import UserError
 from deltaw.settings.data import MAX_ROW_BYTES
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from deltaw.data.bad_rows import BadRows
 from deltaw.data.formats import choose_form, read_records
-from deltaw.data.report import BadRows
 from deltaw.data.rows import NumberedRows
 from deltaw.errors import UserError
 from deltaw.settings import task_registry

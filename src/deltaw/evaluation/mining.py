@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from deltaw.atomic_files import atomic_path
+from deltaw.data.bad_rows import BadRowError, BadRows, too_long_error
+from deltaw.data.compressed_files import COMPRESSED, DecompressedFile
 from deltaw.data.formats import require
+from deltaw.data.json_lines import decode
 from deltaw.data.messages import cell_text
-from deltaw.data.report import BadRowError, BadRows, too_long_error
-from deltaw.data.row_files import COMPRESSED, DecompressedFile, decode, reading
+from deltaw.data.row_files import reading
 from deltaw.data.sources import open_source, row_errors
 from deltaw.errors import UserError, did_you_mean
 from deltaw.machine.memory import free_memory_bytes

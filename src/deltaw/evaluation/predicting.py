@@ -29,11 +29,11 @@ from filelock import FileLock, Timeout
 
 from deltaw import platforms
 from deltaw.atomic_files import atomic_path, sync_folder, write_text
+from deltaw.data.bad_rows import BadRowError, BadRows
 from deltaw.data.example import rows_of
 from deltaw.data.formats import check_columns
 from deltaw.data.pixels import image_rows
-from deltaw.data.report import BadRowError, BadRows
-from deltaw.data.report import ReadProgress as ProgressLines
+from deltaw.data.read_progress import ReadProgress as ProgressLines
 from deltaw.data.row_stream import UnreadableRow, content_identity
 from deltaw.data.rows import NumberedRows
 from deltaw.data.sources import open_source, walk

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.text import Text
 
-from deltaw.data.report import BadRows, count_of, quoted
+from deltaw.data.bad_rows import BadRows
+from deltaw.data.report import count_of, quoted
 from deltaw.reports.tables import wrap_line
 
 if TYPE_CHECKING:

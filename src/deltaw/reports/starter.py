@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 import yaml
 
+from deltaw.data.bad_rows import BadRows
 from deltaw.data.class_names import almost_equal_text, merge_setting, merged_classes
 from deltaw.data.example import RowGroup, lengths_of
 from deltaw.data.formats import choose_form
 from deltaw.data.pixels import image_rows
-from deltaw.data.report import BadRows, count_of
+from deltaw.data.report import count_of
 from deltaw.data.row_files import KINDS
 from deltaw.data.row_images import COLUMNS
 from deltaw.data.rows import NumberedRows

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from deltaw.data.bad_rows import BadRows
 from deltaw.data.chat_template import with_chat_template
-from deltaw.data.check import DataCheck, DataFinding
-from deltaw.data.report import BadRows
+from deltaw.data.check import DataCheck
+from deltaw.data.data_findings import DataFinding
 from deltaw.data.row_reader import Reader, RowPreview, RunData
 from deltaw.data.sources import with_lines
 from deltaw.errors import UserError, first_line

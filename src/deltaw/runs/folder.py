@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 
 from deltaw import platforms
 from deltaw.atomic_files import atomic_path, write_text
-from deltaw.data.report import SKIPPED_ROWS, BadRows
+from deltaw.data.bad_rows import SKIPPED_ROWS, BadRows
 from deltaw.errors import UserError, nearest
 from deltaw.settings import task_registry
 from deltaw.settings.config import SETTINGS, RunConfig, flat, parse_yaml

@@ -13,7 +13,9 @@ import httpx
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 
-from deltaw.data.row_files import COMPRESSED, TYPED, check_content, kind_of
+from deltaw.data.compressed_files import COMPRESSED
+from deltaw.data.file_signatures import check_content
+from deltaw.data.row_files import TYPED, kind_of
 from deltaw.errors import UserError
 from deltaw.runs.folder import Run
 from deltaw.serving.http.settings import NAME

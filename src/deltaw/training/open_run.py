@@ -85,6 +85,7 @@ def open_run(
     if adapter:
         method = method_from_folder(folder, task_object.tokenizer)
         log(Detail(method.load(loaded.model, folder)))
+        task_object.read_adapter_metadata(loaded.model, folder)
     name, generates_text = task_object.name, task_object.generates_text
     adapted = loaded.model, method, task_object.tokenizer, loaded.reference, name, generates_text
     prompting = read_prompting(folder)

@@ -354,6 +354,9 @@ class Task(abc.ABC, Generic[ObjectiveType]):
         """Return entries for the metadata of the adapter's weights."""
         return {}
 
+    def read_adapter_metadata(self, model: PreTrainedModel, folder: Path) -> None:
+        """Read what :meth:`adapter_metadata` returned from the folder of an opened adapter."""
+
     def saved_form(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         """Context manager in which the parameters have the values to save, if they differ during training."""
         return nullcontext()

@@ -38,6 +38,8 @@ class LabelObjective(Objective):
         model: Model of transformers with a head for the task, with or without an adapter.
         task: ``regression`` uses the squared error, relative to the scale of the labels, averaged over the targets. The
             other tasks use the cross-entropy of classes.
+        label_scale: (targets,) scale of the labels that a finished regression was trained on. In training, the head
+            knows it.
 
     Attributes:
         pooled: True if the head is applied here to each row's last token, as for decoders.
@@ -48,9 +50,10 @@ class LabelObjective(Objective):
 
     accumulator: StepMetrics
 
-    def __init__(self, model: PreTrainedModel, task: str) -> None:
+    def __init__(self, model: PreTrainedModel, task: str, label_scale: tuple[float, ...] | None = None) -> None:
         self.model = model
         self.task = task
+        self._label_scale = label_scale
         self.accumulator = StepMetrics()
         self.head = None if task == "image-classification" else head_of_last_token(model)
         self.pooled = self.head is not None
@@ -66,15 +69,18 @@ class LabelObjective(Objective):
             return losses.losses.sum()
         if self.task == "regression":
             errors = (predictions - batch.targets.to(predictions.dtype)).reshape(len(batch.targets), -1)
-            columns = zip(errors.unbind(1), self.label_scale, strict=True)
+            scales = self.label_scale or (1.0,) * errors.shape[1]
+            columns = zip(errors.unbind(1), scales, strict=True)
             return torch.stack([(column / scale).square() for column, scale in columns]).mean(0).sum()
         return nn.functional.cross_entropy(predictions, batch.targets, reduction="sum")
 
     @property
-    def label_scale(self) -> tuple[float, ...]:
-        """Scale of each target of a regression, by which the loss divides errors. 1 for models in other use."""
+    def label_scale(self) -> tuple[float, ...] | None:
+        """Scale of each target of a regression, by which the loss divides errors. None if it is unknown."""
+        if self._label_scale is not None:
+            return self._label_scale
         head = regression_head(self.model)
-        return (1.0,) * self.model.config.num_labels if head is None else head.units.scale
+        return None if head is None or not head.is_standardized else head.units.scale
 
     def units(self, rows: Sequence[AnyExample]) -> int:
         """Return the number of labels: one per row or pair."""

@@ -94,6 +94,11 @@ class RegressionHead(nn.Linear):
             linear.units = LabelUnits((0.0,) * linear.out_features, (1.0,) * linear.out_features)
         return linear
 
+    @property
+    def is_standardized(self) -> bool:
+        """True if the weights refer to standardized labels."""
+        return self.units != LabelUnits((0.0,) * self.out_features, (1.0,) * self.out_features)
+
     def forward(self, input: Tensor) -> Tensor:
         output = super().forward(input.to(self.weight.dtype))
         means = self.units.mean if self.bias is not None else (0.0,) * self.out_features

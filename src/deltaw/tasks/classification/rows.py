@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltaw.data.check import DataFinding, class_findings
+from deltaw.data.bad_rows import BadRowError, BadRows, OnBad, OnBadRow
 from deltaw.data.class_names import match_classes, merge_setting
+from deltaw.data.data_findings import DataFinding, class_findings
 from deltaw.data.example import MAX_TEXT_LENGTH, Example, LabeledExample, RowGroup, TokenSpan, token_spans
 from deltaw.data.formats import Pair, Record, check_columns
 from deltaw.data.messages import WRONG_TYPE, Conversation, cell_text, empty_text
 from deltaw.data.pixels import AnyExample, ImageExample, LabelColumns, image_rows, read_images
 from deltaw.data.prompts import read_prompt_row
-from deltaw.data.report import BadRowError, BadRows, LabelNumbers, OnBadRow, PreparationReport
-from deltaw.data.row_files import OnBad
+from deltaw.data.report import LabelNumbers, PreparationReport
 from deltaw.data.row_reader import ExamplePreview, RowReader, RunData
 from deltaw.data.rows import NumberedRows, Row
 from deltaw.data.sources import open_source

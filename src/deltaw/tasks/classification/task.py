@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def predict_rows(objective: LabelObjective, items: Rows, batcher: Batcher) -> np
 
 
 def evaluate_numbers(
-    truth: np.ndarray, predictions: np.ndarray, scale: Sequence[float]
+    truth: np.ndarray, predictions: np.ndarray, scale: Sequence[float] | None
 ) -> tuple[Evaluation, np.ndarray, str]:
     """Evaluate numbers, in the units of the labels.
 
@@ -117,16 +117,24 @@ def evaluate_numbers(
     Args:
         truth: (rows,) or (rows, targets) labels.
         predictions: Predictions of the same shape.
-        scale: (targets,) scale of the labels.
+        scale: (targets,) scale of the training labels. None if it is unknown, as for a merged model: the standard
+            deviation of these labels is used.
 
     Returns:
         The evaluation, the error (rows,) of each row, and the name of this error.
     """
-    squared, main = (predictions.astype(np.float64) - truth) ** 2, "mse"
+    squared = (predictions.astype(np.float64) - truth) ** 2
     if truth.ndim == 1:
-        metrics, errors, name = regression_metrics(truth, predictions), np.sqrt(squared), "error"
+        main = "mse"
+        name = "error"
+        metrics = regression_metrics(truth, predictions)
+        errors = np.sqrt(squared)
     else:
-        squared, main, name = (squared / np.square(scale)).mean(1), "relative_mse", "relative error"
+        if scale is None:
+            scale = [deviation or 1.0 for deviation in truth.std(0).tolist()]
+        main = "relative_mse"
+        name = "relative error"
+        squared = (squared / np.square(scale)).mean(1)
         errors = np.sqrt(squared)
         metrics = {main: float(squared.mean())}
         for index, columns in enumerate(zip(truth.T, predictions.T, strict=True), 1):
@@ -173,6 +181,7 @@ class LabelTask(Task[LabelObjective]):
     head_outputs: int | None = None
     model: str = ""
     folder: Path = Path()
+    _label_units: LabelUnits | None = field(default=None, init=False)  # of an opened adapter
 
     @classmethod
     def open(cls, name: str, files: ModelFiles) -> LabelTask:
@@ -284,6 +293,10 @@ class LabelTask(Task[LabelObjective]):
         head = regression_head(model)
         return {} if head is None else {LABELS_KEY: json.dumps(asdict(head.units))}
 
+    def read_adapter_metadata(self, model: PreTrainedModel, folder: Path) -> None:
+        if self.name == "regression":
+            self._label_units = LabelUnits.of_adapter(folder, model.config.num_labels or 1)
+
     def saved_form(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         head = regression_head(model)
         return nullcontext() if head is None else head.saved_form()
@@ -298,7 +311,7 @@ class LabelTask(Task[LabelObjective]):
         return objective.predictions(batch)
 
     def objective(self, model: PreTrainedModel) -> LabelObjective:
-        return LabelObjective(model, self.name)
+        return LabelObjective(model, self.name, None if self._label_units is None else self._label_units.scale)
 
     def evaluate(self, objective: LabelObjective, rows: Rows, batcher: Batcher, classes: Classes = None) -> Evaluation:
         return evaluate_labels(objective, rows, batcher, classes or ())

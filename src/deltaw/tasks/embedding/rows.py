@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from deltaw.data.check import DataFinding, class_findings
+from deltaw.data.bad_rows import BadRowError
+from deltaw.data.data_findings import DataFinding, class_findings
 from deltaw.data.example import MAX_TEXT_LENGTH, LabeledExample, RowGroup, token_spans
 from deltaw.data.messages import WRONG_TYPE, cell_text, empty_text
-from deltaw.data.report import BadRowError, PreparationReport, count_of
+from deltaw.data.report import PreparationReport, count_of
 from deltaw.data.row_reader import ExamplePreview, RowReader
 from deltaw.data.rows import NumberedRows, Row
 from deltaw.data.starter import TaskStarter

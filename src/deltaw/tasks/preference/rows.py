@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deltaw.data.check import DataFinding
+from deltaw.data.bad_rows import BadRowError
+from deltaw.data.data_findings import DataFinding
 from deltaw.data.example import Example, RowGroup
 from deltaw.data.formats import Record, read_pair, require
 from deltaw.data.messages import WRONG_TYPE
 from deltaw.data.prompts import AnswerReader, prompt_key, records_of
-from deltaw.data.report import BadRowError, PreparationReport
+from deltaw.data.report import PreparationReport
 from deltaw.data.row_reader import RunData
 from deltaw.data.row_store import key_of
 from deltaw.data.rows import NumberedRows, Row

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltaw.data.check import DataFinding
+from deltaw.data.bad_rows import BadRowError
+from deltaw.data.data_findings import DataFinding
 from deltaw.data.rendering import FAULTS, render_conversation
-from deltaw.data.report import BadRowError
 from deltaw.data.row_reader import ExamplePreview
 from deltaw.data.rows import NumberedRows, Row
 from deltaw.errors import UserError

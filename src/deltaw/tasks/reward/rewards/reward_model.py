@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from deltaw.data.bad_rows import raise_error
 from deltaw.data.example import Example
 from deltaw.data.prompts import with_answer
-from deltaw.data.report import raise_error
 from deltaw.errors import UserError
 from deltaw.progress import ignore_line
 from deltaw.runtime.padded import padded_rows
