@@ -199,7 +199,8 @@ def sft_table(all_results: dict[str, dict[str, list[dict[str, Any]]]]) -> Rows:
         sides = {key.split("|")[1]: runs for key, runs in data_results.items()}
         rates = {name: [run["rows_per_second"] for run in runs] for name, runs in sides.items()}
         for name, runs in sides.items():
-            loss, speed = _median(runs, "held_out_loss"), statistics.median(rates[name])
+            loss = _median(runs, "held_out_loss")
+            speed = statistics.median(rates[name])
             peak = _gigabytes(runs, "peak_bytes")
             yield f"{data}, {name}", f"{speed:.1f}", times(rates, name, "TRL"), peak, f"{loss:.4f}"
 
@@ -249,11 +250,13 @@ def memory_table(rows: list[dict[str, Any]]) -> Rows:
     errors = []
     for row in rows:
         changes = ", ".join(f"{key.rpartition('.')[2]}={text}" for key, text in row["settings"].items())
-        planned, measured = row["planned_resident"], row["resident"]
+        planned = row["planned_resident"]
+        measured = row["resident"]
         errors.append(planned / measured - 1)
         name = f"{row['model']}, {row['method']}{', ' if changes else ''}{changes}"
         yield name, f"{planned / 1e9:.2f} GB", f"{measured / 1e9:.2f} GB", f"{errors[-1]:+.1%}"
-    mean, worst = statistics.fmean(map(abs, errors)), max(errors, key=abs)
+    mean = statistics.fmean(map(abs, errors))
+    worst = max(errors, key=abs)
     yield "mean of the absolute errors", "", "", f"{mean:.1%}"
     yield "largest error", "", "", f"{worst:+.1%}"
 
@@ -266,7 +269,8 @@ def times_table(rows: list[dict[str, Any]]) -> Rows:
         errors = [row[f"planned_{name}"] / row[name] - 1 for name in ("seconds", "seconds_per_step")]
         all_errors.append(errors)
         name = f"{row['model']}, {row['method']}{', ' if changes else ''}{changes}"
-        predicted, measured = f"{row['planned_seconds']:.0f} s", f"{row['seconds']:.0f} s"
+        predicted = f"{row['planned_seconds']:.0f} s"
+        measured = f"{row['seconds']:.0f} s"
         yield name, predicted, measured, *(f"{error:+.0%}" for error in errors)
     columns = [list(map(abs, column)) for column in zip(*all_errors, strict=True)]
     yield "mean of the absolute errors", "", "", *(f"{statistics.fmean(column):.0%}" for column in columns)

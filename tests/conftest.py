@@ -66,7 +66,8 @@ def select_covering(members: Sequence[pytest.Function], together: int) -> list[p
         # Since pytest 9, callspec.indices counts parameter sets and never repeats, so the ids are used.
         values = list(enumerate(item.callspec._idlist))
         covered_by[item] = set(itertools.combinations(values, min(together, len(values))))
-    missing, selected = set().union(*covered_by.values()), []
+    missing = set().union(*covered_by.values())
+    selected = []
     while missing:
         best = max(members, key=lambda item: len(covered_by[item] & missing))
         selected.append(best)

@@ -84,7 +84,8 @@ def rates(modules: Iterable[tuple[str, ast.AST]]) -> tuple[float, float, float]:
             pairs.update(map(" ".join, itertools.pairwise(found)))
         for name in bound_names(tree):
             parts.update(part.lower() for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name))
-    prose, identifiers = max(1, words.total()), max(1, parts.total())
+    prose = max(1, words.total())
+    identifiers = max(1, parts.total())
     return (
         1e4 * sum(words[word] for word in WORDS) / prose,
         1e4 * sum(pairs[phrase] for phrase in PHRASES) / prose,

@@ -86,10 +86,13 @@ def test_rewritten_turns_become_several_examples_of_one_row(write: Write) -> Non
 @pytest.mark.parametrize("kind", ["rewritten", "divided"])
 def test_examples_of_one_row_are_on_one_side_of_the_split(kind: str, write: Write) -> None:
     if kind == "rewritten":
-        rows, family, settings = [thoughts(number, 1 + number % 4) for number in range(40)], "qwen3", {}
+        rows = [thoughts(number, 1 + number % 4) for number in range(40)]
+        family = "qwen3"
+        settings = {}
     else:
         rows = [{"text": f"{number} " + "abcdefghij" * (number % 5)} for number in range(40)]
-        family, settings = "base", {"max_length": 16, "long_rows": "split"}
+        family = "base"
+        settings = {"max_length": 16, "long_rows": "split"}
     path = write(rows)
     for seed in range(3):
         data = prepared(path, family, seed, eval=0.3, **settings)

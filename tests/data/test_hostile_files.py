@@ -201,7 +201,8 @@ def _table() -> pyarrow.Table:
 def test_parquet_variants_return_all_rows(options, batch_rows, tmp_path, monkeypatch):
     """In batches of one row, text is read as dictionaries."""
     monkeypatch.setattr(arrow_rows, "_ATTEMPTS", (batch_rows,))
-    table, path = _table().slice(37, 110), tmp_path / "d.parquet"
+    table = _table().slice(37, 110)
+    path = tmp_path / "d.parquet"
     if options.get("column_encoding"):
         table = table.drop_columns(["packed"])
     pyarrow.parquet.write_table(table, path, **options)
@@ -212,7 +213,8 @@ def test_parquet_variants_return_all_rows(options, batch_rows, tmp_path, monkeyp
 @pytest.mark.parametrize("form", ["file", "stream"])
 @pytest.mark.each_value
 def test_arrow_variants_return_all_rows(form: str, compression: str | None, tmp_path: Path) -> None:
-    table, path = _table(), tmp_path / "d.arrow"
+    table = _table()
+    path = tmp_path / "d.arrow"
     write_arrow(path, table, compression, form, max_chunksize=100)
     assert [row for _, row in read_rows(str(path))] == table.to_pylist()
 
@@ -221,7 +223,8 @@ def test_arrow_variants_return_all_rows(form: str, compression: str | None, tmp_
 def test_damaged_files_raise_user_error_or_are_read(write: Callable[..., None], tmp_path: Path) -> None:
     path = tmp_path / f"d.{write.__name__.removeprefix('write_')}"
     write(path, _table().slice(0, 40), compression="zstd")
-    content, pick = path.read_bytes(), random.Random(0)
+    content = path.read_bytes()
+    pick = random.Random(0)
     rejected = 0
     for _ in range(16):  # each starts a process
         offset = pick.randrange(len(content))
@@ -429,7 +432,8 @@ def test_images_that_take_long_to_decode_or_are_damaged_are_rejected(content: by
 @pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_damaged_images_are_decoded_or_rejected(kind: str) -> None:
-    original, rng = _encoded(kind), np.random.default_rng(0)
+    original = _encoded(kind)
+    rng = np.random.default_rng(0)
     for _ in range(150):
         content = np.frombuffer(original, np.uint8).copy()
         places = rng.integers(0, min(len(content), 400), rng.integers(1, 6))

@@ -39,7 +39,8 @@ def test_sides_have_equal_losses_and_count_launches(job):
     import figures
     import gpu_sides
 
-    deltaw, peft = measured(job, side="deltaw"), measured(job, side="peft", attention="sdpa")
+    deltaw = measured(job, side="deltaw")
+    peft = measured(job, side="peft", attention="sdpa")
     assert list(deltaw) == list(peft) == list(gpu_sides.KINDS)
     for kind, result in deltaw.items():
         assert figures.loss_difference([result], [peft[kind]]) < 2e-3
@@ -54,7 +55,8 @@ def test_peers_use_smaller_microbatches_if_memory_is_insufficient(job, monkeypat
     pytest.importorskip("peft")
     import gpu_sides
 
-    whole, train = measured(job, side="peft", attention="sdpa"), gpu_sides.train_peer
+    whole = measured(job, side="peft", attention="sdpa")
+    train = gpu_sides.train_peer
 
     def limited(model, batches, recorder):
         if len(batches) < 4:

@@ -27,7 +27,8 @@ BETAS = (0.0, 0.1, 0.5, 1.0)
 
 def reference_divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     """Return β KL(t ‖ m) + (1−β) KL(s ‖ m), or KL(t ‖ s) for β = 0 and KL(s ‖ t) for β = 1."""
-    s, t = student.softmax(-1), teacher.softmax(-1)
+    s = student.softmax(-1)
+    t = teacher.softmax(-1)
     if beta == 0:
         return (t * (t / s).log()).sum(-1)
     if beta == 1:
@@ -98,7 +99,8 @@ def make_examples(*lengths: tuple[int, int, int], seed: int = 5) -> list[Distill
     for number, (prompt_length, extra_length, completion_length) in enumerate(lengths, start=1):
         sizes = (prompt_length, extra_length, completion_length)
         prompt, extra, completion = (generator.integers(3, VOCABULARY, n).astype(np.int32) for n in sizes)
-        tokens, teacher_prompt = np.concatenate([prompt, completion]), np.concatenate([shared, extra, prompt])
+        tokens = np.concatenate([prompt, completion])
+        teacher_prompt = np.concatenate([shared, extra, prompt])
         is_label = np.arange(len(tokens)) >= prompt_length
         rows.append(DistillExample(number, tokens, is_label, prompt_length, "x", teacher_prompt=teacher_prompt))
     return rows
@@ -130,13 +132,15 @@ def gradients_of(objective: DistillObjective, loss: Tensor) -> list[Tensor]:
 
 def reference_loss(objective: DistillObjective, rows: list[DistillExample]) -> Tensor:
     """Return the reference loss: transformers' own forward row by row, with all logits at once."""
-    total, settings = torch.zeros((), dtype=torch.float64), objective.settings
+    total = torch.zeros((), dtype=torch.float64)
+    settings = objective.settings
     total_weight = sum(teacher.weight for teacher in objective.teachers)
     for row in rows:
         count = row.label_count
         ids = torch.from_numpy(row.tokens).long()[None]
         teacher_ids = torch.from_numpy(row.as_taught().tokens).long()[None]
-        student_logits, mixture = objective.model(ids).logits[0, -count - 1 : -1] / settings.temperature, 0.0
+        student_logits = objective.model(ids).logits[0, -count - 1 : -1] / settings.temperature
+        mixture = 0.0
         for teacher in objective.teachers:
             logits = teacher.objective.model(teacher_ids).logits[0, -count - 1 : -1]
             mixture = mixture + teacher.weight / total_weight * (logits / settings.temperature).softmax(-1)
@@ -178,7 +182,8 @@ def test_stored_teacher_tokens_match_recomputed_tokens():
     top_tokens_only = make_objective(DistillSettings(divergence="jsd", beta=0.3, top_k=4), "llama")
     tokens, values = top_tokens_only.top_tokens(ROWS[:2])
     assert tokens.shape == values.shape == (6, 4)
-    stored, start = list(ROWS), 0
+    stored = list(ROWS)
+    start = 0
     for index, row in enumerate(ROWS[:2]):
         span = slice(start, start := start + row.label_count)
         stored[index] = replace(row, taught=(tokens[span].numpy(), values[span].numpy()))
