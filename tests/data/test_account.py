@@ -61,9 +61,6 @@ def test_bad_rows_raise_or_are_skipped_and_counted_by_reason(write: Write) -> No
     assert "no usable rows" in refusal(prepared, write(BAD[2:6]), "gemma2", bad_rows="skip").message
 
 
-# Unrolled rows
-
-
 def thoughts(number: int, turns: int) -> dict[str, object]:
     """Return a conversation whose earlier thoughts Qwen 3's template omits."""
     contents = []
@@ -98,9 +95,6 @@ def test_examples_of_one_row_are_on_one_side_of_the_split(kind: str, write: Writ
         data = prepared(path, family, seed, eval=0.3, **settings)
         train, held_out = ({example.row for example in side} for side in (data.train, data.held_out))
         assert train and held_out and not train & held_out and accounted(data.report) == 40
-
-
-# Long rows
 
 
 def test_truncated_and_dropped_rows_are_counted_with_lost_labels(write: Write) -> None:

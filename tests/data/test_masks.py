@@ -227,9 +227,6 @@ def test_unsupported_or_omitted_content_is_rejected(family, record, message):
     assert error.reason == "refused by the chat template" or "accept" not in message
 
 
-# Base models.
-
-
 @pytest.mark.parametrize(
     ("family", "record", "expected"),
     [
@@ -241,9 +238,6 @@ def test_unsupported_or_omitted_content_is_rejected(family, record, message):
 )
 def test_base_models_have_one_bos_and_a_final_eos(family, record, expected):
     assert examples(family, record) == [expected]
-
-
-# Compared with transformers, for a template with generation blocks.
 
 
 def test_mask_matches_generation_blocks_of_the_template() -> None:
