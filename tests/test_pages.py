@@ -126,8 +126,9 @@ def _check_scores(goal: str, runs: Path) -> None:
 
 
 def test_settings_page_is_current() -> None:
-    assert settings_page.PAGE.read_text(encoding="utf-8") == settings_page.page(), "run tools/settings_page.py"
-    assert all(f"| `{setting.key}`" in settings_page.page() for setting in settings())
+    page = settings_page.page()
+    assert settings_page.PAGE.read_text(encoding="utf-8") == page, "run tools/settings_page.py"
+    assert all(f"| `{setting.key}`" in page for setting in settings())
 
 
 def test_output_of_blocks_is_selected_and_replaced() -> None:

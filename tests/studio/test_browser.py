@@ -158,6 +158,7 @@ def test_page_of_a_file_connects_the_browser(browser, tmp_path):
         page.context.close()
 
 
+@slow
 def test_table_becomes_a_classifier(studio, page, tmp_path) -> None:
     train_classifier(page, studio, tmp_path, "Reviews of May")
     expect(page.get_by_role("definition").filter(has_text="→ 100.0%")).to_be_visible()
