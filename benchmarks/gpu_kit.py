@@ -33,7 +33,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from figures import commit, loss_difference
+from figure_tables import loss_difference
+from figures import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 # Share of the time limit for the tests.
