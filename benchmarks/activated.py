@@ -176,7 +176,8 @@ def score(settings: dict, activation: str, train: Path, rates: list[float], work
     """Choose the learning rate on validation rows, and return its result on the held-out rows."""
     lines = train.read_text(encoding="utf-8").splitlines(keepends=True)
     cut = len(lines) * 4 // 5
-    fitting, validation = work / "fitting.jsonl", work / "validation.jsonl"
+    fitting = work / "fitting.jsonl"
+    validation = work / "validation.jsonl"
     fitting.write_text("".join(lines[:cut]), encoding="utf-8")
     validation.write_text("".join(lines[cut:]), encoding="utf-8")
 
@@ -213,9 +214,11 @@ def report(results: dict) -> None:
         if result["score"] is None:
             print(f"| {name} | {result['rate']:g} | no row fits | | {result['seconds']:.0f} s |")
             continue
-        value, (low, high) = result["score"]["value"], result["score"]["interval"]
+        value = result["score"]["value"]
+        low, high = result["score"]["interval"]
         score_text = f"{result['score']['metric']} {value:.3f} ({low:.3f} to {high:.3f})"
-        loss, seconds = result["eval"]["loss"], result["seconds"]
+        loss = result["eval"]["loss"]
+        seconds = result["seconds"]
         print(f"| {name} | {result['rate']:g} | {loss:.4f} | {score_text} | {seconds:.0f} s |")
 
 

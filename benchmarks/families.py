@@ -30,7 +30,8 @@ from deltaw.runtime.packed import packed_rows
 from deltaw.runtime.padded import padded_rows
 from deltaw.training.causal_objective import CausalObjective
 
-RANK, ALPHA = 16, 32
+RANK = 16
+ALPHA = 32
 HEADS = {"num_attention_heads": 12, "hidden_size": 768, "intermediate_size": 2048}
 
 
@@ -108,7 +109,8 @@ def deltaw_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
         "position_ids": torch.from_numpy(layout.positions())[None],
         "packed_layout": layout,
     }
-    predictors, targets = indices[:, :-1].flatten(), tokens[:, 1:].flatten()
+    predictors = indices[:, :-1].flatten()
+    targets = tokens[:, 1:].flatten()
     weights = torch.full((len(targets),), 1 / len(targets))
     count = tokens.numel()
     batch = MicroBatch(inputs, targets, (), count, predictors=predictors, weights=weights)

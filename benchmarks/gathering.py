@@ -57,7 +57,8 @@ def measure_in_worker(width: int, rounds: int) -> None:
     from deltaw.runtime.sharded import gather_rows
 
     dist.init_process_group("gloo")
-    size, group = dist.get_world_size(), dist.group.WORLD
+    size = dist.get_world_size()
+    group = dist.group.WORLD
     assert group is not None
     inner = width * 8 // 3 // 32 * 32
     sizes = [width * width] * 4 + [width * inner] * 3 + [width] * 2

@@ -59,7 +59,9 @@ TOPICS = (
     "movies",
     "science",
 )
-BATCH, MAX_TRAIN, HELD_OUT = 8, 300, 100
+BATCH = 8
+MAX_TRAIN = 300
+HELD_OUT = 100
 WEIGHTS = ("kl:0", "greedy:0.2", "greedy:1", "kl:0.3", "kl:1")
 
 
@@ -212,7 +214,8 @@ def run(session: Session, initial: Sequence[Tensor], weight: str) -> dict[str, f
     objective = session.task.token_objective(session.objective)
     answers: Sequence[Example] = session.general_examples
     rehearsal_class = GreedyRehearsal if kind == "greedy" else GeneralRehearsal
-    base, seed = session.general_log_probs, session.config.train.seed
+    base = session.general_log_probs
+    seed = session.config.train.seed
     rehearsal = rehearsal_class(objective, session.batcher, answers, base, float(value), seed)
     start = time.process_time()
     with session.running():

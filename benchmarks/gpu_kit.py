@@ -33,7 +33,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from figures import commit, loss_difference
+from figure_tables import loss_difference
+from figures import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 # Share of the time limit for the tests.
@@ -143,7 +144,8 @@ class Kit:
     """Runs the stages within the time limit, and writes the record after each stage."""
 
     def __init__(self, args: argparse.Namespace, models: Path) -> None:
-        self.args, self.models = args, models
+        self.args = args
+        self.models = models
         self.deadline = time.monotonic() + 60 * args.minutes
         packed = ROOT / "commit"
         self.record: dict[str, Any] = {
@@ -254,7 +256,8 @@ class Kit:
             if "error" in result:
                 self.log(f"{size}, {kind}, {side}: {result['error']}")
                 continue
-            speed, peak = result["rows_per_second"], result["peak_bytes"]
+            speed = result["rows_per_second"]
+            peak = result["peak_bytes"]
             self.log(f"{size:14} {kind:14} {side:40} {speed:8.2f} rows/s, peak {peak / 1e9:6.2f} GB")
             notes = list(result.get("notes", ()))  # such as the reason for attention in tiles
             # Later losses differ with bf16 factors, because small updates are rounded away.

@@ -70,8 +70,10 @@ def main() -> None:
             tokenizer = create_model_in_process("smollm2" if is_published else "llama", models)
             reference = tokenizer if is_published else str(models / f"small-{model}")
             settings = settings_of(model, "lora", changes, reference, arguments.steps, Path(scratch) / "run")
-            settings["data"]["eval"], settings["train"]["samples"] = 4, 0
-            settings["device"], limit = "cuda", None
+            settings["data"]["eval"] = 4
+            settings["train"]["samples"] = 0
+            settings["device"] = "cuda"
+            limit = None
             if not is_published and not Path(reference).exists():
                 run_child({"model": model, "folder": reference, "tokenizer": tokenizer})
             for _ in range(2):
@@ -112,7 +114,8 @@ def create_model(model: str, folder: str, tokenizer: str) -> dict:
     import transformers
 
     if model in ENCODERS:
-        kind, settings = f"{ENCODERS[model][0]}Model", f"{ENCODERS[model][0]}Config"
+        kind = f"{ENCODERS[model][0]}Model"
+        settings = f"{ENCODERS[model][0]}Config"
         extra: dict = {**SIZE, "intermediate_size": 2048, "pad_token_id": 0, "max_position_embeddings": 514}
     else:
         kind, settings, _, _, extra = DECODERS[model]

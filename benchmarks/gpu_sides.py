@@ -22,10 +22,13 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tests.fake_cuda
-RANK, ALPHA, LEARNING_RATE = 16, 32, 1e-4
+RANK = 16
+ALPHA = 32
+LEARNING_RATE = 1e-4
 KINDS = ("equal lengths", "ragged lengths", "shared prefix")
 # Number of untimed steps, for compilation and warm-up, and maximum number of timed steps.
-WARM, STEPS = 3, 30
+WARM = 3
+STEPS = 30
 PEERS = ("flash-attn", "liger-kernel", "unsloth", "triton", "bitsandbytes")
 
 
@@ -58,7 +61,8 @@ def describe(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> Non
     found = {name: _installed(name) for name in ("peft", "flash_attn", "liger_kernel", "unsloth")}
     attention = "flash_attention_2" if found["flash_attn"] else "sdpa"
     sides = {"deltaw": {"side": "deltaw"}}
-    peft, small = {"side": "peft", "attention": attention}, {"bf16_factors": True}
+    peft = {"side": "peft", "attention": attention}
+    small = {"bf16_factors": True}
     if found["peft"]:
         sides |= {f"PEFT, {attention}": peft, f"PEFT, {attention}, bf16 factors": peft | small}
     if found["peft"] and found["liger_kernel"]:
@@ -104,7 +108,8 @@ def prepare(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None
 
     import deltaw
 
-    folder, tiny = Path(job["folder"]), job["size"] == "tiny"
+    folder = Path(job["folder"])
+    tiny = job["size"] == "tiny"
     if tiny:
         config: Any = LlamaConfig(
             vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -115,7 +120,9 @@ def prepare(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None
     if shutil.disk_usage(folder.parent).free < 2.2 * parameter_count(config):
         emit({"error": f"not enough free space in {folder.parent}"})
         return
-    config.eos_token_id, config.pad_token_id, config.bos_token_id = config.vocab_size - 1, config.vocab_size - 2, None
+    config.eos_token_id = config.vocab_size - 1
+    config.pad_token_id = config.vocab_size - 2
+    config.bos_token_id = None
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -204,7 +211,8 @@ class StepRecorder:
     """
 
     def __init__(self, job: dict[str, Any]) -> None:
-        self.is_fake, self.limit = job["fake"], job["seconds"]
+        self.is_fake = job["fake"]
+        self.limit = job["seconds"]
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.counts: dict[str, int] | None = None
@@ -257,7 +265,9 @@ def measure_deltaw(job: dict[str, Any], rows: Path, batch_size: int) -> dict[str
     import deltaw
     from deltaw.training.callbacks import FunctionCallback
 
-    recorder, lines, folder = StepRecorder(job), [], Path(job["folder"])
+    recorder = StepRecorder(job)
+    lines = []
+    folder = Path(job["folder"])
     settings = {
         "model": str(folder), "start_from": str(folder / "adapter"), "output": str(folder / "run"),
         "data": {"train": str(rows), "eval": None, "template": "plain"},
@@ -314,7 +324,8 @@ def measure_peer(model: Any, job: dict[str, Any], rows: Sequence[dict[str, str]]
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    folder, microbatch = Path(job["folder"]), len(rows)
+    folder = Path(job["folder"])
+    microbatch = len(rows)
     end = json.loads((folder / "config.json").read_text())["eos_token_id"]
     examples = sorted((example(row, end) for row in rows), key=lambda pair: len(pair[0]))
     flatten = job.get("attention") == "flash_attention_2"
@@ -343,7 +354,8 @@ def train_peer(model: Any, batches: Sequence[dict[str, Any]], recorder: StepReco
     total = {"num_items_in_batch": labels} if len(batches) > 1 else {}
     while recorder.counts is None:
         torch.cuda.synchronize()
-        start, losses = time.perf_counter(), []
+        start = time.perf_counter()
+        losses = []
         for batch in batches:
             loss = model(**batch, **total, use_cache=False).loss
             loss.backward()
@@ -356,7 +368,8 @@ def train_peer(model: Any, batches: Sequence[dict[str, Any]], recorder: StepReco
 
 def example(row: dict[str, str], end: int) -> tuple[list[int], int]:
     """Return a row's tokens with the end token, and its number of prompt tokens."""
-    prompt, text = row.get("prompt", ""), row.get("text") or row["completion"]
+    prompt = row.get("prompt", "")
+    text = row.get("text") or row["completion"]
     return [*map(int, (prompt + text).split()), end], len(prompt.split())
 
 

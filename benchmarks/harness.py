@@ -161,9 +161,11 @@ def main() -> None:
         folder = write_tasks(Path(name), args.rows)
         write_model(folder)
         if args.same:
-            deltaw_side, hf_side = load_deltaw_side(folder, "fp32"), load_hf_side(folder, "float32", 8)
+            deltaw_side = load_deltaw_side(folder, "fp32")
+            hf_side = load_hf_side(folder, "float32", 8)
             for task in args.tasks:
-                our_score, their_score = deltaw_side(task), hf_side(task)
+                our_score = deltaw_side(task)
+                their_score = hf_side(task)
                 for metric, value in our_score.items():
                     print(f"{task:<10} {metric:<20} deltaw {value:.10g}  hf {their_score[metric]:.10g}", flush=True)
             return

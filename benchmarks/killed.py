@@ -77,7 +77,8 @@ class Case:
 
     def __init__(self, folder: Path, extra: list[str], method: str, precision: str, args: argparse.Namespace) -> None:
         folder.mkdir()
-        self.folder, self.args = folder, args
+        self.folder = folder
+        self.args = args
         self.name = f"{method} {precision} {' '.join(extra)}"
         self.random = random.Random(args.seed)
         self.common = [
@@ -116,7 +117,9 @@ class Case:
         seconds = self.run_uninterrupted(self.folder / "whole")
         shutil.rmtree(self.folder / "cache" / "features", ignore_errors=True)
         expected = outcome_of(self.folder / "whole")
-        kills, finished, all_equal = 0, 0, True
+        kills = 0
+        finished = 0
+        all_equal = True
         counts: dict[str, int] = {}
         while kills < self.args.kills or finished == 0:
             run = self.folder / f"run-{finished}"
@@ -152,7 +155,8 @@ class Case:
 
     def kill(self, process: subprocess.Popen[str], run: Path, moment: str) -> bool:
         """Kill the process at the given kind of moment. Return False if it had already exited."""
-        metrics, previous_lines = run / "metrics.jsonl", None
+        metrics = run / "metrics.jsonl"
+        previous_lines = None
         new_lines = 0
         start = time.monotonic()
         wait = self.random.uniform(0.0, 1.0)

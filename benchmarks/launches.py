@@ -58,7 +58,8 @@ def peft_steps(blocks: int, launches: Launches, prepare: Callable[[Any], None] =
     model = get_peft_model(model, settings).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
-    ids, counts = tokens().to("cuda"), []
+    ids = tokens().to("cuda")
+    counts = []
     with counted_sdpa(launches):
         for _ in range(STEPS):
             before = launches.read()

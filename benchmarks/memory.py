@@ -252,7 +252,9 @@ def summarize(rows: list[dict]) -> None:
     for name, title in (("tensors", "peak of the tensors"), ("resident", "resident memory of the process")):
         errors = [error(row[f"planned_{name}"], row[name]) for row in rows if name in row]
         if errors:
-            mean, worst, lowest = fmean(map(abs, errors)), max(map(abs, errors)), min(errors)
+            mean = fmean(map(abs, errors))
+            worst = max(map(abs, errors))
+            lowest = min(errors)
             print(
                 f"{title}: {len(errors)} runs, off by {mean:.1%} on average, {worst:.1%} at worst, lowest {lowest:+.1%}"
             )
@@ -413,7 +415,8 @@ def phases(settings: dict) -> dict:
     current = ["start"]
 
     def enter(name: str) -> str:
-        previous, current[0] = current[0], name
+        previous = current[0]
+        current[0] = name
         peaks[previous] = max(peaks.get(previous, 0), peak_resident_bytes())
         Path("/proc/self/clear_refs").write_text("5")
         return previous

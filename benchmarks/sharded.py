@@ -41,13 +41,17 @@ def main() -> None:
         dtype = "fp32" if args.precision == "fp32" else "bf16"
         blocks, largest, rest = write_model(folder, args.width, args.blocks, dtype)
         if args.precision == "int8":
-            blocks, largest = blocks / 2, largest / 2
+            blocks /= 2
+            largest /= 2
         print(f"{args.precision}: blocks {blocks:.0f} MB, one {largest:.1f} MB, other weights {rest:.1f} MB")
         single_process_growth = 0.0
         for processes in args.processes:
             measurements = run_processes(folder, args.precision, processes)
-            peak, start = max(measurement["peak"] for measurement in measurements), measurements[0]["start"]
-            growth, planned, vector = peak - start, measurements[0]["planned"], measurements[0]["trained"] * 4 / 1e6
+            peak = max(measurement["peak"] for measurement in measurements)
+            start = measurements[0]["start"]
+            growth = peak - start
+            planned = measurements[0]["planned"]
+            vector = measurements[0]["trained"] * 4 / 1e6
             text = f"{processes} processes: {growth:.0f} MB above {start:.0f}"
             if processes == 1:
                 single_process_growth = growth

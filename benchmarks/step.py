@@ -153,7 +153,8 @@ def ratios(all_results: Results, name: str, reference: str) -> list[float]:
 
 def table(all_results: Results) -> list[str]:
     """Return a Markdown table of medians and of ratios to PEFT's best and the floor."""
-    floor, peer = best_of(all_results, "floor"), best_of(all_results, "peft")
+    floor = best_of(all_results, "floor")
+    peer = best_of(all_results, "peft")
     lines = [
         "| | tokens/s | of the floor | times PEFT's best | peak resident | above the weights | first step |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -182,7 +183,8 @@ def spread(values: Sequence[float]) -> str:
 
 def summary(all_results: Results) -> list[str]:
     """Return a line for each deltaw side: ratio to PEFT's best, share of the floor, and the arithmetic used."""
-    floor, peer = best_of(all_results, "floor"), best_of(all_results, "peft")
+    floor = best_of(all_results, "floor")
+    peer = best_of(all_results, "peft")
     lines = []
     for name in all_results:
         if not name.startswith("deltaw"):

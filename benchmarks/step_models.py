@@ -108,9 +108,11 @@ def _write(name: str, model_folder: Path) -> None:
 
 def linear_shapes(config: Any) -> Counter[tuple[int, int]]:
     """Count the linear layers of a Llama-like model's blocks by (inputs, outputs)."""
-    hidden, mlp = config.hidden_size, config.intermediate_size
+    hidden = config.hidden_size
+    mlp = config.intermediate_size
     head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    query_size, key_size = config.num_attention_heads * head_size, config.num_key_value_heads * head_size
+    query_size = config.num_attention_heads * head_size
+    key_size = config.num_key_value_heads * head_size
     shapes: Counter[tuple[int, int]] = Counter()
     for shape, count in (
         ((hidden, query_size), 1),

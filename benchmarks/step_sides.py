@@ -20,7 +20,8 @@ from typing import Any, NoReturn
 from machine import kernels_text
 from step_models import MODELS, config_of, linear_shapes, prepare_model
 
-RANK, ALPHA = 16, 32
+RANK = 16
+ALPHA = 32
 # Rows per product of the head in the floor.
 HEAD_ROWS = 256
 STEPS_PER_TURN = 4
@@ -158,7 +159,8 @@ def deltaw_side(job: dict[str, Any]) -> dict[str, Any]:
 
     tokens = tokens_of_step(job)
     loaded = load(job["reference"], precision=job["precision"], device="cpu", log=lambda line: None)
-    model, precision = loaded.model, loaded.choices["precision"]
+    model = loaded.model
+    precision = loaded.choices["precision"]
     if precision.value == "int8":
         quantize_int8(model.base_model, lambda: model(tokens[:1]))
     if precision.value == "nf4":
@@ -193,7 +195,9 @@ def train_deltaw(model: Any, job: dict[str, Any], tokens: Any, candidates: tuple
         checkpoint_blocks(model)
     retain_freed_memory()  # like the command line
     use_large_pages(model)  # like a run
-    objective, seconds, turns = CausalObjective(model), [], Turns(job)
+    objective = CausalObjective(model)
+    seconds = []
+    turns = Turns(job)
     parameters = dict(adapter_parameters(model))
     with packed_rows(model):
         check = GradientCheck(model, objective, batcher, parameters, examples[:1])
@@ -242,7 +246,9 @@ def train_peft(model: Any, job: dict[str, Any], tokens: Any) -> dict[str, Any]:
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     forward = torch.compile(model) if job.get("compiled") else model
-    seconds, losses, turns = [], [], Turns(job)
+    seconds = []
+    losses = []
+    turns = Turns(job)
     for _ in range(job["steps"]):
         start = time.perf_counter()
         loss = forward(input_ids=tokens, labels=tokens).loss
@@ -260,7 +266,8 @@ def floor_side(job: dict[str, Any]) -> dict[str, Any]:
     """Time only the model's matrix products, forward and backward, and count the other operations at the same rate."""
     import torch
 
-    config, size = config_of(job["model"]), MODELS[job["model"]]
+    config = config_of(job["model"])
+    size = MODELS[job["model"]]
     rows = size.rows * size.length
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job["precision"]]
 
@@ -274,7 +281,8 @@ def floor_side(job: dict[str, Any]) -> dict[str, Any]:
         return statistics.median(durations)
 
     def time_products(rows: int, inputs: int, outputs: int, times: int) -> float:
-        x, grad = torch.randn(rows, inputs, dtype=dtype), torch.randn(rows, outputs, dtype=dtype)
+        x = torch.randn(rows, inputs, dtype=dtype)
+        grad = torch.randn(rows, outputs, dtype=dtype)
         weight = torch.randn(outputs, inputs, dtype=dtype)
         return median_of(lambda: x @ weight.t(), times) + median_of(lambda: grad @ weight, times)
 

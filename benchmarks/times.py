@@ -121,7 +121,8 @@ def run(settings: dict) -> dict:
 
 def compare(measured: dict, name: str) -> str:
     """Format a predicted time, the measured time and the relative error."""
-    planned, seconds = measured[f"planned_{name}"], measured[name]
+    planned = measured[f"planned_{name}"]
+    seconds = measured[name]
     return f"{planned:7.2f} {seconds:7.2f} {error(planned, seconds):+6.1%}"
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "development.md"
-BEGIN, END = "<!-- versions -->", "<!-- /versions -->"
+BEGIN = "<!-- versions -->"
+END = "<!-- /versions -->"
 # Script that prints the packages and versions installed in an environment.
 VERSION_SCRIPT = """
 import json, platform

@@ -38,7 +38,8 @@ def deltaw_side(job: dict) -> dict:
     import deltaw
     from deltaw.training.features.images import RowImages
 
-    compute, image_seconds = RowImages.compute, [0.0]
+    compute = RowImages.compute
+    image_seconds = [0.0]
 
     def timed(images: RowImages, *arguments: object) -> None:
         start = time.perf_counter()
@@ -55,7 +56,8 @@ def deltaw_side(job: dict) -> dict:
     }
     deltaw.fit(config)
     result = json.loads((Path(job["output"]) / "run.json").read_text())["result"]
-    seconds, planned = result["seconds"] + image_seconds[0], result["planned_memory_bytes"]
+    seconds = result["seconds"] + image_seconds[0]
+    planned = result["planned_memory_bytes"]
     return {"seconds": seconds, "image_seconds": image_seconds[0], "loss": result["train_loss"], "planned": planned}
 
 
@@ -114,7 +116,8 @@ def main() -> None:
     if args.train is None:  # a job of run_side
         measure_side(json.loads(Path(args.model).read_text()))
         return
-    threads, results = choose_threads().value, dict[str, list[dict]]()
+    threads = choose_threads().value
+    results = dict[str, list[dict]]()
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         train, test = (

@@ -66,7 +66,8 @@ def select_covering(members: Sequence[pytest.Function], together: int) -> list[p
         # Since pytest 9, callspec.indices counts parameter sets and never repeats, so the ids are used.
         values = list(enumerate(item.callspec._idlist))
         covered_by[item] = set(itertools.combinations(values, min(together, len(values))))
-    missing, selected = set().union(*covered_by.values()), []
+    missing = set().union(*covered_by.values())
+    selected = []
     while missing:
         best = max(members, key=lambda item: len(covered_by[item] & missing))
         selected.append(best)
@@ -97,12 +98,20 @@ def _isolated_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         monkeypatch.setenv("DELTAW_MEASURED", json.dumps({"*": RATES}))
         monkeypatch.setattr("deltaw.runs.memory_check.plan_run", shared_plan)
         monkeypatch.setattr(os, "fsync", lambda handle: None)
-        # Freezing excludes the objects of torch and pytest from each run's garbage collection. Counting frozen
-        # objects would be slow too, so that is disabled.
-        gc.collect()
-        gc.freeze()
+        # The heap is always frozen, and counting frozen objects would be slow.
         monkeypatch.setattr("deltaw.training.loop.frozen_heap", contextlib.nullcontext)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen_heap() -> None:
+    """Exclude objects that exist before a module's tests from garbage collections.
+
+    A run collects garbage several times. Without this, the objects of torch, pytest and earlier modules would take more
+    time than short runs: several hundred thousand objects, or a second per run, at the end of the tests.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,8 @@ class Repository:
     def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
         text = f"{len(self.commits)}{sorted((n, hashlib.sha1(c).hexdigest()) for n, c in files.items())}"
         sha = hashlib.sha1(text.encode()).hexdigest()
-        self.commits[sha], self.branches[branch] = files, sha
+        self.commits[sha] = files
+        self.branches[branch] = sha
         return sha
 
     def resolved(self, revision: str) -> str | None:
@@ -237,7 +238,8 @@ class _Handler(BaseHTTPRequestHandler):
         if "lfs" in description:
             headers |= {"X_Linked_ETag": f'"{description["lfs"]["oid"]}"', "X_Linked_Size": str(len(content))}
         if range_match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            start, end = int(range_match[1]), int(range_match[2] or len(content) - 1)
+            start = int(range_match[1])
+            end = int(range_match[2] or len(content) - 1)
             headers["Content_Range"] = f"bytes {start}-{end}/{len(content)}"
             return self._answer(content[start : end + 1], 206, **headers)
         self._answer(content, **headers)

@@ -87,7 +87,8 @@ def like_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     original: dict[str, Callable[..., object]] = {
         name: getattr(os, name) for name in ("rename", "replace", "unlink", "remove", "open")
     }
-    flags, write_only = fcntl.fcntl, os.O_WRONLY | os.O_RDWR
+    flags = fcntl.fcntl
+    write_only = os.O_WRONLY | os.O_RDWR
 
     def rename(source: str, target: str, **options: object) -> None:
         _reject_open(source)

@@ -74,7 +74,8 @@ def test_random_weights_are_written_once_and_load_equally(tmp_path, monkeypatch)
     assert (Path(folder) / "done").stat().st_mtime_ns == modified
     ours = load(reference, precision="bf16", device="cpu", log=lambda line: None).model
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    our_parameters, their_parameters = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    our_parameters = dict(ours.named_parameters())
+    their_parameters = dict(theirs.named_parameters())
     assert our_parameters.keys() == their_parameters.keys()
     assert all(torch.equal(our_parameters[n], their_parameters[n]) for n in our_parameters)
     assert all(p.abs().max() > 0 for n, p in our_parameters.items() if n.endswith("bias"))

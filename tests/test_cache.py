@@ -171,7 +171,8 @@ def test_eviction_removes_unlocked_temporary_folders():
 
 def test_second_lock_owner_is_notified_and_waits():
     large = Cache("large", 250)
-    first, notified = large.lock("a"), threading.Event()
+    first = large.lock("a")
+    notified = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         second = pool.submit(large.lock, "a", notified.set)
         assert notified.wait(20) and not second.done()

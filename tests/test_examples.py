@@ -75,7 +75,8 @@ def test_lower_case_yaml_runs_on_a_tiny_model(model_folder: Path, tmp_path: Path
 
 
 def test_reviews_yaml_runs_on_a_tiny_encoder(tmp_path: Path) -> None:
-    encoder, file = _tiny_encoder(tmp_path / "encoder"), _reviews(tmp_path / "reviews.csv")
+    encoder = _tiny_encoder(tmp_path / "encoder")
+    file = _reviews(tmp_path / "reviews.csv")
     result = run_of("reviews.yaml", tmp_path, encoder, file, rows=None)
     # One of 6 films with 4 reviews each is used for evaluation. The plots are dropped.
     assert result.outcome.rows == 2 * 20
@@ -143,7 +144,8 @@ def test_vision_rows_refer_to_images(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def _onnx_graph(weights: dict[str, np.ndarray]) -> types.SimpleNamespace:
     """Return a graph as the exporter of torch writes it: matrices are transposed and have other names."""
-    arrays, nodes = {}, []
+    arrays = {}
+    nodes = []
     for name, array in weights.items():
         if name.endswith(".weight") and array.ndim == 2:
             other = f"onnx::MatMul_{len(arrays)}"

@@ -100,7 +100,8 @@ def test_different_losses_are_reported(kit, capsys):
 
 
 def test_page_shows_results_of_gpus_only(scripts, kit, monkeypatch, tmp_path):
-    figures, file = scripts.figures, tmp_path / "gpu.json"
+    figures = scripts.figures
+    file = tmp_path / "gpu.json"
     monkeypatch.setattr(figures, "FOLDER", tmp_path)
     assert figures.table("gpu").startswith("There are no results")
     kit.add("tiny", "deltaw", [{**result(10, [3.0, 2.0]), "planned_bytes": 2e9, "launches": 7}])
@@ -132,7 +133,8 @@ def test_packed_kit_runs_on_simulated_device(tmp_path):
         shutil.copy(ROOT / name, source)
     subprocess.run([*pip, str(source)], check=True, env={**environment, "CXX": "false"})  # without kernels
     (wheel,) = tmp_path.glob("*.whl")
-    script, output = ROOT / "benchmarks" / "gpu_kit.py", tmp_path / "kit"
+    script = ROOT / "benchmarks" / "gpu_kit.py"
+    output = tmp_path / "kit"
     packing = [sys.executable, str(script), "pack", "--wheel", str(wheel), "--output", str(output)]
     subprocess.run(packing, check=True, env={**environment, "PYTHONPATH": str(ROOT / "src")})
     command = [str(output / "run.sh"), "--fake", "--minutes", "12", "--output", str(tmp_path / "results.json")]

@@ -26,7 +26,8 @@ SEPARATOR = "@@ end of cell"
 
 def notebook_of(script: str, outputs: list[str]) -> dict:
     """Return a notebook with a cell for each ``# %%`` section of a script, and the outputs of its code cells."""
-    cells, remaining = [], iter(outputs)
+    cells = []
+    remaining = iter(outputs)
     for kind, text in re.findall(r"(?ms)^# %%( \[markdown\])?\n(.*?)(?=^# %%|\Z)", script):
         lines = text.strip("\n").splitlines(keepends=True)
         cell = {"cell_type": "markdown" if kind else "code", "id": f"cell-{len(cells)}", "metadata": {}}

@@ -61,11 +61,13 @@ def test_page_commands_and_values_are_valid(page: Path, monkeypatch: pytest.Monk
     commands = commands_of(page)
     assert commands
     for words in commands:
-        verb, context = group, click.Context(group)
+        verb = group
+        context = click.Context(group)
         while isinstance(verb, click.Group):
             command = verb.get_command(context, words[0])
             assert command is not None, words
-            verb, words = command, words[1:]
+            verb = command
+            words = words[1:]
         parameters = verb.make_context(verb.name, list(words)).params
         required = {"model": "model", "data": "rows.jsonl"}
         given = {k: v for k, v in parameters.items() if v is None or isinstance(v, str)}
@@ -124,8 +126,9 @@ def _check_scores(goal: str, runs: Path) -> None:
 
 
 def test_settings_page_is_current() -> None:
-    assert settings_page.PAGE.read_text(encoding="utf-8") == settings_page.page(), "run tools/settings_page.py"
-    assert all(f"| `{setting.key}`" in settings_page.page() for setting in settings())
+    page = settings_page.page()
+    assert settings_page.PAGE.read_text(encoding="utf-8") == page, "run tools/settings_page.py"
+    assert all(f"| `{setting.key}`" in page for setting in settings())
 
 
 def test_output_of_blocks_is_selected_and_replaced() -> None:
@@ -143,7 +146,8 @@ def test_tutorial_shows_the_recording() -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES)
 def test_help_shows_a_valid_example(path: str) -> None:
-    command, context = group, click.Context(group)
+    command = group
+    context = click.Context(group)
     for word in path.split():
         command = command.get_command(context, word)
     lines = {line.strip() for line in command.get_help(click.Context(command)).splitlines()}
@@ -151,7 +155,8 @@ def test_help_shows_a_valid_example(path: str) -> None:
     assert EXAMPLES[path].startswith(f"deltaw {path}")
     words = shlex.split(EXAMPLES[path])[1 + len(path.split()) :]
     while isinstance(command, click.Group):
-        command, words = command.get_command(context, words[0]), words[1:]
+        command = command.get_command(context, words[0])
+        words = words[1:]
     flags = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     assert {word for word in words if word.startswith("-")} <= flags
 

@@ -148,7 +148,8 @@ def test_replacing_an_open_file_raises_user_error(like_windows, tmp_path):
 
 
 def test_replacing_a_briefly_open_file_is_retried(windows, tmp_path, monkeypatch):
-    original, errors = Path.replace, [PermissionError(errno.EACCES, "open (WinError 32)")] * 3
+    original = Path.replace
+    errors = [PermissionError(errno.EACCES, "open (WinError 32)")] * 3
 
     def replace(source: Path, target: Path) -> None:
         if errors:

@@ -33,7 +33,9 @@ BY_NAME = {"getattr", "hasattr", "setattr", "delattr", "attrgetter"}
 # Names required for dry runs.
 PLANS = ("FakeTensor", "FakeTensorMode", "TorchDispatchMode", "_DisableTorchDispatch", "tree_map_only")
 PLANS += ("tree_leaves", "_current_graph_task_id", "_local_scalar_dense")
-TABLES, HOOKS, ATTENTION = ("_parameters", "_buffers", "_modules"), ("_forward_hooks",), ("_attn_implementation",)
+TABLES = ("_parameters", "_buffers", "_modules")
+HOOKS = ("_forward_hooks",)
+ATTENTION = ("_attn_implementation",)
 
 
 def _is_private(name: str) -> bool:

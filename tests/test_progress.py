@@ -52,7 +52,8 @@ def test_no_report_without_listener_or_in_another_thread() -> None:
 
 
 def test_listener_is_active_in_its_block_and_for_decorated_functions() -> None:
-    first, later = RecordingListener(), RecordingListener()
+    first = RecordingListener()
+    later = RecordingListener()
     with use_listener(first):
         set_listener(later)
         assert add(1, 2) == add(2, 1) == 3

@@ -16,7 +16,9 @@ OTHER = re.compile(r"\s*([#|<>!]|[-*] |\d+\. )|    ")
 
 def broken_paragraphs(page: str) -> list[int]:
     """Return the numbers of Markdown lines that continue the previous line."""
-    numbers, continued, code = [], False, False
+    numbers = []
+    continued = False
+    code = False
     for number, line in enumerate(page.splitlines(), 1):
         fence = line.lstrip().startswith("```")
         code ^= fence

@@ -26,7 +26,8 @@ TENSORS |= {"trained": torch.nn.Parameter(torch.randn(2, 2)), "transposed": torc
 def test_library_reads_saved_files(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "made.safetensors"
     save_tensors(path, TENSORS, {"format": "pt", "key": "ü"})
-    read, opened = load_file(path), TensorFile(path)
+    read = load_file(path)
+    opened = TensorFile(path)
     assert read.keys() == opened.keys() == TENSORS.keys() and opened.metadata == {"format": "pt", "key": "ü"}
     for name, tensor in TENSORS.items():
         assert read[name].dtype == opened[name].dtype == tensor.dtype, name
@@ -40,7 +41,8 @@ def test_files_of_the_library_are_read(tmp_path: Path) -> None:
     path = tmp_path / "made.safetensors"
     tensors = {name: tensor.detach().contiguous() for name, tensor in TENSORS.items()}
     save_file(tensors, path, {"format": "pt"})
-    file, stored = TensorFile(path), read_header(path)
+    file = TensorFile(path)
+    stored = read_header(path)
     for name, tensor in tensors.items():
         assert torch.equal(file[name], tensor) and torch.equal(stored[name].load(), tensor), name
     assert torch.equal(stored["wide"].rows(1, 3), tensors["wide"][1:3])
@@ -58,7 +60,8 @@ def test_every_tensor_is_aligned_to_its_item_size(tmp_path_factory, entries) -> 
 def test_equal_content_produces_equal_files(tmp_path: Path) -> None:
     """The order of metadata in files of the library varies between calls."""
     metadata = {f"key {number}": "ü" * number for number in range(9)}
-    first, second = tmp_path / "one", tmp_path / "other"
+    first = tmp_path / "one"
+    second = tmp_path / "other"
     save_tensors(first, TENSORS, metadata)
     save_tensors(second, dict(reversed(TENSORS.items())), dict(reversed(metadata.items())))
     assert first.read_bytes() == second.read_bytes()
@@ -96,7 +99,8 @@ def test_truncated_file_is_rejected(tmp_path: Path) -> None:
 
 
 def test_nested_header_is_rejected(tmp_path: Path) -> None:
-    path, header = tmp_path / "made.safetensors", b"[" * 200_000
+    path = tmp_path / "made.safetensors"
+    header = b"[" * 200_000
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(UserError, match="nested too deeply"):
         read_header(path)

@@ -37,7 +37,10 @@ from deltaw.training.trained_check import UntrainedParameterError
 from tests.runtime.families import FALCON, PACKED, VOCABULARY, model_of
 from tests.runtime.test_fused import count_runs
 
-STEPS, BATCH, RATE, SEED = 5, 3, 1e-3, 0
+STEPS = 5
+BATCH = 3
+RATE = 1e-3
+SEED = 0
 # Biases are enabled if they are optional. Families without biases are excluded.
 BIASED = {"Llama": {"attention_bias": True, "mlp_bias": True}, "Gemma": {"attention_bias": True}}
 BIASED |= {"Qwen3": {"attention_bias": True}, "Falcon": {"bias": True}, "Falcon, grouped": {"bias": True}}
@@ -94,7 +97,8 @@ def by_deltaw(model: nn.Module, family: str, kind: str) -> tuple[dict[str, Tenso
     before = {name: parameter.detach().clone() for name, parameter in named.items()}
     options = {"learning_rate": RATE, "total_steps": STEPS, "batch_size": BATCH, "seed": SEED, "schedule": "constant"}
     with padded_rows(model) if padded else packed_rows(model):
-        objective, trained = CausalObjective(model), list(named.values())
+        objective = CausalObjective(model)
+        trained = list(named.values())
         train(objective, trained, rows(), batcher, names=list(named), max_grad_norm=None, **options)
     return before, {name: parameter.detach() for name, parameter in named.items()}
 

@@ -81,7 +81,8 @@ def reject(call: Call, tmp_path: Path, finished_run: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
 
     def check(arguments: list[object], word: str) -> None:
-        before, run = tree(tmp_path), tree(finished_run)
+        before = tree(tmp_path)
+        run = tree(finished_run)
         result = call(*arguments)
         assert_refused(result, word)
         assert len(result.err) < 4000 and tree(tmp_path) == before and tree(finished_run) == run

@@ -82,7 +82,8 @@ def test_peft_and_sentence_transformers_load_the_adapter(bases, runs, family):
     peft = pytest.importorskip("peft", reason="not installed")
     warnings.filterwarnings("error", "Found missing adapter keys")
     model = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(bases[family]), runs[family]).eval()
-    tokenizer, pooled = AutoTokenizer.from_pretrained(runs[family]), []
+    tokenizer = AutoTokenizer.from_pretrained(runs[family])
+    pooled = []
     for text in TEXTS:
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         hidden = model(input_ids=ids).last_hidden_state[0].detach()

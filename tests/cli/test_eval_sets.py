@@ -36,7 +36,8 @@ def test_all_sets_are_evaluated_by_name(call, run):
 
 def test_each_set_gets_table_limited_to_rows_and_answers(call, run):
     result = call("eval", run, "--limit", 1, "--answers", 1, "--no-drift", status=0)
-    first, second = result.out.index("held_out: 1 row\n"), result.out.index("other: 1 row\n")
+    first = result.out.index("held_out: 1 row\n")
+    second = result.out.index("other: 1 row\n")
     for section in (result.out[first:second], result.out[second:]):
         assert "perplexity" in section and "paint it" in section
     assert "of them are also training rows" in " ".join(result.out.split())

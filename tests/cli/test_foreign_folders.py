@@ -379,7 +379,8 @@ def test_remote_code_needs_flag_in_every_call(tmp_path, settings, model, call, a
 def test_base_model_in_hub_cache_needs_no_flag(tmp_path, run, model_folder, call, monkeypatch):
     """Links inside the hub cache are followed although they point out of the snapshot folder."""
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
-    cached, commit = tmp_path / "hub" / "models--somebody--base", "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--somebody--base"
+    commit = "0123456789abcdef0123456789abcdef01234567"
     snapshot = cached / "snapshots" / commit
     for folder in (snapshot, cached / "blobs", cached / "refs"):
         folder.mkdir(parents=True)

@@ -19,7 +19,8 @@ from tests.conftest import write_rows
 from tests.vision_models import chat_prompt, png, reference_text, save_vision_model
 
 GENERATE = ("generate", "--max-new-tokens", 6, "--precision", "fp32")
-RED, BLUE = png((220, 10, 10)), png((10, 10, 220))
+RED = png((220, 10, 10))
+BLUE = png((10, 10, 220))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,9 @@ def test_generated_text_equals_that_of_the_complete_model(call: Call, vision_fol
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_text_generated_from_images_with_grid_positions(call: Call, tmp_path: Path, family: str) -> None:
-    model, wide, square = save_vision_model(family, tmp_path / "model"), png((220, 10, 10), (48, 16)), BLUE
+    model = save_vision_model(family, tmp_path / "model")
+    wide = png((220, 10, 10), (48, 16))
+    square = BLUE
     (tmp_path / "wide.png").write_bytes(wide)
     (tmp_path / "square.png").write_bytes(square)
     images = ("--image", tmp_path / "wide.png", "--image", tmp_path / "square.png")
@@ -68,7 +71,9 @@ def test_unusable_images_of_prompts_are_refused(call: Call, vision_folder: Path,
 
 
 def test_markers_without_images_are_text(call: Call, vision_folder: Path) -> None:
-    model, text, written = vision_folder / "model", "is this <image>?", "is this <\u200bimage>?"
+    model = vision_folder / "model"
+    text = "is this <image>?"
+    written = "is this <\u200bimage>?"
     assert completions(call, model, text) == [reference_text(model, chat_prompt(written))]
     lines = (f"/image {vision_folder / 'red.png'}", "color?", text)
     chat = ("chat", "--max-new-tokens", 6, "--precision", "fp32", model)
@@ -140,7 +145,8 @@ def test_report_shows_images_of_held_out_rows(call: Call, vision_folder: Path, t
 
 def test_init_finds_the_column_of_images_and_counts_their_tokens(call: Call, vision_folder: Path) -> None:
     rows = [{"Photo": f"{name}.png", "prompt": "color?", "completion": name} for name in ("red", "blue") * 2]
-    file, settings = write_rows(vision_folder / "photos.jsonl", rows), vision_folder / "photos.yaml"
+    file = write_rows(vision_folder / "photos.jsonl", rows)
+    settings = vision_folder / "photos.yaml"
     command = ("init", settings, "--data", file, "--model", vision_folder / "model", "--yes", "--force")
     out = call(*command, status=0).out
     assert "columns: {image: Photo}" in settings.read_text()

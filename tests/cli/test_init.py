@@ -113,7 +113,9 @@ def prompts(count, **columns):
 def test_unusable_rows_are_listed_and_skipped(call, tmp_path, model_folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = [json.dumps(row) for row in prompts(60)]
-    lines[10], lines[20], lines[30] = '{"prompt": "torn', json.dumps({"prompt": "x"}), json.dumps({"completion": 1})
+    lines[10] = '{"prompt": "torn'
+    lines[20] = json.dumps({"prompt": "x"})
+    lines[30] = json.dumps({"completion": 1})
     lines[40] = json.dumps({"prompt": "nothing", "completion": ""})
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     for model in (model_folder, "owner/not-here"):
@@ -121,7 +123,8 @@ def test_unusable_rows_are_listed_and_skipped(call, tmp_path, model_folder, monk
         assert "3 rows of " in result.out and "cannot be used:\n  line 11: not JSON: " in result.out
         assert "\n  row 21 (line 21): 'completion' is missing" in result.out and "data.bad_rows: skip" in result.out
         assert max(map(len, result.out.splitlines())) <= 80
-        text, config = (tmp_path / "train.yaml").read_text(), RunConfig.read("train.yaml")
+        text = (tmp_path / "train.yaml").read_text()
+        config = RunConfig.read("train.yaml")
         assert config.data.bad_rows == "skip" and "# 3 rows skipped" in text
         assert ("1 row without an answer" in result.out) is (model == model_folder)
         assert ("estimated from characters: the model is not" in result.out) is (model != model_folder)
@@ -139,7 +142,8 @@ def test_unusable_rows_are_listed_and_skipped(call, tmp_path, model_folder, monk
 def test_small_data_set_gets_enough_steps_and_warning(call, tmp_path, model_folder):
     data = write_rows(tmp_path / "rows.jsonl", prompts(60))
     assert call("init", tmp_path / "a.yaml", "--data", data, "--model", model_folder, "--yes").status == 0
-    text, config = (tmp_path / "a.yaml").read_text(), RunConfig.read(tmp_path / "a.yaml")
+    text = (tmp_path / "a.yaml").read_text()
+    config = RunConfig.read(tmp_path / "a.yaml")
     assert "12 held-out rows are few: a score such as accuracy is known to ± 25 points" in text
     assert (config.data.eval, config.train.epochs, config.train.batch_size) == (0.2, 3, 4) and "36 steps" in text
 

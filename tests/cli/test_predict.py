@@ -134,7 +134,8 @@ def test_leading_unusable_rows_do_not_determine_columns(predict, classifier, mon
 
 def test_error_records_are_written_before_first_prediction(predict, classifier, monkeypatch):
     monkeypatch.setattr(predicting, "CHUNK_ROWS", 2)
-    original, sizes = PredictionFile.write, []
+    original = PredictionFile.write
+    sizes = []
 
     def write(self, lines):
         sizes.append(lines.count(b"\n"))
@@ -213,7 +214,8 @@ def test_limit_restricts_rows_and_json_counts_them(call, classifier, tmp_path):
 def test_all_training_file_formats_can_be_predicted(predict, classifier, tmp_path, suffix):
     import gzip
 
-    rows, file = labeled_rows(7), tmp_path / f"in{suffix}"
+    rows = labeled_rows(7)
+    file = tmp_path / f"in{suffix}"
     if suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     elif suffix == ".json":
@@ -307,7 +309,8 @@ def test_exact_match_of_completions_equals_eval(call, predict, finished_run, row
 
 
 def test_sampled_completions_do_not_depend_on_chunking(predict, finished_run, monkeypatch):
-    rows, flags = [{"prompt": "paint it"}] * 6, ("--temperature", 1, "--max-new-tokens", 8, "--seed", 3)
+    rows = [{"prompt": "paint it"}] * 6
+    flags = ("--temperature", 1, "--max-new-tokens", 8, "--seed", 3)
     completions = [row["completion"] for row in predict(finished_run, rows, *flags)]
     monkeypatch.setattr(predicting, "COMPLETION_ROWS", 2)
     assert [row["completion"] for row in predict(finished_run, rows, *flags, "--force")] == completions
@@ -349,7 +352,8 @@ def predict_killed(call, classifier, tmp_path, monkeypatch):
     file = write_rows(tmp_path / "rows.jsonl", [*labeled_rows(50), {"text": ""}, *labeled_rows(49)])
 
     def run(output: Path, *flags):
-        original, calls = predicting.Predictor._predict, []
+        original = predicting.Predictor._predict
+        calls = []
 
         def predict_then_interrupt(self, *args):
             calls.append(args)
@@ -369,7 +373,8 @@ def predict_killed(call, classifier, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_resumed_file_equals_uninterrupted_file(call, predict_killed, classifier, tmp_path, suffix):
-    output, reference = tmp_path / f"out{suffix}", tmp_path / f"whole{suffix}"
+    output = tmp_path / f"out{suffix}"
+    reference = tmp_path / f"whole{suffix}"
     file = predict_killed(output)
     assert not output.exists()
     result = call("predict", classifier, file, "-o", output, status=0)
@@ -445,7 +450,8 @@ def test_named_predictions_can_be_chained(call, predict, classifier, tmp_path, s
     classes = ["topic_probabilities"] if suffix == ".jsonl" else [f"topic_p_{name}" for name in sorted(CLASSES)]
     assert list(once) == ["row", "text", "id", "topic", *classes, "topic_error"]
     assert once["topic"] in CLASSES
-    first, second = tmp_path / f"predictions{suffix}", tmp_path / f"second{suffix}"
+    first = tmp_path / f"predictions{suffix}"
+    second = tmp_path / f"second{suffix}"
     call("predict", classifier, first, "--output", second, "--name", "mood", status=0)
     (twice,) = read(second)
     assert list(twice) == [*once, *(name.replace("topic", "mood") for name in list(once)[3:])]

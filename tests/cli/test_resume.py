@@ -36,7 +36,8 @@ def wait_for_lines(process, run, count):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_run_killed_three_times_equals_uninterrupted_run(flags, tmp_path, call, number):
-    reference, run = tmp_path / "whole", tmp_path / "run"
+    reference = tmp_path / "whole"
+    run = tmp_path / "run"
     assert call("train", *resumable_flags(flags, reference)).status == 0
     for count in range(3):
         with start("train", *resumable_flags(flags, run)) as process:

@@ -138,7 +138,8 @@ def test_greedy_and_sampled_completions_are_scored(model_folder):
         options = ScoreOptions(samples=4, temperature=0.7)
         score = task.score_completions(rows, SingleTurnSampler(sampler), scorer, options)
         lenient = task.score_completions(rows, SingleTurnSampler(sampler), scorer, ScoreOptions(threshold=0.0)).metrics
-    greedy, several = requests[0], requests[1]
+    greedy = requests[0]
+    several = requests[1]
     assert greedy == SamplingParams(4) and (several.temperature, several.top_k) == (0.7, 7)
     assert len(set(several.seeds)) == 8
     metrics = score.metrics
@@ -293,7 +294,8 @@ def test_step_time_includes_rollout(finished_run_and_config, tmp_path, monkeypat
 def test_evaluation_estimate_includes_generated_tokens(finished_run_and_config):
     _, config = finished_run_and_config
     rows = [prompt(n) for n in range(5)]
-    run_config, data = RunConfig.read(config), SimpleNamespace(sets={"": rows}, all_rows=rows)
+    run_config = RunConfig.read(config)
+    data = SimpleNamespace(sets={"": rows}, all_rows=rows)
     session = SimpleNamespace(
         data=data,
         task=SimpleNamespace(generates_text=True, checks_generation=False, evaluated_rows=lambda rows: [rows]),
@@ -304,7 +306,8 @@ def test_evaluation_estimate_includes_generated_tokens(finished_run_and_config):
     )
 
     def estimate_seconds(trained: int) -> float:
-        costs, overhead = CostEstimates(session, 0), OverheadSeconds()
+        costs = CostEstimates(session, 0)
+        overhead = OverheadSeconds()
         costs.add_step(Step(1, 0.1, 0.0, 1e-3, 1.0, 12, trained, trained, 12, 2.0, metrics={"length": 8.0}))
         costs.update(overhead)
         return overhead.evaluation
@@ -322,7 +325,9 @@ def test_plan_includes_rollout_memory(finished_run_and_config, tmp_path):
         reward = {**config["reward"], **reward}
         return plan(RunConfig.read({**config, "reward": reward, "output": str(tmp_path / "new")}))
 
-    default_plan, long_plan, large_group_plan = plan_with(), plan_with(max_new_tokens=72), plan_with(group=8)
+    default_plan = plan_with()
+    long_plan = plan_with(max_new_tokens=72)
+    large_group_plan = plan_with(group=8)
     default_bytes, long_bytes, large_group_bytes = (
         # The memory of the test process differs between plans.
         run_plan.phases["rollouts"] - run_plan.resident["process"]

@@ -37,7 +37,8 @@ class HonestClient:
     def __init__(self, url: str, request: dict[str, Any] | None) -> None:
         self.answered = 0
         self.wrong: list[str] = []
-        self._url, self._request = url, request
+        self._url = url
+        self._request = request
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._send_requests)
 

@@ -130,7 +130,8 @@ def test_short_flags_and_aliases_set_settings(call, project_folder, monkeypatch)
 
 def test_task_aliases_are_resolved():
     for word, (entry, implied) in task_registry.aliases().items():
-        task, loss = entry.name, implied.get("loss")
+        task = entry.name
+        loss = implied.get("loss")
         sections = {"distill": {"distill": {"prompt": "be brief"}}, "rl": {"reward": {"functions": ["exact"]}}}
         config = RunConfig.read({"model": "m", "data": "d", "task": word, **sections.get(task, {})})
         assert config.task == task and (loss is None or config.preference.loss == loss)

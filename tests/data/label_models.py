@@ -14,7 +14,8 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: number for number, word in enumerate((*SPECIAL, *WORDS))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    single, special = "[CLS]:0 $A:0 [SEP]:0", [("[CLS]", 2), ("[SEP]", 3)]
+    single = "[CLS]:0 $A:0 [SEP]:0"
+    special = [("[CLS]", 2), ("[SEP]", 3)]
     pair = f"{single} $B:1 [SEP]:1"
     backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
     names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}

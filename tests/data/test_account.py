@@ -61,9 +61,6 @@ def test_bad_rows_raise_or_are_skipped_and_counted_by_reason(write: Write) -> No
     assert "no usable rows" in refusal(prepared, write(BAD[2:6]), "gemma2", bad_rows="skip").message
 
 
-# Unrolled rows
-
-
 def thoughts(number: int, turns: int) -> dict[str, object]:
     """Return a conversation whose earlier thoughts Qwen 3's template omits."""
     contents = []
@@ -86,18 +83,18 @@ def test_rewritten_turns_become_several_examples_of_one_row(write: Write) -> Non
 @pytest.mark.parametrize("kind", ["rewritten", "divided"])
 def test_examples_of_one_row_are_on_one_side_of_the_split(kind: str, write: Write) -> None:
     if kind == "rewritten":
-        rows, family, settings = [thoughts(number, 1 + number % 4) for number in range(40)], "qwen3", {}
+        rows = [thoughts(number, 1 + number % 4) for number in range(40)]
+        family = "qwen3"
+        settings = {}
     else:
         rows = [{"text": f"{number} " + "abcdefghij" * (number % 5)} for number in range(40)]
-        family, settings = "base", {"max_length": 16, "long_rows": "split"}
+        family = "base"
+        settings = {"max_length": 16, "long_rows": "split"}
     path = write(rows)
     for seed in range(3):
         data = prepared(path, family, seed, eval=0.3, **settings)
         train, held_out = ({example.row for example in side} for side in (data.train, data.held_out))
         assert train and held_out and not train & held_out and accounted(data.report) == 40
-
-
-# Long rows
 
 
 def test_truncated_and_dropped_rows_are_counted_with_lost_labels(write: Write) -> None:

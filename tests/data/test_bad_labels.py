@@ -68,7 +68,8 @@ def test_missing_cells_and_broken_images_are_skipped(tmp_path, write) -> None:
 
 
 def test_evaluation_file_is_counted_separately(write) -> None:
-    train, eval_file = write([*good_rows(), BAD[0][0]]), write([*good_rows(2), BAD[1][0], BAD[1][0]], "t.jsonl")
+    train = write([*good_rows(), BAD[0][0]])
+    eval_file = write([*good_rows(2), BAD[1][0], BAD[1][0]], "t.jsonl")
     settings = DataSettings(train, bad_rows="skip", eval=eval_file)
     prepared = LabelReader(settings, TOKENIZER, CLASSES).prepare()
     assert prepared.report.evaluation is not None

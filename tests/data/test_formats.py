@@ -75,7 +75,8 @@ def test_prompts_texts_and_column_mappings_are_read() -> None:
     assert read(row) == read({"input": "a", "ideal": ["b", "c"]}) == [Pair("a", "b")]
     assert read(row, form="text") == [Text("c")]
     assert "needs the column 'messages'" in refusal(read, row, form="messages").message
-    row, columns = {"question": "a", "answer": "b", "text": "c"}, {"prompt": "question", "completion": "answer"}
+    row = {"question": "a", "answer": "b", "text": "c"}
+    columns = {"prompt": "question", "completion": "answer"}
     assert read(row, columns=columns) == [Pair("a", "b")]
     table = rows_of(row)
     assert unused_columns(table, choose_form(table, "auto", columns), columns) == ("text",)

@@ -25,7 +25,8 @@ def test_each_row_occurs_once_with_a_mask_of_its_length(lengths, budget):
     batches = list(LabelMicroBatcher(budget, padding=Padding(1, PADDING_MULTIPLE, 80)).batches(rows))
     assert sorted(t for b in batches for t in b.targets.tolist()) == list(range(len(rows)))
     for batch in batches:
-        ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+        ids = batch.inputs["input_ids"]
+        mask = batch.inputs["attention_mask"]
         assert ids.shape[1] % PADDING_MULTIPLE == 0 and batch.tokens == ids.numel()
         assert batch.rows == 1 or batch.tokens <= budget
         for index, example in enumerate(batch.examples):

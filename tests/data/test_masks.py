@@ -21,7 +21,8 @@ from tests.data.conftest import assistant, refusal, user
 from tests.training.runs import slow_except
 
 DATE = "2026-01-31"
-QUESTIONS, ANSWERS = ("Capital of Peru?", "Chile?"), ("Lima.", "Santiago.")
+QUESTIONS = ("Capital of Peru?", "Chile?")
+ANSWERS = ("Lima.", "Santiago.")
 THOUGHTS = ("<think>\nSouth.\n</think>\n\nLima.", "<think>\nFar south.\n</think>\n\nSantiago.")
 CLOCK = {"name": "clock", "description": "the time", "parameters": {}}
 TOOLS: tuple[Message, ...] = ({"type": "function", "function": CLOCK},)
@@ -43,7 +44,8 @@ def call(**thought: str) -> Conversation:
     """Create a conversation in which a tool is called."""
     calls = [{"id": "abcdefghi", "type": "function", "function": {"name": "clock", "arguments": {"zone": "PET"}}}]
     result = {"role": "tool", "content": "12:00", "tool_call_id": "abcdefghi"}
-    first, last = assistant("", tool_calls=calls, **thought), assistant("Noon.", **thought)
+    first = assistant("", tool_calls=calls, **thought)
+    last = assistant("Noon.", **thought)
     return conversation([], [user("Time in Lima?"), first, result, last], "row 1", TOOLS)
 
 
@@ -53,7 +55,8 @@ def marked(tokenizer: PreTrainedTokenizerFast, encoded: Encoded) -> str:
     def text(count: int) -> str:
         return str(tokenizer.decode(encoded.tokens[:count], clean_up_tokenization_spaces=False))
 
-    output, position = "", 0
+    output = ""
+    position = 0
     for start, stop in encoded.spans:
         output += f"{text(start)[len(text(position)) :]}«{text(stop)[len(text(start)) :]}»"
         position = stop
@@ -224,9 +227,6 @@ def test_unsupported_or_omitted_content_is_rejected(family, record, message):
     assert error.reason == "refused by the chat template" or "accept" not in message
 
 
-# Base models.
-
-
 @pytest.mark.parametrize(
     ("family", "record", "expected"),
     [
@@ -238,9 +238,6 @@ def test_unsupported_or_omitted_content_is_rejected(family, record, message):
 )
 def test_base_models_have_one_bos_and_a_final_eos(family, record, expected):
     assert examples(family, record) == [expected]
-
-
-# Compared with transformers, for a template with generation blocks.
 
 
 def test_mask_matches_generation_blocks_of_the_template() -> None:

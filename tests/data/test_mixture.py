@@ -42,7 +42,9 @@ def test_weight_is_the_number_of_occurrences(sources, seed):
 
 
 def test_sources_are_read_in_order_with_their_weights(write, tokenizer):
-    a, b, c = (write(texts("a", 4), "a.jsonl"), write(texts("b", 3), "b.jsonl"), write(texts("c", 10), "c.jsonl"))
+    a = write(texts("a", 4), "a.jsonl")
+    b = write(texts("b", 3), "b.jsonl")
+    c = write(texts("c", 10), "c.jsonl")
     train = [a, {"from": b, "weight": 2}, {"from": c, "weight": 0.5}]
     prepared = prepare(DataSettings(train, eval=None), tokenizer, seed=1)
     times = occurrences(prepared, tokenizer)
@@ -62,7 +64,8 @@ def test_sources_are_read_in_order_with_their_weights(write, tokenizer):
 
 
 def test_duplicates_across_sources_and_unweighted_evaluation_rows(write, tokenizer):
-    a, b = write(texts("x", 6), "a.jsonl"), write(texts("x", 8), "b.jsonl")
+    a = write(texts("x", 6), "a.jsonl")
+    b = write(texts("x", 8), "b.jsonl")
     prepared = prepare(DataSettings([a, {"from": b, "weight": 3}], eval=4), tokenizer)
     assert (prepared.report.duplicates, len(prepared.held_out)) == (6, 4)
     times = occurrences(prepared, tokenizer)
@@ -82,7 +85,8 @@ def test_sources_can_have_separate_columns_and_formats(write, tokenizer):
 
 
 def test_selected_rows_are_sampled_from_all_sources(write, tokenizer):
-    a, b = write(texts("a", 30), "a.jsonl"), write(texts("b", 30), "b.jsonl")
+    a = write(texts("a", 30), "a.jsonl")
+    b = write(texts("b", 30), "b.jsonl")
     prepared = prepare(DataSettings([a, b], rows=20, eval=None), tokenizer)
     assert len(prepared.train) == 20 and prepared.report.not_selected == 40
     assert {text[0] for text in occurrences(prepared, tokenizer)} == {"a", "b"}

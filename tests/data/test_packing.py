@@ -64,10 +64,12 @@ def test_each_label_is_predicted_from_its_preceding_tokens(batch_rows, share):
 
 
 def test_shared_prefixes_are_stored_once_and_nested():
-    stem, middle = list(range(10, 20)), list(range(30, 36))
+    stem = list(range(10, 20))
+    middle = list(range(30, 36))
     batch = pack([example([*stem, 1, 2]), example([*stem, 3]), example([*stem, 1, 2, *range(30, 40)])])
     assert (batch.tokens, batch.row_tokens) == (10 + 2 + 1 + 10, 12 + 11 + 22)
-    left, right = batch.members[0].indices, batch.members[1].indices
+    left = batch.members[0].indices
+    right = batch.members[1].indices
     assert (left[:10] == right[:10]).all() and not set(left[10:]) & set(right[10:])
     batch = pack([example([*stem, *middle, 1, 2]), example([*stem, *middle, 3, 4]), example([*stem, 5, 6])])
     assert batch.tokens == 10 + 6 + 6 and max(batch.inputs["packed_layout"].offsets()) == 16

@@ -84,7 +84,8 @@ def test_empty_class_folders_and_loose_images_are_rejected(tmp_path: Path, tree:
 
 def test_broken_image_is_reported_before_and_during_training(tmp_path: Path, tree: Path):
     path = tree / "dog" / "1.png"
-    original, examples = path.read_bytes(), prepared(tree).train
+    original = path.read_bytes()
+    examples = prepared(tree).train
     half = original[: len(original) // 2]
     for content, message in ((half, "cannot be decoded"), (b"no image", "unknown image format")):
         path.write_bytes(content)

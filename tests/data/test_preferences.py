@@ -51,7 +51,8 @@ def texts(pair):
 )
 def test_pairs_are_read_in_every_format(read, row, template, prompt):
     (pair,) = read([row], template=template).train
-    space, end = (" " * (prompt == "paint it"), "<|endoftext|>" if template == "plain" else "<|im_end|>")
+    space = " " * (prompt == "paint it")
+    end = "<|endoftext|>" if template == "plain" else "<|im_end|>"
     assert texts(pair) == [(prompt, f"{space}{answer}{end}") for answer in ("red", "blue")]
     chosen, rejected = pair.rows
     assert isinstance(pair, RowGroup) and pair.row == 1
@@ -107,7 +108,8 @@ def test_system_prompt_is_detected_or_added(read):
 
 
 def test_duplicates_empty_answers_and_long_rows_are_counted(read):
-    long, empty = {"prompt": "paint it ", "chosen": "r" * 60, "rejected": "blue"}, {**PLAIN, "rejected": ""}
+    long = {"prompt": "paint it ", "chosen": "r" * 60, "rejected": "blue"}
+    empty = {**PLAIN, "rejected": ""}
     rows = [PLAIN, PLAIN, long, empty]
     limited = {"template": "plain", "max_length": 40}
     data = read(rows, **limited, long_rows="drop")

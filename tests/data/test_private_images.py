@@ -23,7 +23,8 @@ from deltaw.untrusted_paths import AllowedFolders
 from tests.conftest import write_rows
 from tests.vision_models import png
 
-PRIVATE, OWN = png((220, 10, 10)), png((10, 10, 220))
+PRIVATE = png((220, 10, 10))
+OWN = png((10, 10, 220))
 OUTSIDE = "outside of the folders that are allowed"
 
 
@@ -122,7 +123,8 @@ def test_user_may_refer_to_any_image(folder: Path) -> None:
 
 @pytest.mark.parametrize("linked", ["file", "folder"])
 def test_image_replaced_by_a_link_later_is_rejected(restricted: Path, linked: str) -> None:
-    row, file = {"prompt": "q", "image": "../images/own.png"}, restricted / "rows" / "d.jsonl"
+    row = {"prompt": "q", "image": "../images/own.png"}
+    file = restricted / "rows" / "d.jsonl"
     rows = NumberedRows(str(file), [(str(file), [1], [row])])
     _, (image,) = take_images(row, rows.folder(0), "row 1")
     images = restricted / "images"

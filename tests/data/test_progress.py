@@ -17,7 +17,8 @@ def log_progress(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[in
     """Return (seconds, line) of each logged line for a constant rate of rows and bytes."""
 
     def lines(title: str, size: int, seconds: range, rows: int, size_read: int = 0) -> list[tuple[int, str]]:
-        clock, logged = SimpleNamespace(now=0.0), []
+        clock = SimpleNamespace(now=0.0)
+        logged = []
         monkeypatch.setattr(read_progress, "time", SimpleNamespace(monotonic=lambda: 100.0 + clock.now))
         progress = ReadProgress(lambda line: logged.append((clock.now, line)), title, size)
         for clock.now in seconds:

@@ -241,8 +241,10 @@ def test_killed_preparation_leaves_no_valid_entry(change, data, folder, tokenize
 
 
 def test_concurrent_processes_prepare_equal_rows(data: Path, folder: Path) -> None:
-    (process, results), (other_process, other_results) = start_preparation(data), start_preparation(data)
-    first, second = results.get(), other_results.get()
+    process, results = start_preparation(data)
+    other_process, other_results = start_preparation(data)
+    first = results.get()
+    second = other_results.get()
     process.join(100)
     other_process.join(100)
     assert first == second and first[0] == 46 and entries(folder) == [".arrow", ".json"]

@@ -100,7 +100,8 @@ def read(
 
 
 def shown(example: Example, tokenizer: PreTrainedTokenizerFast) -> str:
-    text, previous = "", False
+    text = ""
+    previous = False
     for token, is_label in zip(example.tokens.tolist(), example.is_label.tolist(), strict=True):
         text += "" if is_label is previous else "«" if is_label else "»"
         text += f"{token - FIRST_ID} " if token >= FIRST_ID else tokenizer.decode([token])
@@ -111,7 +112,8 @@ def shown(example: Example, tokenizer: PreTrainedTokenizerFast) -> str:
     return text
 
 
-A, B = data_url(picture(1)), data_url(picture(2, height=3))
+A = data_url(picture(1))
+B = data_url(picture(2, height=3))
 ANSWER = "<assistant/«red>»"
 
 
@@ -281,7 +283,8 @@ def _bomb() -> bytes:
 )
 def test_images_that_cannot_be_decoded_are_skipped(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.png").write_bytes(content)
-    good, broken = {"prompt": "c", "completion": "red", "image": A}, {"prompt": "c", "completion": "d"}
+    good = {"prompt": "c", "completion": "red", "image": A}
+    broken = {"prompt": "c", "completion": "d"}
     rows = [{**broken, "image": "a.png"}, {**broken, "image": data_url(content)}, good]
     error = refusal(read, rows, tmp_path)
     assert "cannot be decoded" in error.message and "row 1, image 1" in str(error.location)
@@ -514,7 +517,8 @@ def test_prompts_of_others_cannot_read_files_or_write_image_tokens(tmp_path: Pat
 
 def test_markers_in_questions_are_text() -> None:
     tokenizer = image_tokenizer()
-    placer, text = FakePlacer(tokenizer), "is <image> or <pic> a tag?"
+    placer = FakePlacer(tokenizer)
+    text = "is <image> or <pic> a tag?"
     written = text.replace("<", "<\u200b")
     for question in (text, [user(text)], [user([{"type": "text", "text": text}])]):
         tokens = encode_prompt(question, "auto", tokenizer, images=placer)  # type: ignore[arg-type]

@@ -33,7 +33,8 @@ def lines(rows: object = ROWS) -> bytes:
 
 
 def write_sample(folder: Path, name: str) -> str:
-    path, table = folder / name, pyarrow.Table.from_pylist(ROWS)
+    path = folder / name
+    table = pyarrow.Table.from_pylist(ROWS)
     if name.endswith(".parquet"):
         pyarrow.parquet.write_table(table, path, row_group_size=4)
     elif name.endswith(".arrow"):
@@ -54,7 +55,8 @@ def scan_source(reference: object, on_bad: Callable[..., None] | None = None) ->
 @pytest.mark.parametrize("name", ["r.jsonl", "r.json", "r.csv", "r.parquet", "r.arrow"])
 def test_chunks_contain_the_rows_of_the_file(name: str, tmp_path: Path, small_chunks: None) -> None:
     stream = scan_source(write_sample(tmp_path, name))
-    chunks, expected = list(stream.chunks()), read_rows(str(tmp_path / name))
+    chunks = list(stream.chunks())
+    expected = read_rows(str(tmp_path / name))
     assert [row for chunk in chunks for row in chunk] == list(expected)
     assert (stream.rows, stream.columns) == (len(expected), expected.columns)
     assert max(len(chunk) for chunk in chunks) == 5 and chunks[1].row_location(2) == expected.row_location(7)

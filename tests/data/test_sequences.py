@@ -45,7 +45,8 @@ def test_digest_depends_on_part_boundaries():
         def digest(self):
             return repr(tuple(self)).encode()
 
-    first, second = [Digested("ab"), Digested("c")], [Digested("a"), Digested("bc")]
+    first = [Digested("ab"), Digested("c")]
+    second = [Digested("a"), Digested("bc")]
     assert ConcatSequence(first).digest() != ConcatSequence(second).digest()
 
 

@@ -137,7 +137,8 @@ def test_nested_folders_are_read(tmp_path: Path, write: Write) -> None:
 
 
 def test_package_member_is_read_like_a_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, requested = Path(write([{"text": "a"}])), []
+    path = Path(write([{"text": "a"}]))
+    requested = []
     monkeypatch.setattr(packages, "member", lambda reference: requested.append(reference) or path)
     rows = read_rows("pypi:some==1.0/some/d.jsonl")
     assert requested == [rows.name] == ["pypi:some==1.0/some/d.jsonl"]

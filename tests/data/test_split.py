@@ -34,7 +34,8 @@ class Row:
 
 def split_examples(rows: list[Row], *, seed: int = 3, **settings):
     report = PreparationReport("f", "text", "plain", rows_read=len(rows), rows_kept=len(rows))
-    keys, groups = keys_of(rows, Row.key), group_keys([row.group for row in rows])
+    keys = keys_of(rows, Row.key)
+    groups = group_keys([row.group for row in rows])
     options = {"seed": seed, "read_eval": lambda name: ([], keys[:0], report)}
     return split_rows(rows, keys, groups, report, DataSettings("f", **settings), **options)
 

@@ -57,7 +57,8 @@ def use_local_worker(patch: pytest.MonkeyPatch) -> type[LocalWorker]:
 
 def synthetic_result(request: Mapping[str, Any]) -> dict[str, object]:
     """Return a result computed from the settings only. The loss is lowest at a learning rate of 1e-3."""
-    config, kind = request["config"], request["do"]
+    config = request["config"]
+    kind = request["do"]
     train = config["train"]
     rate = request.get("rate", train["learning_rate"])
     loss = 0.1 + train["seed"] / 100 + (0.0 if rate == "auto" else abs(math.log(rate / 1e-3)))
@@ -132,7 +133,8 @@ def study_settings(settings: Settings, tmp_path_factory: pytest.TempPathFactory)
     file = write_rows(tmp_path_factory.mktemp("study") / "rows.jsonl", rows)
 
     def make(output: Path, **changes: object) -> dict:
-        train, data = {"learning_rate": "auto", "batch_size": 8, "epochs": 2}, {"train": str(file), "eval": 8}
+        train = {"learning_rate": "auto", "batch_size": 8, "epochs": 2}
+        data = {"train": str(file), "eval": 8}
         return settings(output, **deep_merge({"train": train, "data": data}, changes))
 
     return make

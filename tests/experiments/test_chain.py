@@ -185,7 +185,8 @@ def test_rows_of_first_stage_are_checked_before_folder_exists(shared, stages, tm
 
 
 def test_stage_given_by_its_folder_is_that_stage(shared, stages, tmp_path):
-    folder, second = tmp_path / "c", {**stages[1], "start_from": str(tmp_path / "c" / ".." / "c" / "sft")}
+    folder = tmp_path / "c"
+    second = {**stages[1], "start_from": str(tmp_path / "c" / ".." / "c" / "sft")}
     chain = parsed({**shared(folder), "stages": [stages[0], second]})
     assert chain.stages[1].parents == ("sft",)
     own = {**stages[1], "start_from": str(folder / "dpo")}

@@ -82,7 +82,8 @@ def lora(**settings: object) -> dict:
     return {"lora": settings}
 
 
-DORA, ACTIVE = lora(rank=4, dora=True), lora(rank=4, active="completion")
+DORA = lora(rank=4, dora=True)
+ACTIVE = lora(rank=4, active="completion")
 BIAS = {**lora(rank=4, bias="all"), "model": "GPT2"}
 MODULES = lora(rank=4, train_modules=["lm_head"])
 PISSA = lora(rank=4, init="pissa")

@@ -89,7 +89,8 @@ def test_stopped_and_failed_jobs_are_reported(study_settings, tmp_path):
         def __init__(self):
             specs = [("stopped", "trial", trial), ("refused", "trial", missing), ("broken", "no such request", {})]
             self.pending = [Job(key, kind, tmp_path / "log", request) for key, kind, request in specs]
-            self.reports, self.results = [], {}
+            self.reports = []
+            self.results = {}
 
         def next(self):
             return self.pending.pop(0) if self.pending else None

@@ -79,7 +79,9 @@ class TestThreeMethods:
             assert losses[result.learning_rate] == min(losses.values())
 
     def test_result_of_method_is_complete(self, study):
-        lora, comparison, run = study.by_name["lora"], study.comparison, study.folder / "lora" / "seed-0"
+        lora = study.by_name["lora"]
+        comparison = study.comparison
+        run = study.folder / "lora" / "seed-0"
         assert lora.steps == 6 and lora.seconds > 0
         assert lora.trained_parameters == 4 * sum(2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48) for _ in range(2))
         assert json.loads((run / "adapter_config.json").read_text())["r"] == study.settings["lora"]["rank"]
@@ -211,7 +213,8 @@ class TestSeeds:
             assert len(result.seeds) == 3
             assert result.score == pytest.approx(sum(seed.score for seed in result.seeds) / 3)
             assert 0 <= result.interval[0] <= result.score <= result.interval[1] <= 1
-        lora, head = study.by_name["lora"], study.by_name["head"]
+        lora = study.by_name["lora"]
+        head = study.by_name["head"]
         assert study.comparison.reference == "head" and head.difference == 0
         assert lora.difference == pytest.approx(lora.score - head.score)
         assert lora.difference_interval[0] <= lora.difference <= lora.difference_interval[1]

@@ -14,7 +14,8 @@ def test_content_hash_detects_changed_weight(tmp_path: Path) -> None:
     weights = torch.randn(64, 64)
     save_file({"weight": weights}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
-    before, size = content_hash(str(tmp_path)), (tmp_path / "model.safetensors").stat().st_size
+    before = content_hash(str(tmp_path))
+    size = (tmp_path / "model.safetensors").stat().st_size
     assert before == content_hash(str(tmp_path))
     weights[17, 3] += 1
     save_file({"weight": weights}, tmp_path / "model.safetensors")

@@ -26,7 +26,8 @@ def make_config(settings, long_context_folder, tmp_path):
 
     def make(task: str) -> RunConfig:
         if task in ("rl", "distill"):
-            model, rows = long_context_folder, [{"prompt": f"say {c}", "completion": c} for c in COLORS]
+            model = long_context_folder
+            rows = [{"prompt": f"say {c}", "completion": c} for c in COLORS]
         else:
             torch.manual_seed(0)
             shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -25,7 +25,8 @@ def request(message: dict[str, Any], seconds: float = 300) -> dict[str, Any]:
         RuntimeError: if the process failed. The message contains the last lines of its output.
     """
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command, text = [sys.executable, "-m", "tests.export.llama_cpp"], {"input": json.dumps(message), "text": True}
+    command = [sys.executable, "-m", "tests.export.llama_cpp"]
+    text = {"input": json.dumps(message), "text": True}
     options = {"errors": "replace", "env": {**os.environ, "PYTHONPATH": paths}, "cwd": ROOT, "check": False}
     process = subprocess.run(command, capture_output=True, timeout=seconds, **text, **options)
     lines = [line for line in process.stdout.splitlines() if line.startswith('{"llama.cpp":')]
@@ -95,7 +96,9 @@ def answer(message: dict[str, Any]) -> dict[str, Any]:
     server = xllamacpp.Server(parameters)
     if message.get("vision"):
         return {"answers": [_about_image(server.listening_address, *prompt, message) for prompt in message["prompts"]]}
-    answers, prompts, top_tokens = [], [], []
+    answers = []
+    prompts = []
+    top_tokens = []
     options = {"n_predict": message["tokens"], "temperature": 0, "ignore_eos": True, "cache_prompt": False}
     options |= {"logit_bias": [[token, False] for token in message.get("never", [])], "verbose": True}
     options |= {"logprobs": message["likeliest"]} if message.get("likeliest") else {}

@@ -46,8 +46,10 @@ SPLITTINGS |= {"qwen2": _split_by(_QWEN), "llama-bpe": _split_by(_QWEN.replace(r
 def byte_bpe(splitting: str, size: int = VOCABULARY) -> PreTrainedTokenizerFast:
     """Train byte-level BPE on :data:`TEXT` and set a chat template."""
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = SPLITTINGS[splitting], decoders.ByteLevel()
-    special, alphabet = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"], pre_tokenizers.ByteLevel.alphabet()
+    backend.pre_tokenizer = SPLITTINGS[splitting]
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     options = {"special_tokens": special, "initial_alphabet": sorted(alphabet), "show_progress": False}
     backend.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=size, **options))
     names = {"eos_token": special[0], "additional_special_tokens": special[1:]}

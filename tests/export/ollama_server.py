@@ -142,7 +142,10 @@ def _serve(file: str) -> None:
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = file
-    parameters.n_ctx, parameters.n_parallel, parameters.verbosity, parameters.warmup = 2048, 1, 0, False
+    parameters.n_ctx = 2048
+    parameters.n_parallel = 1
+    parameters.verbosity = 0
+    parameters.warmup = False
     # fp32 keys and values. The default rounds them to fp16.
     parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -42,7 +42,8 @@ def test_scaled_factors_equal_delta_weight_of_each_layer(tmp_path: Path) -> None
     assert len(tensors) == 2 * result.details["tensors"] == 28
     modules = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj"}
     for name, module in {**modules, "ffn_up": "mlp.up_proj"}.items():
-        expected, heads = models.delta_weight(model.get_submodule(f"model.layers.1.{module}")), HEADS.get(name)
+        expected = models.delta_weight(model.get_submodule(f"model.layers.1.{module}"))
+        heads = HEADS.get(name)
         expected = adjacent_pairs(expected, heads) if heads else expected
         factor_A, factor_B = (tensors[f"blk.1.{name}.weight.lora_{letter}"] for letter in "ab")
         actual = float(fields["adapter.lora.alpha"]) / factor_A.shape[0] * factor_B @ factor_A
@@ -88,8 +89,10 @@ def test_unsupported_bases_methods_and_nonfinite_values_are_rejected(tmp_path: P
     _, run = models.saved_run(tmp_path, "llama")
     models.random_model("llama", models.VOCABULARY, seed=1).save_pretrained(tmp_path / "other")
     assert_rejected("other weights", options=MergeOptions(str(tmp_path / "other")))
-    config, weights = tmp_path / "base" / "config.json", run / "adapter_model.safetensors"
-    content, tensors = config.read_text(), load_file(weights)
+    config = tmp_path / "base" / "config.json"
+    weights = run / "adapter_model.safetensors"
+    content = config.read_text()
+    tensors = load_file(weights)
     config.write_text(json.dumps({**json.loads(content), "hidden_act": "relu"}))
     assert_rejected("activation 'relu'")
     config.write_text(content)

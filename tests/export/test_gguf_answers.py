@@ -96,7 +96,8 @@ def test_smollm2_adapter_matches_llama_cpp_within_rounding(tmp_path: Path) -> No
     may be swapped. The tolerance is measured on the base model without an adapter.
     """
     loaded = load(SMOLLM2, precision="fp32", log=lambda line: None)
-    model, tokenizer = loaded.model, loaded.tokenizer
+    model = loaded.model
+    tokenizer = loaded.tokenizer
     assert tokenizer is not None
     attach(model, LoRAConfig(rank=8, alpha=16), seed=0)
     models.randomize_adapter(model, 0.04)
@@ -115,8 +116,10 @@ def test_smollm2_adapter_matches_llama_cpp_within_rounding(tmp_path: Path) -> No
     export_gguf(tmp_path / "run", tmp_path / "merged.gguf", kind="f32")
     merged = llama_cpp.top_logprobs(tmp_path / "merged.gguf", contexts, TOP_COUNT)
 
-    rounding, effect = _differences(rounded, bare), _differences(with_adapter, bare)
-    by_adapter, by_merged = _differences(with_adapter, adapted), _differences(merged, adapted)
+    rounding = _differences(rounded, bare)
+    effect = _differences(with_adapter, bare)
+    by_adapter = _differences(with_adapter, adapted)
+    by_merged = _differences(merged, adapted)
     # A partially applied or wrongly scaled adapter would be off by a fraction of its effect.
     assert _rms(by_adapter) < 2 * _rms(rounding) and _rms(by_adapter) < _rms(effect) / 4
     assert _rms(by_merged) < _rms(rounding) / 100

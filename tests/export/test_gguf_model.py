@@ -118,7 +118,8 @@ def test_gguf_base_metadata_is_preserved(tmp_path: Path, monkeypatch: pytest.Mon
 def test_changed_head_is_untied_or_rejected_if_unsupported(tmp_path: Path) -> None:
     model, run = models.saved_run(tmp_path / "q", "qwen2", target_modules=["lm_head"])
     export_gguf(run, tmp_path / "m.gguf", kind="f32")
-    tensors, head = read_gguf(tmp_path / "m.gguf")[1], model.get_output_embeddings()
+    tensors = read_gguf(tmp_path / "m.gguf")[1]
+    head = model.get_output_embeddings()
     merged = (head.weight + models.delta_weight(head)).detach().numpy()
     np.testing.assert_allclose(tensors["output.weight"], merged, rtol=1e-5, atol=1e-6)
     assert not np.allclose(tensors["token_embd.weight"], merged)

@@ -33,7 +33,9 @@ from tests.export import llama_cpp, models
 from tests.export.merge_cases import perturb_adapter, silence_transformers
 from tests.vision_models import TEXT, VISION
 
-_BEFORE, _AFTER, _TOKENS = "def add(first, ", ") item\n    return the sum", 8
+_BEFORE = "def add(first, "
+_AFTER = ") item\n    return the sum"
+_TOKENS = 8
 _MORE_TOKENS = ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
 _MORE_TOKENS += [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
 
@@ -65,7 +67,8 @@ def _config(tower: str, tokenizer: PreTrainedTokenizerFast, **changes: object) -
 
 def _save_base(folder: Path, tower: str, **changes: object) -> Path:
     silence_transformers()
-    tokenizer, family = _tokenizer(), "idefics3" if tower == "idefics3" else "llava"
+    tokenizer = _tokenizer()
+    family = "idefics3" if tower == "idefics3" else "llava"
     config = _config(tower, tokenizer, **changes)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config).float()
@@ -111,7 +114,8 @@ def _images(tower: str) -> list[Image.Image]:
 @torch.no_grad()
 def _answers(model: PreTrainedModel, base: Path, tower: str) -> list[list[int]]:
     """Return the tokens that the model generates greedily about each image."""
-    tokenizer, answers = _tokenizer(), []
+    tokenizer = _tokenizer()
+    answers = []
     processor = ModelProcessor(base, model.config, tokenizer)
     for image in _images(tower):
         text, inputs = processor.encode(image)
@@ -135,7 +139,8 @@ def _llama_cpp(model: Path, vision: Path, tower: str, lora: Path | None = None) 
 def _with_class_token_last(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model with a CLIP tower that orders its tokens as llama.cpp does (its issue 25814)."""
     model = copy.deepcopy(model)
-    tower, connector = model.model.vision_tower, model.model.multi_modal_projector
+    tower = model.model.vision_tower
+    connector = model.model.multi_modal_projector
     count = model.config.vision_feature_layer % (len(tower.encoder.layers) + 1)
 
     def features(pixel_values: Tensor, **_: object) -> BaseModelOutputWithPooling:
@@ -229,7 +234,8 @@ def test_adapter_with_connector_answers_like_the_merged_model(tmp_path: Path) ->
     export_gguf_adapter(run, tmp_path / "adapter.gguf")
     plain = _base_file(base, tmp_path)
     expected = _llama_cpp(tmp_path / "merged.gguf", tmp_path / "mmproj-merged.gguf", "siglip")
-    vision, adapter = tmp_path / "mmproj-adapter.gguf", tmp_path / "adapter.gguf"
+    vision = tmp_path / "mmproj-adapter.gguf"
+    adapter = tmp_path / "adapter.gguf"
     assert _llama_cpp(plain, vision, "siglip", adapter) == expected
     assert _llama_cpp(plain, vision, "siglip") != expected
     assert _llama_cpp(plain, tmp_path / "mmproj-plain.gguf", "siglip", adapter) != expected

@@ -80,7 +80,8 @@ def test_methods_that_train_base_parameters_can_be_merged(name: str, tmp_path: P
     method.after_step(model)
     method.save(model, tmp_path / "adapter", base_model=str(base))
     assert merge_run(tmp_path / "adapter", tmp_path / "out").same_base is True
-    expected, reloaded = logits(model), load_model(base)
+    expected = logits(model)
+    reloaded = load_model(base)
     assert relative_difference(logits(reloaded), expected) > 1e-3
     method_from_folder(tmp_path / "adapter", None).load(reloaded, tmp_path / "adapter")
     for equivalent in (load_model(tmp_path / "out"), reloaded):
@@ -173,7 +174,8 @@ def test_shard_size_determines_files_and_index(tmp_path: Path) -> None:
 
 
 def test_tokenizer_template_and_terminators_are_copied(tmp_path: Path) -> None:
-    base, out = text_base(tmp_path / "base"), tmp_path / "out"
+    base = text_base(tmp_path / "base")
+    out = tmp_path / "out"
     adapter = adapter_folder(base, tmp_path / "adapter")
     (adapter / "chat_template.jinja").write_text("adapter template")
     merge_run(adapter, out)
@@ -192,7 +194,8 @@ def assert_merge_rejected(adapter: Path, message: str, **options: object) -> Non
 
 
 def test_other_base_model_is_rejected(llama: tuple[Path, Path], tmp_path: Path) -> None:
-    (base, adapter), other = llama, tmp_path / "other"
+    base, adapter = llama
+    other = tmp_path / "other"
     moved_base = load_model(base)
     with torch.no_grad():
         for parameter in moved_base.parameters():
@@ -241,7 +244,8 @@ def test_fp16_overflow_is_rejected(bases, tmp_path: Path) -> None:
 
 
 def test_merged_classifier_matches_adapted_classifier(tmp_path: Path) -> None:
-    base, classifier = text_base(tmp_path / "base"), AutoModelForSequenceClassification
+    base = text_base(tmp_path / "base")
+    classifier = AutoModelForSequenceClassification
     model = classifier.from_pretrained(base, num_labels=3, dtype=torch.float32).eval()
     attach(model, LoRAConfig(rank=4, train_modules=["score"]), seed=0)
     metadata = {"deltaw.classes": '["a", "b", "c"]'}

@@ -61,7 +61,8 @@ def combine_options(second: Path, method: str, **recipe: object) -> MergeOptions
 
 
 def merged_deltas(base: Path, out: Path) -> dict[str, Tensor]:
-    before, after = read_tensors(base), read_tensors(out)
+    before = read_tensors(base)
+    after = read_tensors(out)
     differences = {name.removesuffix(".weight"): after[name].double() - before[name].double() for name in before}
     return {name: delta for name, delta in differences.items() if bool(delta.any())}
 
@@ -74,7 +75,8 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 def test_reported_errors_match_explicit_difference(method, adapter_pair, tmp_path):
     base, first, second = adapter_pair
     result = merge_run(first, tmp_path / "out", combine_options(second, method, rank=3 if method == "svd" else None))
-    exact, actual = weighted_sum(first, second), merged_deltas(base, tmp_path / "out")
+    exact = weighted_sum(first, second)
+    actual = merged_deltas(base, tmp_path / "out")
     # The difference includes the fp32 rounding of W + ΔW.
     expected = {f"{name}.weight": pytest.approx(relative_error(actual[name], exact[name]), abs=1e-5) for name in exact}
     assert actual.keys() == exact.keys() and result.errors == expected
@@ -127,7 +129,8 @@ def test_concat_adapter_equals_weighted_sum(adapter_pair: tuple[Path, Path, Path
     base, first, second = adapter_pair
     result = write_adapter(first, tmp_path / "both", combine_options(second, "concat"), rank=None)
     assert result.rank == 6 and result.error == 0.0
-    exact, actual = weighted_sum(first, second), deltas(tmp_path / "both")
+    exact = weighted_sum(first, second)
+    actual = deltas(tmp_path / "both")
     for name, delta in exact.items():
         torch.testing.assert_close(actual[name], delta, rtol=1e-5, atol=1e-6)
     settings = json.loads((tmp_path / "both" / "adapter_config.json").read_text())
@@ -166,7 +169,8 @@ NORMS = {"train_modules": ["norm"], "target_modules": ["q_proj"]}
 
 @pytest.mark.parametrize(("family", "settings"), [("llama", MIXED), ("gpt2", {"lora_bias": True}), ("llama", NORMS)])
 def test_lower_rank_drops_only_smallest_singular_values(family, settings, tmp_path):
-    base, small = base_folder(tmp_path / "base", family), tmp_path / "small"
+    base = base_folder(tmp_path / "base", family)
+    small = tmp_path / "small"
     adapter = adapter_folder(base, tmp_path / "adapter", **settings)
     result = write_adapter(adapter, small, MergeOptions(), rank=2)
     after = deltas(small)
@@ -187,7 +191,8 @@ def test_lower_rank_drops_only_smallest_singular_values(family, settings, tmp_pa
 
 def test_unsupported_combinations_are_rejected(adapter_pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, first, _ = adapter_pair
-    out, defaults = tmp_path / "out", MergeOptions()
+    out = tmp_path / "out"
+    defaults = MergeOptions()
     dora = adapter_folder(base, tmp_path / "dora", dora=True)
     merge_run(first, tmp_path / "linear", combine_options(dora, "linear"))
     with pytest.raises(UserError, match="is not a low-rank update"):

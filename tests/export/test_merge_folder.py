@@ -52,8 +52,10 @@ def dead_pid() -> int:
 
 
 def test_leftovers_of_dead_processes_are_removed_and_logged(dead_pid: int, tmp_path: Path) -> None:
-    stale, other = tmp_path / f".out.partial-{dead_pid}-abc", tmp_path / f".other.partial-{dead_pid}-abc"
-    alive, lines = tmp_path / f".out.partial-{os.getppid()}-abc", []
+    stale = tmp_path / f".out.partial-{dead_pid}-abc"
+    other = tmp_path / f".other.partial-{dead_pid}-abc"
+    alive = tmp_path / f".out.partial-{os.getppid()}-abc"
+    lines = []
     for folder in (stale, other, alive):
         folder.mkdir()
     (stale / "model.safetensors").write_bytes(b"half")
@@ -91,8 +93,10 @@ def test_insufficient_disk_space_is_rejected_before_writing(case, tmp_path, monk
 def test_damaged_and_malicious_weight_files_are_rejected(tmp_path: Path) -> None:
     base = base_folder(tmp_path / "base", max_shard_size="20KB")
     adapter = adapter_folder(base, tmp_path / "adapter")
-    index, shard = base / "model.safetensors.index.json", next(iter(base.glob("model-*.safetensors")))
-    index_content, weights = index.read_bytes(), shard.read_bytes()
+    index = base / "model.safetensors.index.json"
+    shard = next(iter(base.glob("model-*.safetensors")))
+    index_content = index.read_bytes()
+    weights = shard.read_bytes()
     name = next(iter(json.loads(index_content)["weight_map"]))
     save_file({name: torch.zeros(1)}, tmp_path / "secret.safetensors")
     outside = json.dumps({**json.loads(index_content), "weight_map": {name: "../secret.safetensors"}}).encode()
@@ -120,7 +124,8 @@ print(peak_resident_bytes() - before)
 
 def program_output(program: str, *arguments: object) -> list[str]:
     """Run a program in a single-threaded process and return its output lines."""
-    environment, command = {**os.environ, "OMP_NUM_THREADS": "1"}, [sys.executable, "-c", program]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program]
     command += map(str, arguments)
     process = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     return process.stdout.splitlines()

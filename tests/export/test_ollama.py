@@ -32,7 +32,8 @@ def render_go(template: str, messages: list[dict[str, str]]) -> str:
     """Render with the subset of Go templates that deltaw uses: range, fields, one if, and whitespace trimming."""
     match = re.fullmatch(r"\{\{- range \.Messages \}\}(.*)\{\{ end \}\}(.*)", template, re.S)
     assert match is not None
-    text, condition = "", r'\{\{ if eq \.Role "(\w+)" \}\}(.*?)\{\{ else \}\}(.*?)\{\{ end \}\}'
+    text = ""
+    condition = r'\{\{ if eq \.Role "(\w+)" \}\}(.*?)\{\{ else \}\}(.*?)\{\{ end \}\}'
     for message in messages:
         part = re.sub(condition, lambda m, role=message["role"]: m[2 if role == m[1] else 3], match[1], flags=re.S)
         text += part.replace("{{ .Role }}", message["role"]).replace("{{ .Content }}", message["content"])
@@ -69,7 +70,8 @@ def test_unknown_template_is_omitted_with_note() -> None:
 
 def parse_modelfile(text: str) -> list[tuple[str, str]]:
     """Parse a Modelfile as Ollama does. A text in triple quotes ends at the first line that ends with triple quotes."""
-    parsed, lines = [], iter(text.splitlines())
+    parsed = []
+    lines = iter(text.splitlines())
     for line in lines:
         name, _, value = line.partition(" ")
         while value.startswith('"""') and not (len(value) >= 6 and value.rstrip().endswith('"""')):

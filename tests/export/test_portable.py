@@ -32,7 +32,8 @@ def test_peft_applies_the_same_update(tmp_path: Path, family: str) -> None:
     with torch.no_grad(), theirs.disable_adapter():
         base = bare(input_ids=ids).logits
     with torch.no_grad():
-        expected, actual = model(input_ids=ids).logits, theirs(input_ids=ids).logits
+        expected = model(input_ids=ids).logits
+        actual = theirs(input_ids=ids).logits
     assert float((expected - base).abs().max()) > 0.1
     torch.testing.assert_close(expected, actual, rtol=1e-4, atol=1e-4)
     merged = theirs.merge_and_unload().state_dict()
@@ -133,6 +134,7 @@ def test_mlx_format_adapts_named_modules_of_last_layers(tmp_path: Path) -> None:
     for key in settings["keys"]:
         name = f"model.layers.1.{key}"
         expected = models.delta_weight(model.get_submodule(name)).t()
-        a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        a = tensors[f"{name}.lora_a"]
+        b = tensors[f"{name}.lora_b"]
         assert a.shape[1] == b.shape[0] == 8
         torch.testing.assert_close(settings["scale"] * a @ b, expected, rtol=1e-5, atol=1e-6)

@@ -89,7 +89,8 @@ def sha(content: bytes) -> str:
 
 def test_push_uploads_adapter_without_rows_paths_or_token(deltaw, hub, home, run, model_folder):
     result = deltaw("push", run, "me/painter", "--base-model", "me/tiny", "--json")
-    output, repository = json.loads(result.out), hub.repositories["models/me/painter"]
+    output = json.loads(result.out)
+    repository = hub.repositories["models/me/painter"]
     files = repository.files
     assert repository.private and output["private"] and output["commit"] == repository.branches["main"]
     assert sha(files["adapter_model.safetensors"]) == sha((run / "adapter_model.safetensors").read_bytes())
@@ -113,7 +114,8 @@ def test_card_contains_scores_row_counts_and_training_command(deltaw, hub, run):
     head = yaml.safe_load(card.split("---")[1])
     assert head["base_model"] == "me/tiny" and head["base_model_relation"] == "adapter"
     assert head["library_name"] == "peft" and head["pipeline_tag"] == "text-generation"
-    base, trained = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["base"]["loss"], 0.0
+    base = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["base"]["loss"]
+    trained = 0.0
     trained = json.loads((run / "run.json").read_text())["result"]["eval"]["loss"]
     assert f"| loss | {base:.4f} | {trained:.4f} |" in card
     rows = json.loads((run / "run.json").read_text())["training"]["rows"]
@@ -235,7 +237,8 @@ KEYS = {
 
 
 def test_each_kind_of_secret_is_removed_with_note(run, tmp_path):
-    copy, notes = Path(shutil.copytree(run, tmp_path / "copy")), []
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    notes = []
     for kind, key in KEYS.items():
         update_file(copy / "run.yaml", data={"system": f"begin {key} end"})
         config = read_folder(copy, trust_remote_code=None).run

@@ -40,7 +40,8 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
-    colors, path = ("red", "green", "blue", "yellow", "black"), tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    colors = ("red", "green", "blue", "yellow", "black")
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     examples = ({"prompt": f"paint it {c} {n}", "completion": f"{c} {c} it is"} for n in range(4) for c in colors)
     return write_rows(path, examples)
 
@@ -89,7 +90,8 @@ def test_quantized_run_generates_evaluates_and_merges(run, precision, call, tmp_
     merge_result = call("merge", run, "--output", tmp_path / "merged", "--json")
     assert merge_result.status == 0, merge_result.err
     answer = json.loads(merge_result.out)
-    notes, verification = " ".join(answer["notes"]), answer["verification"]
+    notes = " ".join(answer["notes"])
+    verification = answer["verification"]
     assert answer["same_base"] is True and verification["passed"] and verification["adapter"]["mean"] > 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     plain = open_session(run, "fp32")
@@ -157,7 +159,8 @@ def test_llama_cpp_applies_adapter_to_the_same_file(run, precision, bases, call,
 
 
 def test_engine_over_quantized_run_preserves_blocks(run, precision):
-    session, lines = open_session(run), []
+    session = open_session(run)
+    lines = []
     engine = open_engine(session, log=lines.append)
     try:
         assert not lines and engine.session_adapter is not None and engine.has_base

@@ -113,7 +113,8 @@ def test_other_parts_of_adapters_are_merged(settings: dict[str, object], tmp_pat
 @pytest.mark.parametrize("name", ["head", "bias", "random", "last", "full", "input"])
 def test_methods_that_train_base_parameters_can_be_loaded_and_merged(name: str, tmp_path: Path) -> None:
     base = _base(tmp_path / "base", "llava_onevision")
-    parts, method = text_view(_load(base)), entry_of(name).load().from_run(None, train=None, tokenizer=None)
+    parts = text_view(_load(base))
+    method = entry_of(name).load().from_run(None, train=None, tokenizer=None)
     if name == "last":
         method.blocks = 1
     method.prepare(parts.view, seed=0)

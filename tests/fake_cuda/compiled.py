@@ -33,7 +33,8 @@ HEADER = "| GPU | heads | lengths | blocks | forward | backward |\n| --- | --- |
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known, default = list(SHARED_MEMORY), [75, 80, 89, 90, 120]
+    known = list(SHARED_MEMORY)
+    default = [75, 80, 89, 90, 120]
     parser.add_argument("--capabilities", type=int, nargs="+", choices=known, default=default)
     parser.add_argument("--heads", nargs="+", default=HEADS, metavar="HEADS/KEYS/SIZE")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
@@ -93,8 +94,12 @@ def install(capability: int) -> None:
         def launch(*args: Any, **kwargs: Any) -> None:
             """Do nothing: the fake device cannot run the kernel."""
 
-        launch.config, launch.cache_hash, launch.store_cubin = self.config, "", False
-        launch.n_regs, launch.n_spills, launch.shared = used["REG"], used["STACK"] // 4, used["shared"]
+        launch.config = self.config
+        launch.cache_hash = ""
+        launch.store_cubin = False
+        launch.n_regs = used["REG"]
+        launch.n_spills = used["STACK"] // 4
+        launch.shared = used["shared"]
         launch._is_static = False
         return launch
 
@@ -139,7 +144,9 @@ def compile_attention(capability: int, heads: str, lengths: list[int]) -> list[s
     lengths_by_row: dict[str, list[str]] = {}
     for length in lengths:
         layout = Layout.of_lengths([length // 2, length - length // 2], [-1, 0])
-        layout.device, first, is_short = torch.device("cuda"), len(KERNELS), length < gpu_attention.BLOCK
+        layout.device = torch.device("cuda")
+        first = len(KERNELS)
+        is_short = length < gpu_attention.BLOCK
         shapes = [(count, length, size) for count in (num_heads, key_heads, key_heads)]
         inputs = [torch.zeros(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
         with unittest.mock.patch.object(gpu_attention, "_difference", ignore_values):

@@ -21,10 +21,12 @@ if __name__ == "__main__":
     from tests.kernels.row_arguments import arguments
 
     # One process compiles more kinds of arguments here than a model has.
-    torch._dynamo.config.recompile_limit, torch._dynamo.config.automatic_dynamic_shapes = 100, False
+    torch._dynamo.config.recompile_limit = 100
+    torch._dynamo.config.automatic_dynamic_shapes = False
     results = {}
     for name, function, values in arguments(torch.bfloat16, "cuda", compiled.TRIAL_ROWS, 512):
-        run, names = compiled.compile_function(function.function), []
+        run = compiled.compile_function(function.function)
+        names = []
         for repeats in (1, 3):
             is_rows = {k: isinstance(v, torch.Tensor) and k not in compiled.SHARED for k, v in values.items()}
             copies = {k: torch.cat([v] * repeats) if is_rows[k] else v for k, v in values.items()}

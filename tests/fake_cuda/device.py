@@ -113,7 +113,8 @@ def activity() -> Activity:
 @contextmanager
 def recorded() -> Iterator[Activity]:
     """Context whose value contains the activity of the block, after the block."""
-    before, result = activity(), Activity()
+    before = activity()
+    result = Activity()
     try:
         yield result
     finally:
@@ -178,7 +179,8 @@ def _define_module_attributes() -> None:
     torch.UntypedStorage.__new__ = new_storage  # type: ignore[assignment]
     cuda = torch.cuda
     for module in (cuda, cuda.streams):
-        module.Stream, module.Event = Stream, Event  # type: ignore[misc, assignment]
+        module.Stream = Stream  # type: ignore[misc, assignment]
+        module.Event = Event  # type: ignore[misc, assignment]
     cuda.current_stream = cuda.default_stream = lambda device=None: Stream()  # type: ignore[assignment]
     cuda._is_in_bad_fork = torch._C._cuda_isInBadFork
     cuda._exchange_device = torch._C._cuda_exchangeDevice

@@ -33,7 +33,8 @@ KERNELS = {
     "cross_entropy_reference_": 2,  # without a gradient 1
 }
 # Kernels of FlexAttention.
-ATTENTION, ATTENTION_BACKWARD = 1, 2
+ATTENTION = 1
+ATTENTION_BACKWARD = 2
 # Tensors per kernel of a multi-tensor operator, by the number of its lists.
 TENSORS_PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 
@@ -56,7 +57,8 @@ class Launches:
         """Wrap a function so that each call counts as ``kernels`` launches, which may depend on the arguments."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            before, corrections = activity().launches.total(), self.corrections
+            before = activity().launches.total()
+            corrections = self.corrections
             result = function(*args, **kwargs)
             number = kernels if isinstance(kernels, int) else kernels(*args, **kwargs)
             self.corrections = corrections + number - (activity().launches.total() - before)

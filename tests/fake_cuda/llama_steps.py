@@ -16,7 +16,9 @@ from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.loop import train
 from tests.fake_cuda.launches import Launches
 
-ROWS, LENGTH, VOCABULARY = 2, 48, 128
+ROWS = 2
+LENGTH = 48
+VOCABULARY = 128
 # Training verifies in its first steps that parameters change. Later steps are counted.
 STEPS = 4
 
@@ -40,11 +42,13 @@ def tokens() -> torch.Tensor:
 
 def train_llama(blocks: int, launches: Launches | None = None, *, fused: bool = True, **model) -> tuple[list, list]:
     """Train, and return the launches and synchronizations of each step, and the losses."""
-    network, labels = llama(blocks, **model), np.ones(LENGTH, bool)
+    network = llama(blocks, **model)
+    labels = np.ones(LENGTH, bool)
     rows = [Example(n, row.numpy().astype(np.int32), labels, 0, None) for n, row in enumerate(tokens())]
     batcher, _ = choose_causal_batcher(network, rows, BatcherOptions(network.device.type, share=False))
     attach(network, LoRAConfig(rank=16, alpha=32), seed=0)
-    counts, losses = [launches.read() if launches else (0, 0)], []
+    counts = [launches.read() if launches else (0, 0)]
+    losses = []
 
     def on_step(step) -> None:
         losses.append(step.loss)

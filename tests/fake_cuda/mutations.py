@@ -47,7 +47,8 @@ class TransferFinder(ast.NodeTransformer):
         self.path = path
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        code, line = ast.unparse(node), node.lineno
+        code = ast.unparse(node)
+        line = node.lineno
         self.generic_visit(node)
         without = without_transfer(node)
         in_lambda = not any(isinstance(part, (ast.NamedExpr, ast.Yield, ast.Await)) for part in ast.walk(node))

@@ -53,7 +53,8 @@ def test_mixed_devices_raise(name):
 
 
 def test_host_scalars_are_allowed_in_elementwise_operators():
-    x, scalar = on_device(3), torch.tensor(2.0)
+    x = on_device(3)
+    scalar = torch.tensor(2.0)
     for result in (x * scalar, scalar * x, x.clone().mul_(scalar), torch.where(x > 9, scalar, x * 2)):
         assert result.device.type == "cuda" and torch.equal(result.cpu(), x.cpu() * 2)
     assert x.masked_fill(x == x, scalar).tolist() == [2, 2, 2]
@@ -90,7 +91,8 @@ def test_synchronizations_are_counted_and_can_raise(name):
 
 
 def test_asynchronous_work_does_not_synchronize():
-    x, host = on_device(4), torch.ones(4).pin_memory()
+    x = on_device(4)
+    host = torch.ones(4).pin_memory()
     torch.cuda.set_sync_debug_mode("error")
     y = host.to("cuda", non_blocking=True)
     x[1:] = 3
@@ -100,7 +102,8 @@ def test_asynchronous_work_does_not_synchronize():
 
 
 def test_launches_and_copies_are_counted():
-    x, pinned = on_device(4), torch.ones(4).pin_memory()
+    x = on_device(4)
+    pinned = torch.ones(4).pin_memory()
     with recorded() as activity:
         (x * 2).exp_()
         x.copy_(pinned, non_blocking=True)
@@ -164,7 +167,8 @@ def test_device_properties():
 
 def test_random_numbers_follow_from_the_state_of_the_device():
     states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
-    first, host = F.dropout(on_device(64)), torch.rand(1)
+    first = F.dropout(on_device(64))
+    host = torch.rand(1)
     torch.cuda.set_rng_state_all(states[1])
     assert torch.equal(F.dropout(on_device(64)), first) and not torch.equal(on_device(64), on_device(64))
     torch.set_rng_state(states[0])
@@ -191,7 +195,8 @@ def test_attention_matches_cpu(heads, masked):
 
 def test_mixed_precision_step_with_checkpointing_matches_cpu():
     layer = torch.nn.Linear(8, 8)
-    x, weights = torch.randn(4, 8), []
+    x = torch.randn(4, 8)
+    weights = []
     for device in ("cpu", "cuda"):
         model = torch.nn.Linear(8, 8, device=device)
         model.load_state_dict(layer.state_dict())

@@ -48,7 +48,8 @@ MODELS |= {name: lambda name=name: causal_model(name) for name in ("gemma3", "mi
 
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens_equal_those_of_transformers_loop(name):
-    tokenizer, results = byte_tokenizer(), []
+    tokenizer = byte_tokenizer()
+    results = []
     vocabulary = MODELS[name]().config.get_text_config().vocab_size
     prompts = [prompt % vocabulary for prompt in PROMPTS]
     for device in ("cpu", "cuda"):
@@ -58,7 +59,8 @@ def test_greedy_tokens_equal_those_of_transformers_loop(name):
 
 
 def test_rows_end_at_terminators_within_a_block():
-    tokenizer, model = byte_tokenizer(), tiny_llama().cuda()
+    tokenizer = byte_tokenizer()
+    model = tiny_llama().cuda()
     free = generate(model, tokenizer, PROMPTS, max_new_tokens=20, stop_ids=[])
     stops = [int(free[0].tokens[4]), int(free[1].tokens[18])]
     for before, after in zip(free, generate(model, tokenizer, PROMPTS, max_new_tokens=20, stop_ids=stops), strict=True):
@@ -68,7 +70,8 @@ def test_rows_end_at_terminators_within_a_block():
 
 
 def test_greedy_generation_waits_once_per_16_tokens():
-    tokenizer, model = byte_tokenizer(), tiny_llama().cuda()
+    tokenizer = byte_tokenizer()
+    model = tiny_llama().cuda()
     for count, expected in ((20, 3), (64, 5)):
         with recorded() as activity:
             generate(model, tokenizer, PROMPTS[:4], max_new_tokens=count, stop_ids=[])

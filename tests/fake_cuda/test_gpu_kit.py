@@ -36,13 +36,14 @@ def measured(job: dict, **side: object) -> dict[str, dict]:
 
 def test_sides_have_equal_losses_and_count_launches(job):
     pytest.importorskip("peft")
-    import figures
+    import figure_tables
     import gpu_sides
 
-    deltaw, peft = measured(job, side="deltaw"), measured(job, side="peft", attention="sdpa")
+    deltaw = measured(job, side="deltaw")
+    peft = measured(job, side="peft", attention="sdpa")
     assert list(deltaw) == list(peft) == list(gpu_sides.KINDS)
     for kind, result in deltaw.items():
-        assert figures.loss_difference([result], [peft[kind]]) < 2e-3
+        assert figure_tables.loss_difference([result], [peft[kind]]) < 2e-3
         assert result["losses"][0] > result["losses"][-1]  # all later losses depend on updates
         for side in (result, peft[kind]):
             assert side["rows_per_second"] > 0 and side["launches"] > 100 and side["synchronizations"] > 0
@@ -54,7 +55,8 @@ def test_peers_use_smaller_microbatches_if_memory_is_insufficient(job, monkeypat
     pytest.importorskip("peft")
     import gpu_sides
 
-    whole, train = measured(job, side="peft", attention="sdpa"), gpu_sides.train_peer
+    whole = measured(job, side="peft", attention="sdpa")
+    train = gpu_sides.train_peer
 
     def limited(model, batches, recorder):
         if len(batches) < 4:

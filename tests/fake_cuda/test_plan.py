@@ -37,7 +37,8 @@ class Lines(Callback):
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> dict[str, str]:
     """Rows whose activations are larger than the tiny model."""
-    folder, text = tmp_path_factory.mktemp("rows"), " ".join(COLORS)
+    folder = tmp_path_factory.mktemp("rows")
+    text = " ".join(COLORS)
     return {
         "causal-lm": str(
             write_rows(folder / "texts.jsonl", [{"prompt": f"{text} {n}", "completion": text} for n in range(10, 50)])

@@ -48,9 +48,12 @@ class Recorder(RecordingCallback, SynchronizationCounter):
 
 def test_gpu_without_bf16_trains_in_fp16_and_resumes(run_on, settings, inputs, tmp_path):  # noqa: F811
     with configured(capability=(7, 5)):
-        recorder, train = Recorder(), {"max_steps": 12}
-        cpu, cuda = run_on("cpu", train=train), run_on("cuda", callback=recorder, precision="auto", train=train)
-        repeated, steps = metrics(cuda.output, "repeated"), metrics(cuda.output, "gradient_norm")
+        recorder = Recorder()
+        train = {"max_steps": 12}
+        cpu = run_on("cpu", train=train)
+        cuda = run_on("cuda", callback=recorder, precision="auto", train=train)
+        repeated = metrics(cuda.output, "repeated")
+        steps = metrics(cuda.output, "gradient_norm")
         # The gradients of this model overflow with the first scales.
         assert repeated and cuda.as_dict()["skipped_steps"] == 0 and len(steps) == 12
         assert [line["loss_scale"] for line in repeated] == [2.0**16 / 2**n for n in range(len(repeated))]
@@ -94,7 +97,8 @@ def test_device_without_fp64_trains_and_evaluates(task, run_on, inputs, monkeypa
 
 def test_drift_is_measured_without_fp64(monkeypatch):
     model = causal_model("llama")
-    batcher, rows = CausalMicroBatcher(40, True, False, "cpu"), examples(4)
+    batcher = CausalMicroBatcher(40, True, False, "cpu")
+    rows = examples(4)
     options = {"base": contextlib.nullcontext, "running": lambda: packed_rows(model)}
     expected = measure_drift(model, rows, batcher, **options)
     model.to("cuda")

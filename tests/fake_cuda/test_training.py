@@ -87,7 +87,8 @@ def assert_equal_runs(cpu: Path, cuda: Path) -> None:
     for expected, actual in zip(metrics(cpu), metrics(cuda), strict=True):
         values = [{key: line[key] for key in COMPARED if key in line} for line in (expected, actual)]
         assert values[1] == pytest.approx(values[0], **TOLERANCE)
-    expected, actual = adapter(cpu), adapter(cuda)
+    expected = adapter(cpu)
+    actual = adapter(cuda)
     for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, **ADAPTER_TOLERANCE, msg=lambda text, name=name: name + text)
 
@@ -111,7 +112,8 @@ def test_task_equals_cpu(task, run_on, inputs):
     if task == "rl":
         changes["reward"] = {**changes["reward"], "functions": [inputs["reward"]]}
     counter = SynchronizationCounter()
-    cpu, cuda = run_on("cpu", task, **changes), run_on("cuda", task, counter, **changes)
+    cpu = run_on("cpu", task, **changes)
+    cuda = run_on("cuda", task, counter, **changes)
     assert_equal_runs(cpu.output, cuda.output)
     assert cuda.evaluation.metrics == pytest.approx(cpu.evaluation.metrics, **TOLERANCE, nan_ok=True)
     # Preferences also read the metrics of a step, and transformers' encoders read their mask.
@@ -129,7 +131,8 @@ def test_unpaired_preferences_equal_cpu(run_on, tmp_path):
 
 def test_image_rows_equal_cpu(run_on, tmp_path, monkeypatch):
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache" / "packages"))  # the model is verified on the device
-    model, rows = save_vision_model("llava", tmp_path / "model"), []
+    model = save_vision_model("llava", tmp_path / "model")
+    rows = []
     for n in range(6):
         (tmp_path / f"{n}.png").write_bytes(png((40 * n, 80, 20)))
         rows.append({"image": f"{n}.png", "prompt": "Color?", "completion": COLORS[n]})
@@ -142,7 +145,8 @@ def test_image_rows_equal_cpu(run_on, tmp_path, monkeypatch):
 def test_method_equals_cpu(method, run_on):
     changes = {"lora": {"dora": True}} if method == "dora" else METHODS[method]
     counter = SynchronizationCounter()
-    cpu, cuda = run_on("cpu", **changes), run_on("cuda", callback=counter, **changes)
+    cpu = run_on("cpu", **changes)
+    cuda = run_on("cuda", callback=counter, **changes)
     assert_equal_runs(cpu.output, cuda.output)
     assert counter.per_step <= 1
 
@@ -152,7 +156,8 @@ def test_resumed_run_is_bit_identical(settings, tmp_path):
         train = {"max_steps": 5, "checkpoint_every": 1}
         return settings(tmp_path / name, device="cuda", train=train, lora={"dropout": 0.2})
 
-    whole, part = deltaw.fit(config("whole")).output, stopped_run(config("part"), 3)
+    whole = deltaw.fit(config("whole")).output
+    part = stopped_run(config("part"), 3)
     torch.cuda.manual_seed(99)  # the random state must come from the checkpoint
     torch.manual_seed(99)
     assert deltaw.fit(resume=part).resumed_from_step == 3

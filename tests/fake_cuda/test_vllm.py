@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +84,26 @@ def tokens_of(completions) -> list[list[int]]:
     return [completion.tokens.tolist() for completion in completions]
 
 
+@contextlib.contextmanager
+def paused_before_step(engine, number: int) -> Iterator[None]:
+    """Let the engine wait before its step of this number until the block ends, however fast the engine is."""
+    step = engine.step
+    numbers = itertools.count(1)
+    resumed = threading.Event()
+
+    def step_or_wait():
+        if next(numbers) >= number:
+            assert resumed.wait(60)
+        return step()
+
+    engine.step = step_or_wait
+    try:
+        yield
+    finally:
+        resumed.set()
+        engine.step = step
+
+
 def test_rollouts_use_the_current_adapter_with_reproducible_seeds(vllm, base):
     session = attached(base, sampler="vllm")
     sampler = SessionSampler(session)
@@ -121,9 +144,10 @@ def test_engine_serves_the_adapter_and_the_base_model_with_all_request_parameter
         assert terminated.terminator == results[1].tokens[3] and len(terminated.tokens) < 4
         chunks = list(engine.submit(plain))
         assert len(chunks) >= 20 and "".join(chunk.text for chunk in chunks) == results[1].text
-        handle = engine.submit(Request(PROMPTS[0], max_new_tokens=90))
-        next(iter(handle))
-        handle.cancel()
+        with paused_before_step(vllm.LLM.instances[0].llm_engine, 2):
+            handle = engine.submit(Request(PROMPTS[0], max_new_tokens=90))
+            next(iter(handle))
+            handle.cancel()
         assert handle.result().finish == "cancelled" and len(handle.result().tokens) < 90
         for request in (
             Request(PROMPTS[0], None, Sampling(3.0)),

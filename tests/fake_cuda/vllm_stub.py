@@ -23,7 +23,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 class RequestOutputKind(Enum):
-    CUMULATIVE, DELTA, FINAL_ONLY = 0, 1, 2
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
 
 
 @dataclass
@@ -119,7 +121,10 @@ class LLMEngine:
 
     def __init__(self, model: PreTrainedModel, max_model_len: int, max_loras: int, max_rank: int, max_logprobs: int):
         self.model_config = SimpleNamespace(max_model_len=max_model_len)
-        self._base, self._max_loras, self._max_rank, self._max_logprobs = model, max_loras, max_rank, max_logprobs
+        self._base = model
+        self._max_loras = max_loras
+        self._max_rank = max_rank
+        self._max_logprobs = max_logprobs
         self._adapted: dict[int, PreTrainedModel] = {}
         self.prefixes: dict[tuple, torch.Tensor] = {}
         self.requests: dict[str, _Request] = {}
@@ -133,7 +138,8 @@ class LLMEngine:
         arrival_time: float | None = None,
         lora_request: LoRARequest | None = None,
     ) -> str:
-        tokens, salt = prompt["prompt_token_ids"], prompt.get("cache_salt")
+        tokens = prompt["prompt_token_ids"]
+        salt = prompt.get("cache_salt")
         assert prompt["type"] == "token" and (salt is None or salt)
         if len(tokens) >= self.model_config.max_model_len:
             raise ValueError(f"The decoder prompt (length {len(tokens)}) is longer than the maximum model length.")
@@ -157,7 +163,8 @@ class LLMEngine:
         unsupported = [key for key in ("use_dora", "modules_to_save", "lora_bias") if config.get(key)]
         if unsupported or config["bias"] != "none" or config["r"] > self._max_rank:
             raise ValueError(f"unsupported adapter: {unsupported}, rank {config['r']}")
-        model, factors = copy.deepcopy(self._base), load_file(folder / "adapter_model.safetensors")
+        model = copy.deepcopy(self._base)
+        factors = load_file(folder / "adapter_model.safetensors")
         names = {key.rsplit(".lora_", 1)[0] for key in factors}
         for name in names:
             module = model.get_submodule(name.removeprefix("base_model.model."))
@@ -185,7 +192,8 @@ class LLMEngine:
         return [self._advance(name, request) for name, request in list(self.requests.items())]
 
     def _advance(self, name: str, request: _Request) -> RequestOutput:
-        logits, params = self._logits(request), request.params
+        logits = self._logits(request)
+        params = request.params
         logprobs = logits.log_softmax(-1)  # raw_logprobs
         if params.temperature == 0:
             token = int(logits.argmax())
@@ -211,7 +219,8 @@ class LLMEngine:
         return RequestOutput(name, request.prompt, [output], reason is not None)
 
     def _logits(self, request: _Request) -> torch.Tensor:
-        tokens, model = [*request.prompt, *request.tokens], self._base
+        tokens = [*request.prompt, *request.tokens]
+        model = self._base
         if request.lora is not None:
             self.add_lora(request.lora)
             model = self._adapted[request.lora.lora_int_id]
@@ -260,9 +269,14 @@ class LLM:
 
 def modules() -> dict[str, ModuleType]:
     """Return the stub's modules by name, for ``sys.modules``."""
-    stub, lora, request = ModuleType("vllm"), ModuleType("vllm.lora"), ModuleType("vllm.lora.request")
-    stub.__spec__, stub.__path__ = ModuleSpec("vllm", None), []
-    stub.LLM, stub.SamplingParams, request.LoRARequest = LLM, SamplingParams, LoRARequest
+    stub = ModuleType("vllm")
+    lora = ModuleType("vllm.lora")
+    request = ModuleType("vllm.lora.request")
+    stub.__spec__ = ModuleSpec("vllm", None)
+    stub.__path__ = []
+    stub.LLM = LLM
+    stub.SamplingParams = SamplingParams
+    request.LoRARequest = LoRARequest
     return {
         "vllm": stub,
         "vllm.lora": lora,

@@ -22,7 +22,9 @@ from tests.caches import invalidate
 from tests.data.conftest import refusal
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-HIDDEN, KEYS, INNER = 32, 16, 64
+HIDDEN = 32
+KEYS = 16
+INNER = 64
 
 
 def write_gguf(path: Path, architecture: str = "llama", spread: float = 1.0) -> dict[str, np.ndarray]:
@@ -141,7 +143,8 @@ def test_concurrent_requests_convert_once(
     conversions: Conversions, gguf_file: tuple[Path, object], monkeypatch
 ) -> None:
     """The lock is on an open file, so two threads behave like two processes."""
-    (convert, folders), write = conversions, gguf._convert_in_child
+    convert, folders = conversions
+    write = gguf._convert_in_child
     monkeypatch.setattr(gguf, "_convert_in_child", lambda *args: time.sleep(0.1) or write(*args))
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(convert, [gguf_file[0]] * 2)

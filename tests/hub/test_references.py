@@ -23,7 +23,8 @@ def make_model(folder: Path) -> Path:
 
 
 def test_folder_file_and_hub_id_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, file = make_model(tmp_path / "mine"), tmp_path / "Small-1B.Q4_1.gguf"
+    folder = make_model(tmp_path / "mine")
+    file = tmp_path / "Small-1B.Q4_1.gguf"
     file.write_bytes(b"GGUF")
     assert resolve(str(folder)) == ModelSource("folder", folder, "mine")
     assert resolve(str(file)) == ModelSource("gguf", file, "Small-1B.Q4_1")

@@ -49,7 +49,8 @@ def test_tokenizer_is_found_without_weights_or_downloads(folder, monkeypatch):
 
 
 def test_changed_tokenizer_file_is_reloaded(folder):
-    first, file = tokenizer_in(folder), folder / "tokenizer_config.json"
+    first = tokenizer_in(folder)
+    file = folder / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "padding_side": "left", "note": "x"}))
     second = tokenizer_in(folder)
     assert second is not first and second.padding_side == "left" != first.padding_side

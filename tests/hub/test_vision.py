@@ -24,7 +24,8 @@ CAUSAL = [name for name in FAMILIES if name not in (*OTHER_ATTENTION, *DEEPSTACK
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_view_gives_logits_of_model(family):
-    model, inputs = vision_model(family), FAMILIES[family].inputs()
+    model = vision_model(family)
+    inputs = FAMILIES[family].inputs()
     assert is_vision_language(model.config)
     parts = text_view(model)
     verify_view(parts, prompt(family), inputs, IMAGE_TOKEN)
@@ -71,7 +72,8 @@ def test_other_outputs_are_rejected(family):
 def test_names_in_weight_files_match_parameters_of_view(family, tmp_path):
     model = vision_model(family)
     model.save_pretrained(tmp_path)
-    view, checkpoint = text_view(model).view, read_checkpoint(tmp_path)
+    view = text_view(model).view
+    checkpoint = read_checkpoint(tmp_path)
     names = match_names(view, checkpoint.tensors)
     parameters = dict(view.named_parameters())
     assert names.stored.keys() == parameters.keys() and not names.converted

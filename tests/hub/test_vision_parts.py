@@ -81,10 +81,12 @@ def inputs_of(folder: Path, text: str = "See <image>: red?"):
 def test_features_are_those_of_encoder_and_connector(language, tmp_path, kind, connector):
     vision = save_encoder(kind, tmp_path / "vision")
     folder = assembled_folder(language, vision, connector=connector)
-    model, inputs = load(folder), inputs_of(folder)
+    model = load(folder)
+    inputs = inputs_of(folder)
     encoder = transformers.AutoModel.from_pretrained(vision, attn_implementation="eager")
     encoder = getattr(encoder, "vision_model", encoder).eval()
-    projector, num_features = model.model.multi_modal_projector, NUM_FEATURES.get(kind, 4)
+    projector = model.model.multi_modal_projector
+    num_features = NUM_FEATURES.get(kind, 4)
     with torch.no_grad():
         states = encoder(inputs["pixel_values"], output_hidden_states=True).hidden_states[-1]
         states = states if kind == "siglip" else states[:, 1:]
@@ -103,11 +105,13 @@ def test_text_logits_are_those_of_the_language_model(vision, tmp_path, tied, voc
     language = save_model(tiny_llama(tie_word_embeddings=tied, vocab_size=vocab_size), tmp_path / "language")
     original = transformers.AutoModelForCausalLM.from_pretrained(language, attn_implementation="eager").eval()
     model = load(assembled_folder(language, vision))
-    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    embedding = model.get_input_embeddings().weight
     assert (head is embedding) == tied
     ids = torch.randint(0, 259, (1, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        logits, expected = model(input_ids=ids).logits, original(input_ids=ids).logits
+        logits = model(input_ids=ids).logits
+        expected = original(input_ids=ids).logits
     torch.testing.assert_close(logits[..., :vocab_size], expected, rtol=1e-6, atol=1e-6)
     # Unused rows of the vocabulary are used before a row is added. An added token is never the most likely one.
     assert logits.shape[-1] == max(vocab_size, 260)
@@ -166,8 +170,10 @@ def test_image_token_is_one_token_and_rendered_by_the_template(language, vision)
 def test_connector_is_new_and_depends_on_the_seed(language, vision):
     folder = assembled_folder(language, vision)
     assert is_new_connector(folder) and not is_new_connector(language)
-    other, again = assembled_folder(language, vision, seed=1), load(folder)
-    projector, other_projector = again.model.multi_modal_projector, load(other).model.multi_modal_projector
+    other = assembled_folder(language, vision, seed=1)
+    again = load(folder)
+    projector = again.model.multi_modal_projector
+    other_projector = load(other).model.multi_modal_projector
     assert not torch.equal(projector.linear_1.weight, other_projector.linear_1.weight)
     assert torch.equal(projector.linear_2.weight, torch.eye(32))
     shutil.rmtree(folder)

@@ -127,7 +127,8 @@ def test_sharding_does_not_matter_and_new_files_are_not_cached(folder: Path, tmp
 
 def test_quantized_weights_have_the_original_fingerprint(folder: Path, monkeypatch) -> None:
     expected = base_fingerprint(load_model(folder))
-    int8, nf4 = load_model(folder), load_model(folder)
+    int8 = load_model(folder)
+    nf4 = load_model(folder)
     monkeypatch.setattr("deltaw.lora.fingerprint.digest_tensor", lambda tensor: pytest.fail("it was read"))
     quantize_int8(int8.base_model)
     quantize_nf4(nf4.base_model)

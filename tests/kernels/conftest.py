@@ -30,9 +30,11 @@ def arithmetic_modes() -> list[Arithmetic]:
     for name in names:
         library = loader.open_variant(name).library
         default = default_arithmetic(name, library)
-        bf16_modes, int8_modes = supported_arithmetics(library, "bf16"), supported_arithmetics(library, "int8")
+        bf16_modes = supported_arithmetics(library, "bf16")
+        int8_modes = supported_arithmetics(library, "int8")
         for index in range(max(len(bf16_modes), len(int8_modes))):
-            bf16, int8 = bf16_modes[min(index, len(bf16_modes) - 1)], int8_modes[min(index, len(int8_modes) - 1)]
+            bf16 = bf16_modes[min(index, len(bf16_modes) - 1)]
+            int8 = int8_modes[min(index, len(int8_modes) - 1)]
             modes.append(replace(default, bf16=bf16, int8=int8))
     return list(dict.fromkeys(modes))
 
@@ -47,7 +49,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     selection = getattr(metafunc.module, "VARIANTS", "each")
     if "arithmetic" not in metafunc.fixturenames or selection == "none":
         return
-    current, params = arithmetic_modes()[0], []
+    current = arithmetic_modes()[0]
+    params = []
     for mode in arithmetic_modes():
         quick = mode == current or mode.kernels == "avx2" or (selection == "all" and mode.kernels == current.kernels)
         params.append(pytest.param(mode, id=f"{mode.kernels}-{mode.bf16}", marks=() if quick else pytest.mark.slow))
@@ -57,7 +60,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(autouse=True)
 def arithmetic(request: pytest.FixtureRequest):
     """Run a test with one multiply implementation, then restore the arithmetic and the thread count."""
-    mode, before = getattr(request, "param", None), torch.get_num_threads()
+    mode = getattr(request, "param", None)
+    before = torch.get_num_threads()
     with loader.temporary_arithmetic(mode):
         yield mode
     torch.set_num_threads(before)

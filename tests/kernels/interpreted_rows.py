@@ -35,7 +35,8 @@ def main() -> None:
         rsqrt=lambda x: 1 / tl.sqrt(x),
         tanh=lambda x: 2 * tl.sigmoid(2 * x) - 1,
     )
-    run, kernels = triton_heuristics.CachingAutotuner.run, []
+    run = triton_heuristics.CachingAutotuner.run
+    kernels = []
 
     def run_and_count(self: Any, *args: Any, **kwargs: Any) -> Any:
         kernels.append(self.inductor_meta["kernel_name"])

@@ -20,7 +20,10 @@ def arguments(
     def random(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    x, weight, bias, stats = random(count, width), random(width), random(width), random(count, 2, dtype=torch.float32)
+    x = random(count, width)
+    weight = random(width)
+    bias = random(width)
+    stats = random(count, 2, dtype=torch.float32)
     for name, centered, offset in (("rms norm", False, 0.0), ("gemma norm", False, 1.0), ("layer norm", True, 0.0)):
         shared = {"weight": weight, "offset": offset, "centered": centered}
         yield name, rows._compiled_norm, {"x": x, "bias": bias if centered else None, "eps": 1e-5, **shared}

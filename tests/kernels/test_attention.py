@@ -46,7 +46,8 @@ def assert_matches_reference(function, inputs, layout, tolerance=1e-9, **kwargs)
 def test_tiles_cover_each_visible_pair_exactly_once(layout, window):
     covered = np.zeros((layout.length, layout.length), dtype=int)
     tiles = layout.tiles(window)
-    gather, offset = tiles.gather.numpy(), 0
+    gather = tiles.gather.numpy()
+    offset = 0
     filling = np.zeros(len(gather), bool)
     filling[tiles.filling.numpy()] = True
     assert (gather[tiles.slots.numpy()] == np.arange(layout.length)).all()
@@ -95,7 +96,8 @@ def test_lower_precision_is_close_to_float64(dtype):
     st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_compiled_kernel_matches_float64_reference(layout, window, softcap, sizes, dtype):
-    inputs, options = random_inputs(layout, *sizes, dtype), {"scaling": 0.3, "window": window, "softcap": softcap}
+    inputs = random_inputs(layout, *sizes, dtype)
+    options = {"scaling": 0.3, "window": window, "softcap": softcap}
     out, *grads = gradients(packed_attention, inputs, layout, **options)
     expected, *exact = gradients(packed_reference, [t.double() for t in inputs], layout, **options)
     assert_close(out, expected, dtype)

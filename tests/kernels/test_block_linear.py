@@ -54,9 +54,11 @@ def test_products_match_dequantized_values(kernels: str, name: str, dtype: torch
     # Row counts smaller than a panel, more groups than one pass processes, and a low-rank update.
     for rows, out, blocks in ((3, 38, 1), (29, 70, 6)):
         weight = random_blocks(name, out, columns_of(name, blocks))
-        t, exact_weight = inputs(rows, weight.columns, out, 4, dtype), dequantized_values(weight)
+        t = inputs(rows, weight.columns, out, 4, dtype)
+        exact_weight = dequantized_values(weight)
         x, grad, bias, added, A, B = (t[name] for name in ("x", "grad", "bias", "added", "lora_A", "lora_B"))
-        A, B = A / weight.columns**0.5, B * 0.1
+        A = A / weight.columns**0.5
+        B = B * 0.1
         y, h = linear(x, LinearProduct.from_blocks(weight, bias, A, B, 0.5), added)
         product = LinearProduct.from_blocks(weight, None, A, B, 0.5)
         dx, grad_h = linear_backward(grad, product, x)
@@ -73,7 +75,9 @@ def test_products_match_dequantized_values(kernels: str, name: str, dtype: torch
 @compiled_only
 def test_products_are_identical_for_any_thread_and_row_count() -> None:
     """Threads split the rows, the columns, or neither."""
-    product, x, results = LinearProduct.from_blocks(random_blocks("Q5_K", 64, 768)), numbers(900, 768).bfloat16(), []
+    product = LinearProduct.from_blocks(random_blocks("Q5_K", 64, 768))
+    x = numbers(900, 768).bfloat16()
+    results = []
     for count in (1, 2):
         torch.set_num_threads(count)
         y, _ = linear(x, product)
@@ -88,7 +92,8 @@ def test_products_are_bit_identical_to_plain_bf16() -> None:
     weight = quantize_nf4(numbers(48, 192).float())
     if not loader.multiplies(loader.dtype_code(torch.bfloat16)):
         pytest.skip("torch multiplies bf16 here")
-    x, grad = numbers(20, 192).bfloat16(), numbers(20, 48).bfloat16()
+    x = numbers(20, 192).bfloat16()
+    grad = numbers(20, 48).bfloat16()
     products = (LinearProduct.from_blocks(weight), as_plain(weight))
     assert same_bits(*((linear(x, product)[0], linear_backward(grad, product)[0]) for product in products))
 
@@ -109,7 +114,8 @@ def test_operators_support_flop_counting_and_fake_tensors() -> None:
 
 
 def test_mismatched_shapes_raise() -> None:
-    weight, A = random_blocks("Q4_0", 6, 64), torch.ones(64, 2)
+    weight = random_blocks("Q4_0", 6, 64)
+    A = torch.ones(64, 2)
     with pytest.raises(ValueError, match="left side"):
         linear(torch.ones(2, 32), LinearProduct.from_blocks(weight))
     with pytest.raises(ValueError, match="given together"):
@@ -127,7 +133,9 @@ SIZES |= {"gate": (64, 128), "up": (64, 128), "down": (128, 64)}
 def test_transformer_block_is_bit_identical_to_plain_bf16(name: str) -> None:
     if not loader.multiplies(loader.dtype_code(torch.bfloat16)):
         pytest.skip("torch multiplies bf16 here")
-    x, segments, results = numbers(20, 64).bfloat16(), Layout.of_lengths([12, 8]).segments(), []
+    x = numbers(20, 64).bfloat16()
+    segments = Layout.of_lengths([12, 8]).segments()
+    results = []
     for is_quantized in (True, False):
         layers = {}
         for part, (inner, out) in SIZES.items():

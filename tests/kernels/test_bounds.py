@@ -28,7 +28,8 @@ def ones(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("target", [-1, 40, 2**40])
 def test_out_of_range_target_raises(dtype, target):
-    logits, targets = torch.ones(3, 40, dtype=dtype), torch.tensor([0, target, 39])
+    logits = torch.ones(3, 40, dtype=dtype)
+    targets = torch.tensor([0, target, 39])
     with pytest.raises(IndexError, match=rf"^target {target} is out of bounds for 40 classes$"):
         rows.cross_entropy_(logits, targets, torch.ones(3), scale=1.0, softcap=0.0, grad=True)
     assert (logits == 1).all()
@@ -44,7 +45,8 @@ def class_gradient(targets: list[int], classes: int = 40) -> None:
 
 
 def head_gradient(target: int, groups: int) -> None:
-    unlikely, inputs = ones(groups, 40), (ones(20, 40), INDICES[[0] * 20] + target, ones(20, 16), ones(40, 16), None)
+    unlikely = ones(groups, 40)
+    inputs = (ones(20, 40), INDICES[[0] * 20] + target, ones(20, 16), ones(40, 16), None)
     options = {"scale": 1.0, "softcap": 0.0, "slopes": ones(20, 16), "shares": torch.empty(20), "unlikely": unlikely}
     head.head_gradient_(*inputs, **options)
 
@@ -74,7 +76,8 @@ def rotary(cosines: tuple[int, int], sines: tuple[int, int]) -> None:
     rows.rotate(ones(4, 2, 8), torch.ones(cosines), torch.ones(sines))
 
 
-K, INDICES = ones(5, 2, 8), torch.zeros(2, dtype=torch.long)
+K = ones(5, 2, 8)
+INDICES = torch.zeros(2, dtype=torch.long)
 
 
 MISMATCHED_ARGUMENTS = [
@@ -140,7 +143,8 @@ WRONG_SHAPES = [("x", 5, 12), ("weight", 12, 12), ("bias", 8), ("lora_A", 12, 2)
 
 def multiply(shapes: dict[str, tuple[int, ...]]) -> None:
     tensors = {name: ones(*shape).float() if "lora" in name else ones(*shape) for name, shape in shapes.items()}
-    x, added = tensors.pop("x"), tensors.pop("added")
+    x = tensors.pop("x")
+    added = tensors.pop("added")
     products.linear(x, products.LinearProduct(**tensors), added)
 
 
@@ -152,7 +156,9 @@ def test_product_with_mismatched_shapes_raises(bad_shape):
 
 
 def test_int8_product_with_mismatched_scales_raises():
-    x, grad, (weight, scale) = ones(5, 8), ones(5, 12), quantize.quantize_rows(ones(12, 8))
+    x = ones(5, 8)
+    grad = ones(5, 12)
+    weight, scale = quantize.quantize_rows(ones(12, 8))
     x_int8, x_scales = quantize.quantize_activations(x, None)
     product = products.LinearProduct(weight, scale=scale)
     without_lora_a = products.LinearProduct(ones(12, 8), lora_B=torch.ones(2, 12))
@@ -175,7 +181,8 @@ def test_out_of_range_token_id_raises_with_and_without_virtual_tokens(token):
     """An embedding with 5 tokens and 2 virtual tokens raises the same error as a torch embedding with 7 tokens."""
     from deltaw.runtime import virtual_tokens
 
-    model, messages = nn.Module(), []
+    model = nn.Module()
+    messages = []
     model.embedding = nn.Embedding(5, 4)
     model.get_input_embeddings = lambda: model.embedding
     layer = virtual_tokens.attach(model, torch.zeros(2, 4))
@@ -190,7 +197,8 @@ def test_out_of_range_token_id_raises_with_and_without_virtual_tokens(token):
 @compiled_only
 def test_library_checks_indices_itself(monkeypatch):
     monkeypatch.undo()
-    logits, targets = torch.zeros(1, 8), torch.tensor([8])
+    logits = torch.zeros(1, 8)
+    targets = torch.tensor([8])
     with pytest.raises(IndexError, match="dw_cross_entropy received an index out of bounds"):
         pointers = [tensor.data_ptr() for tensor in (logits, targets, torch.ones(1))]
         loader.kernels().dw_cross_entropy(0, 1, 8, *pointers, 1.0, 0.0, 1, None)

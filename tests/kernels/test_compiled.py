@@ -78,7 +78,8 @@ def test_later_compile_error_runs_torch_operators(norm, monkeypatch):
 
 def test_trial_leaves_overwritten_arguments_unchanged(norm, monkeypatch):
     monkeypatch.setattr(compiled, "compile_function", lambda f: lambda **a: f(**a))
-    logits, targets = torch.randn(4, 9), torch.tensor([1, 2, 3, 4])
+    logits = torch.randn(4, 9)
+    targets = torch.tensor([1, 2, 3, 4])
     given = {"targets": targets, "weights": torch.ones(4), "scale": 1.0, "softcap": 0.0, "grad": True}
     expected = torch.softmax(logits, -1) - torch.nn.functional.one_hot(targets, 9)
     function = compiled.CompiledFunction(rows.cross_entropy_reference_)

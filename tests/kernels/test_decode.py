@@ -63,16 +63,15 @@ def linear(outputs: int, inputs: int, form: Config, bias: bool | None = None) ->
 
 
 def norm(size: int, form: Config) -> Norm:
-    weight, bias = torch.rand(size) + 0.5 - form.offset, torch.randn(size) * 0.1 if form.centered else None
+    weight = torch.rand(size) + 0.5 - form.offset
+    bias = torch.randn(size) * 0.1 if form.centered else None
     return Norm(weight, bias, 1e-5, form.offset, form.centered)
 
 
 def block(form: Config) -> DecoderBlock:
-    query_size, key_size, is_separate = (
-        form.heads * form.head_size,
-        form.key_heads * form.head_size,
-        form.split == "apart",
-    )
+    query_size = form.heads * form.head_size
+    key_size = form.key_heads * form.head_size
+    is_separate = form.split == "apart"
     first, second = (HalfNorms(**{position: norm(form.hidden, form) for position in form.places}) for _ in range(2))
     return DecoderBlock(
         query=linear(query_size if is_separate else query_size + 2 * key_size, form.hidden, form),
@@ -96,7 +95,8 @@ def decoder(**changes: object) -> Decoder:
     torch.manual_seed(0)
     angles = torch.arange(1200.0)[:, None] * torch.logspace(0, -3, max(1, form.rotary_dims // 2))
     tables = [(angles.cos(), angles.sin())] if form.rotary_dims else []
-    blocks, head = [block(form) for _ in range(form.blocks)], linear(form.vocabulary, form.hidden, form, bias=False)
+    blocks = [block(form) for _ in range(form.blocks)]
+    head = linear(form.vocabulary, form.hidden, form, bias=False)
     options = {"cache_dtype": form.cache, "logits_softcap": form.logits[0], "logits_scale": form.logits[1]}
     return Decoder(blocks, norm(form.hidden, form), head, tables, **options)
 
@@ -143,7 +143,8 @@ class Rows:
         return decoder.step(pages, self.hidden, self.positions, self.sequence, table, self.adapter, adapters, selected)
 
     def reference(self, decoder: Decoder, pages: Pages, table: Tensor, adapters=()) -> tuple[Tensor, Tensor]:
-        x, selected = self.hidden.double(), torch.arange(len(self.hidden), dtype=I32)
+        x = self.hidden.double()
+        selected = torch.arange(len(self.hidden), dtype=I32)
         return reference_step(decoder, pages, x, self.positions, self.sequence, table, self.adapter, adapters, selected)
 
 
@@ -162,7 +163,8 @@ def new_pages(decoder: Decoder, count: int) -> Pages:
 
 def assert_rows_are_independent(decoder: Decoder, rows: Rows, table: Tensor, adapters: list[PackedAdapter]) -> None:
     """Assert that each row has bit-identical outputs in a batch and in a step of its own row."""
-    batch_pages, single_pages = new_pages(decoder, table.numel()), new_pages(decoder, table.numel())
+    batch_pages = new_pages(decoder, table.numel())
+    single_pages = new_pages(decoder, table.numel())
     batch_outputs = rows.step(decoder, batch_pages, table, adapters)
     for m in range(len(rows.hidden)):
         single_outputs = rows.subset(slice(m, m + 1)).step(decoder, single_pages, table, adapters)
@@ -182,7 +184,9 @@ def no_reference(monkeypatch):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_step_matches_reference(name, kind, no_reference):
     model = decoder(**CONFIGS[name], kind=kind)
-    adapters, table, pages = adapters_of(model), table_of(3, 4), [new_pages(model, 12) for _ in range(2)]
+    adapters = adapters_of(model)
+    table = table_of(3, 4)
+    pages = [new_pages(model, 12) for _ in range(2)]
     tolerance = TOLERANCE[kind] * (100 if model.cache_dtype == BF16 and kind == "fp32" else 1)
     for seed, chunks in enumerate(
         (((0, 0, 45, 0), (2, 0, 33, -1), (1, 0, 7, 2)), ((1, 7, 1, 2), (0, 45, 1, 0), (2, 33, 2, 1))), 1
@@ -204,8 +208,11 @@ def test_row_is_bit_identical_in_any_batch(name, kind, no_reference):
 
 @compiled_only
 def test_long_context_is_bit_identical_for_any_thread_count(no_reference):
-    model, table = decoder(blocks=1, heads=2, key_heads=1, vocabulary=33), table_of(1, 34)
-    prompt, pages, logits = Rows.of(48, (0, 0, 1050, -1)), new_pages(model, 34), []
+    model = decoder(blocks=1, heads=2, key_heads=1, vocabulary=33)
+    table = table_of(1, 34)
+    prompt = Rows.of(48, (0, 0, 1050, -1))
+    pages = new_pages(model, 34)
+    logits = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         logits.append(prompt.step(model, pages, table)[1])
@@ -216,9 +223,11 @@ def test_long_context_is_bit_identical_for_any_thread_count(no_reference):
 
 def test_sequences_share_pages_of_a_prefix(kernels):
     model = decoder()
-    pages, table = new_pages(model, 6), torch.tensor([[4, 1], [4, 2], [3, 5]], dtype=I32)
+    pages = new_pages(model, 6)
+    table = torch.tensor([[4, 1], [4, 2], [3, 5]], dtype=I32)
     full = Rows.of(48, (2, 0, 38, -1))
-    prefix, suffix = full.subset(slice(0, 32)), full.subset(slice(32, 38))
+    prefix = full.subset(slice(0, 32))
+    suffix = full.subset(slice(32, 38))
     replace(prefix, sequence=torch.zeros_like(prefix.sequence)).step(model, pages, table)
     expected = full.step(model, pages, table)[1][32:]
     for sequence in (0, 1):
@@ -232,8 +241,11 @@ def test_sequences_share_pages_of_a_prefix(kernels):
 
 def test_step_returns_only_selected_rows(kernels):
     model = decoder()
-    table, pages, adapters = table_of(2, 2), new_pages(model, 4), adapters_of(model, 4)
-    rows, selected = Rows.of(48, (0, 0, 20, 0), (1, 0, 9, -1)), torch.tensor([28, 3], dtype=I32)
+    table = table_of(2, 2)
+    pages = new_pages(model, 4)
+    adapters = adapters_of(model, 4)
+    rows = Rows.of(48, (0, 0, 20, 0), (1, 0, 9, -1))
+    selected = torch.tensor([28, 3], dtype=I32)
     all_outputs = rows.step(model, pages, table, adapters)
     for actual, full in zip(rows.step(model, pages, table, adapters, selected), all_outputs, strict=True):
         torch.testing.assert_close(actual, full[selected.long()])
@@ -248,8 +260,11 @@ INVALID_INDICES += [("selected", 6)]
 @pytest.mark.parametrize(("changed", "value"), INVALID_INDICES)
 def test_out_of_range_index_raises(kernels, changed, value):
     model = decoder()
-    pages, rows, adapters = new_pages(model, 4), Rows.of(48, (0, 0, 3, 0), (1, 0, 3, -1)), adapters_of(model, 0)
-    table, selected = table_of(2, 2), torch.tensor([5], dtype=I32)
+    pages = new_pages(model, 4)
+    rows = Rows.of(48, (0, 0, 3, 0), (1, 0, 3, -1))
+    adapters = adapters_of(model, 0)
+    table = table_of(2, 2)
+    selected = torch.tensor([5], dtype=I32)
     rows.step(model, pages, table, adapters, selected)
     {"page": table[1, :1], "selected": selected, **vars(rows)}[changed][-1] = value
     with pytest.raises(IndexError):
@@ -257,7 +272,8 @@ def test_out_of_range_index_raises(kernels, changed, value):
 
 
 def test_mismatched_parts_raise():
-    model, factors = decoder(), (torch.ones(48, 2), torch.ones(2, 48), 1.0)
+    model = decoder()
+    factors = (torch.ones(48, 2), torch.ones(2, 48), 1.0)
     for layer, message in (((2, "query"), "no layer"), ((0, "key"), "B of key")):
         with pytest.raises(ValueError, match=message):
             model.pack_adapter({layer: factors})

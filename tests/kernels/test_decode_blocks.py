@@ -47,7 +47,8 @@ def scaled_random_blocks(name: str, rows: int, columns: int, seed: int) -> Block
 def in_blocks(model: Decoder, *names: str) -> tuple[Decoder, Decoder]:
     """Return a decoder with random blocks, cycling through the formats, and one with the dequantized weights."""
     layers = [(n, name, layer) for n, block in enumerate(model.blocks) for name, layer in block.layers()]
-    block_layers, plain_layers = {}, {}
+    block_layers = {}
+    plain_layers = {}
     for index, (n, name, layer) in enumerate([*layers, (-1, "head", model.head)]):
         weight = scaled_random_blocks(names[index % len(names)], layer.outputs, layer.inputs, index)
         block_layers.setdefault(n, {})[name] = replace(layer, weight=weight)
@@ -69,7 +70,9 @@ STEPS = [Rows.of(WIDE["hidden"], *chunks, seed=seed) for seed, chunks in enumera
 
 def run(model: Decoder) -> list[torch.Tensor]:
     """Return the logits of consecutive steps with three adapters."""
-    adapters, pages, table = adapters_of(model), new_pages(model, 24), table_of(3, 8)
+    adapters = adapters_of(model)
+    pages = new_pages(model, 24)
+    table = table_of(3, 8)
     return [rows.step(model, pages, table, adapters)[1] for rows in STEPS]
 
 
@@ -97,7 +100,9 @@ def test_block_steps_are_bit_identical_to_plain_steps(config, name, monkeypatch)
 @pytest.mark.parametrize("name", FORMATS)
 def test_block_steps_match_reference(kernels, name):
     model, plain = in_blocks(decoder(**WIDE), name)
-    table, pages, adapters = table_of(3, 8), new_pages(model, 24), adapters_of(model)
+    table = table_of(3, 8)
+    pages = new_pages(model, 24)
+    adapters = adapters_of(model)
     for rows, block_logits, plain_logits in zip(STEPS, run(model), run(plain), strict=True):
         _, exact = rows.reference(plain, pages, table, adapters)  # dequantized weights in float64
         # The minimum of a block cancels in sums, but the rounding errors of its terms do not.

@@ -105,7 +105,8 @@ def traced_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def attend(length, window=None, trained=(True, True, True), **options):
     """Compare attention over a shared prefix with the reference, forward and backward."""
-    layout, options = Layout.of_lengths([length // 2, length - length // 2], [-1, 0]), {**OPTIONS, **options}
+    layout = Layout.of_lengths([length // 2, length - length // 2], [-1, 0])
+    options = {**OPTIONS, **options}
     inputs = [t.requires_grad_(needs) for t, needs in zip(random_inputs(layout, **SIZES), trained, strict=True)]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*unfused")

@@ -26,7 +26,9 @@ VARIANTS = "none"
 
 flex_module = pytest.importorskip("torch.nn.attention.flex_attention", reason="no FlexAttention in this torch")
 varlen_module = pytest.importorskip("torch.nn.attention.varlen", reason="no variable-length attention in this torch")
-TREE, ROWS, SHORT = ((150, 33, 1, 90), (-1, 0, 0, 2)), ((70, 33, 0, 90), None), ((50, 20, 9), (-1, 0, 0))
+TREE = ((150, 33, 1, 90), (-1, 0, 0, 2))
+ROWS = ((70, 33, 0, 90), None)
+SHORT = ((50, 20, 9), (-1, 0, 0))
 ROOT = Path(__file__).parents[2]
 
 
@@ -38,7 +40,8 @@ class EagerFlex:
     compilations = 1
 
     def __init__(self, scaling, softcap, kernel_options):
-        self.function, self.kernel_options = attention_function(scaling, softcap), kernel_options
+        self.function = attention_function(scaling, softcap)
+        self.kernel_options = kernel_options
 
     def __call__(self, query, key, value, layout, window):
         self.calls.append((layout.length, query.requires_grad, self.kernel_options))
@@ -53,7 +56,8 @@ def eager_varlen(query, key, value, starts, same, longest, longest_key, *, scale
     assert enable_gqa == (query.shape[1] != key.shape[1]) and window_size[1] == 0
     rows = []
     for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-        layout, inputs = Layout.of_lengths([stop - start]), (t[start:stop].transpose(0, 1) for t in (query, key, value))
+        layout = Layout.of_lengths([stop - start])
+        inputs = (t[start:stop].transpose(0, 1) for t in (query, key, value))
         window = None if window_size[0] < 0 else window_size[0] + 1
         rows.append(packed_reference(*inputs, layout, scaling=scale, window=window).transpose(0, 1))
     return torch.cat(rows)
@@ -83,7 +87,8 @@ def varlen_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def attend(tree, dtype=torch.bfloat16, **options):
     """Compare attention of a layout with the fp64 reference, forward and backward."""
     layout = Layout.of_lengths(*tree)
-    exact, options = random_inputs(layout, size=16), {"scaling": 0.25, **options}
+    exact = random_inputs(layout, size=16)
+    options = {"scaling": 0.25, **options}
     actual = gradients(packed_attention, [t.to(dtype) for t in exact], layout, **options)
     for result, expected in zip(actual, gradients(packed_reference, exact, layout, **options), strict=True):
         assert relative_error(result, expected) < gpu_attention.TOLERANCE[dtype]

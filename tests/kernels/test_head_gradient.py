@@ -40,7 +40,8 @@ class Head:
 
     @classmethod
     def of(cls, rows: int, classes: int, width: int, *, spread: float = 3.0, biased: bool = False, **change):
-        hidden, weight = numbers(rows, width), numbers(classes, width, seed=1) * spread / width**0.5
+        hidden = numbers(rows, width)
+        weight = numbers(classes, width, seed=1) * spread / width**0.5
         for row in range(1, rows):
             hidden[row] = 0.8 * hidden[row - 1] + 0.6 * hidden[row]
         bias = numbers(classes, seed=2).bfloat16() if biased else None
@@ -62,7 +63,8 @@ class Head:
 
     def losses_and_gradients(self, logits: Tensor, function=heads.head_gradient_) -> tuple[Tensor, Tensor]:
         """Return the losses and the complete hidden gradients computed by ``function``."""
-        rows, dtype = len(self.hidden), logits.dtype
+        rows = len(self.hidden)
+        dtype = logits.dtype
         slopes = torch.empty_like(self.hidden, dtype=dtype)
         unlikely = logits.new_empty(heads.num_groups(rows), logits.shape[1])
         shares = torch.empty(rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
@@ -107,12 +109,14 @@ def test_reference_is_exact_if_all_classes_are_likely(change):
 @pytest.mark.parametrize("change", [{}, {"biased": True}, {"softcap": 12.0}])
 def test_head_gradient_is_close_and_its_group_sum_is_closer(change):
     """Results are bit-identical on one and two threads."""
-    head, results = Head.of(100, 9000, 64, **change), []
+    head = Head.of(100, 9000, 64, **change)
+    results = []
     for count in (1, 2, 2):
         torch.set_num_threads(count)
         results.append(head.losses_and_gradients(head.logits().bfloat16()))
     assert same_bits(*results)
-    (losses, slopes), (expected, exact) = results[0], head.exact()
+    losses, slopes = results[0]
+    expected, exact = head.exact()
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
     assert (slopes - exact).norm() < 0.03 * exact.norm()
     assert (sums(slopes) - sums(exact)).norm() < 0.006 * sums(exact).norm()
@@ -151,7 +155,8 @@ def test_rows_confident_in_wrong_and_in_target_class():
 def test_frozen_head_is_computed_in_chunks(rows, chunk_rows, int8, monkeypatch):
     monkeypatch.setattr(causal_objective, "FROZEN_CHUNK_ROWS", chunk_rows)
     monkeypatch.setitem(causal_objective.FROZEN_CHUNK_BYTES, "cpu", 0)
-    calls, original = [], causal_objective.head_gradient_
+    calls = []
+    original = causal_objective.head_gradient_
 
     def counted(logits, *args, **kwargs):
         calls.append(len(logits))
@@ -159,7 +164,8 @@ def test_frozen_head_is_computed_in_chunks(rows, chunk_rows, int8, monkeypatch):
 
     monkeypatch.setattr(causal_objective, "head_gradient_", counted)
     head = Head.of(rows, 8500, 64)
-    hidden, weights = head.hidden.requires_grad_(), torch.rand(rows) + 0.1
+    hidden = head.hidden.requires_grad_()
+    weights = torch.rand(rows) + 0.1
     options = {"scales": row_scales(head.weight) if int8 else None}
     values = frozen_head_log_probs(hidden, head.targets, head.weight, **options)
     (values * weights).sum().backward()

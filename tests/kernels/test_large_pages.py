@@ -22,7 +22,8 @@ def test_copies_are_contiguous_and_cache_line_aligned():
 
 
 def test_large_memory_is_page_aligned_and_fully_usable():
-    count, page = large_pages.MIN_BYTES // 2 + 11, large_page_bytes()
+    count = large_pages.MIN_BYTES // 2 + 11
+    page = large_page_bytes()
     buffer = empty_in_large_pages(count, torch.bfloat16)
     assert buffer.shape == (count,) and (not page or buffer.data_ptr() % page == 0)
     buffer.fill_(3)

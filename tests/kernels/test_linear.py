@@ -45,7 +45,8 @@ def test_forward_and_backward_match_reference(size, dtype, rank, by_column):
     t = inputs(*size, rank, dtype)
     t["weight"] = t["weight"] if by_column else t["weight"].t().contiguous()
     exact = {k: v.double() for k, v in t.items()}
-    product, exact_product = adapted(t, by_column), adapted(exact, by_column)
+    product = adapted(t, by_column)
+    exact_product = adapted(exact, by_column)
     assert products.can_multiply(t["x"], product)
     y, h = products.linear(t["x"], product, t["added"])
     dx, grad_h = products.linear_backward(t["grad"], product, t["x"])
@@ -72,7 +73,8 @@ def test_deep_products_are_deterministic(dtype, threads):
     assert torch.equal(*actual)
     exact = {name: tensor.double() for name, tensor in t.items()}
     assert_close(actual[0], products.linear_reference(exact["x"], adapted(exact))[0], dtype)
-    grad, weight = numbers(40, 4096).to(dtype), numbers(4096, 64, seed=1).to(dtype)
+    grad = numbers(40, 4096).to(dtype)
+    weight = numbers(4096, 64, seed=1).to(dtype)
     actual, _ = products.linear_backward(grad, LinearProduct(weight))
     assert_close(actual, grad.double() @ weight.double(), dtype)
 
@@ -132,7 +134,8 @@ def test_int8_is_in_range_for_largest_value_and_zero_rows():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_block_scales_confine_outlier_to_its_block(dtype, threads):
     t = inputs(70, 300, 40, 4, dtype)
-    x, (int8, scale) = t["x"].clone(), quantize.quantize_rows(t["weight"])
+    x = t["x"].clone()
+    int8, scale = quantize.quantize_rows(t["weight"])
     x[:, 5] *= 300
     errors = {}
     for in_blocks in (False, True):
@@ -148,7 +151,8 @@ def test_block_scales_confine_outlier_to_its_block(dtype, threads):
 
 def class_gradients(rows: int, classes: int, spread: float, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return softmax gradients of the logits, probabilities minus one at the target, and the targets."""
-    targets, grad = torch.arange(rows) * stride % classes, numbers(rows, classes, seed=1).mul(spread).softmax(-1)
+    targets = torch.arange(rows) * stride % classes
+    grad = numbers(rows, classes, seed=1).mul(spread).softmax(-1)
     grad[torch.arange(rows), targets] -= 1.0
     return grad, targets
 
@@ -157,7 +161,8 @@ def class_gradients(rows: int, classes: int, spread: float, stride: int) -> tupl
 @examples(st.integers(1, 80), st.integers(1, 1300), st.integers(1, 70), st.booleans())
 def test_int8_class_gradient_matches_reference(rows, classes, width, negative):
     grad, targets = class_gradients(rows, classes, 4.0, 7)
-    weight, grad = numbers(classes, width).bfloat16(), (-grad if negative else grad).bfloat16()
+    weight = numbers(classes, width).bfloat16()
+    grad = (-grad if negative else grad).bfloat16()
     grad[0] = 0
     scale = quantize.row_scales(weight)
     expected = head.class_gradient_reference(grad.double(), targets, weight, scale.double())
@@ -166,8 +171,10 @@ def test_int8_class_gradient_matches_reference(rows, classes, width, negative):
 
 @compiled_only
 def test_int8_class_gradient_is_close_to_exact(threads):
-    weight, (grad, targets) = numbers(5000, 64).bfloat16(), class_gradients(90, 5000, 3.0, 50)
-    exact, scales = grad @ weight.double(), quantize.row_scales(weight)
+    weight = numbers(5000, 64).bfloat16()
+    grad, targets = class_gradients(90, 5000, 3.0, 50)
+    exact = grad @ weight.double()
+    scales = quantize.row_scales(weight)
     assert head.can_use_int8_classes(grad.bfloat16(), weight)
     actual, repeated = (head.class_gradient_(grad.bfloat16(), targets, weight, scales) for _ in range(2))
     assert ((actual - exact).norm(dim=1) / exact.norm(dim=1)).max() < 0.02
@@ -231,7 +238,8 @@ def test_int8_gradients_follow_process_setting(arithmetic):
 def test_int8_sums_of_any_depth_do_not_overflow(kernels, in_blocks):
     """The sum of the largest values exceeds 32 bits."""
     depth = quantize.MAX_SUM_LENGTH + 100
-    x, weight = torch.ones(3, depth), torch.full((4, depth), 127, dtype=torch.int8)
+    x = torch.ones(3, depth)
+    weight = torch.full((4, depth), 127, dtype=torch.int8)
     scale = torch.full((4,), 1 / 127)
     for sign in (1, -1):
         y, _ = products.linear(x * sign, LinearProduct(weight, scale=scale, in_blocks=in_blocks))

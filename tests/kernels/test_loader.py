@@ -147,7 +147,8 @@ def test_other_systems_pass_only_the_thread_count(monkeypatch, system, tmp_path)
     functions = loader.openmp_functions()
     monkeypatch.undo()
     assert functions is not None and functions[:3] == [None] * 3
-    thread_count, before = ctypes.CFUNCTYPE(ctypes.c_int)(functions[3].value), torch.get_num_threads()
+    thread_count = ctypes.CFUNCTYPE(ctypes.c_int)(functions[3].value)
+    before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
@@ -184,7 +185,8 @@ def test_allocation_failure_raises_instead_of_crashing(threads):
 
 @compiled_only
 def test_scratch_memory_is_released(threads):
-    kernels, x = loader.kernels(), torch.ones(300, 64, dtype=torch.bfloat16)
+    kernels = loader.kernels()
+    x = torch.ones(300, 64, dtype=torch.bfloat16)
     product = LinearProduct(x[:64])
     before, _ = linear(x, product)
     linear(x, product)  # starts with one allocation of the full size

@@ -37,7 +37,8 @@ def assert_only_row_is_nan(rows: Tensor, bad_row: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("in_blocks", [False, True])
 def test_nonfinite_input_becomes_nan_in_int8(kernels, bad, index, dtype, in_blocks):
-    x, smooth = numbers(6, 260).to(dtype), torch.rand(260) + 0.5
+    x = numbers(6, 260).to(dtype)
+    smooth = torch.rand(260) + 0.5
     int8, scales = quantize.quantize_activations(with_bad(x, bad, *index), smooth, in_blocks)
     restored = (int8.float() - 128) * quantize.expand_scales(scales, 260)
     row, column = index
@@ -50,7 +51,8 @@ def test_nonfinite_input_becomes_nan_in_int8(kernels, bad, index, dtype, in_bloc
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nonfinite_values_in_products_of_int8_weights(kernels, bad, dtype, in_blocks):
     int8, scale = quantize.quantize_rows(numbers(64, 260).to(dtype))
-    x, grad = numbers(6, 260, seed=1).to(dtype), numbers(6, 64, seed=2).to(dtype)
+    x = numbers(6, 260, seed=1).to(dtype)
+    grad = numbers(6, 64, seed=2).to(dtype)
     product = LinearProduct(int8, scale=scale, in_blocks=in_blocks)
     assert_only_row_is_nan(linear(with_bad(x, bad, 2, 131), product)[0], 2)
     assert_only_row_is_nan(linear_backward(with_bad(grad, bad, 3, 63), LinearProduct(int8, scale=scale))[0], 3)
@@ -68,7 +70,8 @@ def test_nonfinite_values_in_int8_gradients_of_bf16_weights(kernels, bad, by_col
 
 
 def test_nonfinite_values_in_int8_logits(kernels, bad):
-    hidden, weight = numbers(6, 64, seed=1).bfloat16(), numbers(300, 64).bfloat16()
+    hidden = numbers(6, 64, seed=1).bfloat16()
+    weight = numbers(300, 64).bfloat16()
     product = LinearProduct(weight, scale=quantize.row_scales(weight))
     assert_only_row_is_nan(linear(with_bad(hidden, bad, 2, 63), product)[0], 2)
     spoiled = with_bad(weight, bad, 7, 5)
@@ -103,6 +106,7 @@ def test_nonfinite_weights_become_nan_when_quantized(bad):
 
 
 def test_nonfinite_values_in_int8_decoding(kernels, bad):
-    model, rows = decoder(kind="int8"), Rows.of(48, (0, 0, 3, -1), (1, 0, 1, -1))
+    model = decoder(kind="int8")
+    rows = Rows.of(48, (0, 0, 3, -1), (1, 0, 1, -1))
     rows.hidden[3, 5] = bad
     assert_only_row_is_nan(rows.step(model, new_pages(model, 2), table_of(2, 1))[1], 3)

@@ -21,7 +21,10 @@ def assert_equal(ours: list[torch.Tensor], exact: list[torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("centered", [True, False])
 def test_norm_matches_torch(centered):
-    x, weight, bias, grad = numbers(7, 12), numbers(12, seed=1), numbers(12, seed=2), numbers(7, 12, seed=3)
+    x = numbers(7, 12)
+    weight = numbers(12, seed=1)
+    bias = numbers(12, seed=2)
+    grad = numbers(7, 12, seed=3)
     leaf = x.clone().requires_grad_()
     norm_args = (leaf, (12,), weight + 1)
     exact = F.layer_norm(*norm_args, bias, 1e-3) if centered else F.rms_norm(*norm_args, 1e-3) + bias
@@ -47,7 +50,8 @@ def test_rotation_matches_complex_multiplication():
     conjugate.
     """
     angles = numbers(6, 4)
-    x, grad = numbers(6, 2, 10), numbers(6, 2, 10, seed=1)
+    x = numbers(6, 2, 10)
+    grad = numbers(6, 2, 10, seed=1)
     cosine, sine = (t.repeat(1, 2) for t in (angles.cos(), angles.sin()))
 
     def rotated(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -61,7 +65,9 @@ def test_rotation_matches_complex_multiplication():
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 def test_cross_entropy_matches_torch(softcap):
-    logits, targets, weights = (4 * numbers(5, 11), torch.tensor([0, 10, 3, 3, 7]), torch.rand(5, dtype=torch.float64))
+    logits = 4 * numbers(5, 11)
+    targets = torch.tensor([0, 10, 3, 3, 7])
+    weights = torch.rand(5, dtype=torch.float64)
     leaf = logits.clone().requires_grad_()
     z = leaf * 0.5 if softcap == 0 else softcap * torch.tanh(leaf * 0.5 / softcap)
     exact = torch.logsumexp(z, -1) - z.gather(1, targets[:, None])[:, 0]
@@ -83,7 +89,8 @@ def test_product_with_update_matches_torch():
 
 
 def test_int8_products_are_close_to_exact():
-    x, weight = numbers(20, 64), numbers(30, 64, seed=1)
+    x = numbers(20, 64)
+    weight = numbers(30, 64, seed=1)
     int8, scale = quantize.quantize_rows(weight.float())
     assert int8.dtype == torch.int8 and (int8.double() * scale[:, None] - weight).abs().max() <= 0.51 * scale.max()
     y, _ = products.linear_reference(x, products.LinearProduct(int8, scale=scale.double()))

@@ -18,7 +18,8 @@ shapes = st.tuples(st.integers(1, 40), st.integers(1, 100))
 def test_norm_and_gradient_match_reference(shape, dtype, centered, offset):
     size = shape[1]
     x, grad, added = (numbers(*shape, seed=seed).to(dtype) for seed in range(3))
-    weight, bias = numbers(size).to(dtype), numbers(size, seed=3).to(dtype) if centered else None
+    weight = numbers(size).to(dtype)
+    bias = numbers(size, seed=3).to(dtype) if centered else None
     options = {"offset": offset, "eps": 1e-2, "centered": centered}
     y, stats = rows.norm(x, weight, bias, **options)
     leaf = x.double().requires_grad_()
@@ -32,7 +33,9 @@ def test_norm_and_gradient_match_reference(shape, dtype, centered, offset):
 @examples(shapes, st.sampled_from(DTYPES), st.sampled_from(rows.ACTIVATIONS), st.booleans())
 def test_activation_and_gradient_match_reference(shape, dtype, kind, gated):
     gate, up, grad = (3 * numbers(*shape, seed=s) for s in range(3))
-    gate, up, grad = gate.to(dtype), up.to(dtype) if gated else None, grad.to(dtype)
+    gate = gate.to(dtype)
+    up = up.to(dtype) if gated else None
+    grad = grad.to(dtype)
     leaves = [t.double().requires_grad_() for t in (gate, up) if t is not None]
     exact = rows.activation_reference(leaves[0], leaves[1] if gated else None, kind)
     assert_close(rows.activation(gate, up, kind), exact.detach(), dtype)
@@ -63,9 +66,11 @@ def test_activations_are_accurate_for_large_inputs(kind):
     f.sum().backward()
     with torch.no_grad():
         # In the tail only the exponential is left. Its relative error is the rounding error times its argument.
-        s, exponential_error = share(wide), 4 + argument(wide).abs()
+        s = share(wide)
+        exponential_error = 4 + argument(wide).abs()
         share_error = torch.where(wide < 0, exponential_error, 4)
-        digits, tiny = 2 * torch.finfo(torch.float32).eps, 1e-30  # smaller values may be subnormal
+        digits = 2 * torch.finfo(torch.float32).eps
+        tiny = 1e-30  # smaller values may be subnormal
         value_error = digits * share_error * f.abs() + tiny
         slope_error = digits * (share_error * s + exponential_error * (wide.grad - s).abs()) + tiny
         d_gate, _, y = rows.activation_backward(torch.ones_like(x), x, None, kind)
@@ -86,7 +91,8 @@ def test_activations_approach_their_limits():
 )
 def test_rotation_and_its_transpose_match_reference(count, heads, half, rest, dtype):
     x = numbers(count, heads, 2 * half + rest).to(dtype)
-    cosine, sine = numbers(count, 2 * half).float(), numbers(count, 2 * half, seed=1).float()
+    cosine = numbers(count, 2 * half).float()
+    sine = numbers(count, 2 * half, seed=1).float()
     leaf = x.double().requires_grad_()
     exact = rows.rotate_reference(leaf, cosine.double(), sine.double())
     assert_close(rows.rotate(x, cosine, sine), exact.detach(), dtype)
@@ -116,7 +122,8 @@ def test_cross_entropy_and_gradient_match_reference(count, classes, dtype, chang
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nonfinite_values_propagate(bad):
-    x, targets = torch.ones(2, 32), torch.zeros(2, dtype=torch.long)
+    x = torch.ones(2, 32)
+    targets = torch.zeros(2, dtype=torch.long)
     x[1, 5] = bad
     assert not rows.norm(x, None, None, offset=0.0, eps=1e-6, centered=False)[0][1].isfinite().all()
     losses = rows.cross_entropy_(x.clone(), targets, torch.ones(2), scale=1.0, softcap=0.0, grad=False)

@@ -49,7 +49,8 @@ def test_kernel_tests_pass(library: Path):
 def test_python_threads_and_forked_process_have_thread_pools(library: Path):
     """The thread count of the process shows that the pools are used."""
     x = torch.randn(1500, 64, generator=torch.Generator().manual_seed(1))
-    product, before = LinearProduct(x[:48]), torch.get_num_threads()
+    product = LinearProduct(x[:48])
+    before = torch.get_num_threads()
     with loader.temporary_arithmetic():
         loader.activate(with_library.load_kernels(library))
         torch.set_num_threads(1)

@@ -24,8 +24,10 @@ pytestmark = pytest.mark.slow
 # The emulation requires the CPU features of amx except the tiles.
 BASE = next(v for v in variants.all_variants() if v.name == "avx512_bf16")
 AMX = next(v for v in variants.all_variants() if v.name == "amx")
-BF16, INT8 = 1, 2
-DOT, TILES = 0, 2
+BF16 = 1
+INT8 = 2
+DOT = 0
+TILES = 2
 SUITE = ("test_linear.py", "test_attention.py", "test_rows.py")
 
 
@@ -65,7 +67,8 @@ def test_kernel_tests_pass_with_tiles(emulated: Path):
 
 def test_tiles_are_selectable_and_the_default(in_tiles):
     assert [in_tiles.dw_arithmetics(kind) >> TILES & 1 for kind in (0, BF16, INT8)] == [0, 1, 1]
-    x, gradients = numbers(40, 200).bfloat16(), []
+    x = numbers(40, 200).bfloat16()
+    gradients = []
     for arithmetic in (None, DOT, TILES):
         if arithmetic is not None:
             in_tiles.dw_set_arithmetic(BF16, arithmetic)
@@ -79,7 +82,8 @@ def test_tiles_are_selectable_and_the_default(in_tiles):
 @pytest.mark.parametrize("rows", [1, 15, 16, 33, 63, 101])
 @pytest.mark.parametrize(("n_in", "n_out"), [(64, 32), (132, 20), (576, 100), (3200, 36)])
 def test_int8_products_are_bit_identical_to_dot_products(in_tiles, threads, rows, n_in, n_out):
-    x, grad = numbers(rows, n_in).float(), numbers(rows, n_out, seed=1).float()
+    x = numbers(rows, n_in).float()
+    grad = numbers(rows, n_out, seed=1).float()
     scale = torch.rand(n_out, generator=torch.Generator().manual_seed(2)) + 0.5
     weight = (numbers(n_out, n_in, seed=3) * 40).clamp(-127, 127).to(torch.int8)
     results = []

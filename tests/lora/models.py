@@ -199,7 +199,8 @@ KINDS = ["embed", "wide", "conv1", "conv2", "conv3", "out"]
 def all_kinds_and_peft(dora: bool = False, dropout: float = 0.0) -> tuple[nn.Module, nn.Module, Tensor]:
     """Attach our adapter and PEFT's with the same values to all kinds of layers, and return them with token ids."""
     torch.manual_seed(0)
-    base, names = EveryKind(not dora), KINDS if dora else [*KINDS, "grouped"]
+    base = EveryKind(not dora)
+    names = KINDS if dora else [*KINDS, "grouped"]
     ids = torch.randint(0, 11, (3, 9))
     ours, theirs = ours_and_peft(base, LoRAConfig(rank=4, alpha=6, target_modules=names, dora=dora, dropout=dropout))
     with torch.no_grad():

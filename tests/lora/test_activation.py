@@ -40,7 +40,8 @@ def activated(family: str, **overrides: object) -> nn.Module:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saved_adapter_matches_peft_in_both_directions(family, ids, tmp_path):
-    ours, reloaded = activated(family), causal_model(family)
+    ours = activated(family)
+    reloaded = causal_model(family)
     save_adapter(ours, tmp_path / "ours")
     settings = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     assert settings["alora_invocation_tokens"] == INVOCATION and settings["task_type"] == "CAUSAL_LM"
@@ -60,9 +61,11 @@ def test_saved_adapter_matches_peft_in_both_directions(family, ids, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapter_is_active_only_after_last_invocation(family, ids):
-    model, base = activated(family), causal_model(family)
+    model = activated(family)
+    base = causal_model(family)
     with torch.no_grad():
-        ours, plain = model(input_ids=ids).logits, base(input_ids=ids).logits
+        ours = model(input_ids=ids).logits
+        plain = base(input_ids=ids).logits
         assert torch.equal(ours[0, :10], plain[0, :10]) and torch.equal(ours[2], plain[2])
         assert not torch.isclose(ours[0, 10:], plain[0, 10:]).all(-1).any()
         with disabled(model):
@@ -78,7 +81,8 @@ def test_adapter_is_active_only_after_last_invocation(family, ids):
 def test_state_cache_preserves_active_rows(ids):
     for family in ("bloom", "mamba"):
         targets = ["in_proj"] if family == "mamba" else "all-linear"
-        model, mask = activated(family, target_modules=targets), torch.ones_like(ids)
+        model = activated(family, target_modules=targets)
+        mask = torch.ones_like(ids)
         generated = model.generate(ids, attention_mask=mask, **GENERATION_OPTIONS)
         assert torch.equal(generated, model.generate(ids, attention_mask=mask, use_cache=False, **GENERATION_OPTIONS))
 
@@ -95,7 +99,8 @@ def test_incremental_forward_matches_single_forward(ids):
 def test_dropout_applies_only_at_active_positions(ids):
     model = activated("llama", dropout=0.5).train()
     with torch.no_grad():
-        first, second = model(input_ids=ids).logits, model(input_ids=ids).logits
+        first = model(input_ids=ids).logits
+        second = model(input_ids=ids).logits
     assert torch.equal(first[0, :10], second[0, :10]) and not torch.equal(first[0, 10:], second[0, 10:])
 
 
@@ -110,7 +115,8 @@ def test_merge_and_calls_without_token_ids_raise():
 
 
 def test_packed_rows_require_active_mask(ids):
-    model, layout = activated("llama"), Layout.of_lengths([17, 17])
+    model = activated("llama")
+    layout = Layout.of_lengths([17, 17])
     row = {"input_ids": ids[:2].reshape(1, -1), "position_ids": torch.from_numpy(layout.positions())[None]}
     inputs = {**row, "packed_layout": layout, "use_cache": False}
     active = torch.arange(17) >= torch.tensor([[10], [14]])

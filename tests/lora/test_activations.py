@@ -70,7 +70,8 @@ def test_initialization_is_deterministic_and_nearly_independent_of_seed():
 
 @pytest.mark.filterwarnings("ignore")  # PEFT warns that this model has no loss
 def test_directions_match_peft():
-    base, rows = nn.Sequential(nn.Linear(24, 8)), _rows(400, 24, 0)
+    base = nn.Sequential(nn.Linear(24, 8))
+    rows = _rows(400, 24, 0)
     attach(ours := copy.deepcopy(base), LoRAConfig(rank=4, init="eva"))
     initialize_from_activations(ours, lambda: ours(rows))
     eva = EvaConfig(rho=1.0, tau=0.999)
@@ -100,7 +101,8 @@ class _Branches(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.left, self.right = nn.Linear(24, 4), nn.Linear(24, 4)
+        self.left = nn.Linear(24, 4)
+        self.right = nn.Linear(24, 4)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.left(x) + self.right(input=y)
@@ -109,7 +111,9 @@ class _Branches(nn.Module):
 def test_layers_that_stop_sharing_input_get_separate_statistics():
     model = _Branches()
     attach(model, LoRAConfig(rank=4, init="eva"))
-    first, x, y = _rows(50, 24, 0), _rows(400, 24, 1), torch.randn(400, 24) * torch.arange(24)
+    first = _rows(50, 24, 0)
+    x = _rows(400, 24, 1)
+    y = torch.randn(400, 24) * torch.arange(24)
     initialize_from_activations(model, lambda: [model(first, first), model(x, y)])
     assert _subspace_cosine(model.left.lora_A.detach(), _top_directions(torch.cat([first, x]), 4)) > 0.999
     assert _subspace_cosine(model.right.lora_A.detach(), _top_directions(torch.cat([first, y]), 4)) > 0.99
@@ -118,7 +122,8 @@ def test_layers_that_stop_sharing_input_get_separate_statistics():
 def test_input_changed_in_place_is_not_shared():
     model = _Branches()
     attach(model, LoRAConfig(rank=4, init="eva"))
-    x, scale = _rows(100, 24, 0), torch.arange(24)
+    x = _rows(100, 24, 0)
+    scale = torch.arange(24)
     later = x * scale
     initialize_from_activations(model, lambda: [model.left(x), model.right(x.mul_(scale))])
     assert _subspace_cosine(model.right.lora_A.detach(), _top_directions(later, 4)) > 0.999

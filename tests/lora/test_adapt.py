@@ -61,7 +61,9 @@ _CONFIGS = {
 def test_detach_after_training_restores_model_exactly(settings):
     model = tiny("gpt2")
     next(model.parameters()).requires_grad_(False)
-    before, bits, plain = _state(model), _bits(model), logits(model, "gpt2")
+    before = _state(model)
+    bits = _bits(model)
+    plain = logits(model, "gpt2")
     attach(model, LoRAConfig(**settings), seed=0)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n, _ in adapter_parameters(model)}
     model.train()
@@ -90,7 +92,8 @@ def test_attaching_twice_raises():
 @pytest.mark.parametrize("settings", [{"rank": 4}, {"rank": 3, "init": "pissa"}, {"rank": 3, "dora": True}])
 def test_failed_attach_leaves_model_unchanged(settings):
     model = nn.ModuleDict({"lin": nn.Linear(8, 8), "conv": nn.Conv1d(6, 6, 1, groups=3)})
-    before, bits = _state(model), _bits(model)
+    before = _state(model)
+    bits = _bits(model)
     with pytest.raises(UserError, match="'conv'"):
         attach(model, LoRAConfig(target_modules=["lin", "conv"], **settings))
     assert _state(model) == before and _bits(model) == bits

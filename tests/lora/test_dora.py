@@ -176,7 +176,8 @@ def test_merge_preserves_outputs_and_unmerge_is_bit_exact():
     for layer in ours.modules():
         if isinstance(layer, DoRALayer):
             layer.lora_magnitude.mul_(1.3)
-    adapted, bits = ours(ids), copy.deepcopy(ours).state_dict()
+    adapted = ours(ids)
+    bits = copy.deepcopy(ours).state_dict()
     merge(ours)
     torch.testing.assert_close(ours(ids), adapted, atol=1e-5, rtol=1e-4)
     ours.double().float()
@@ -191,7 +192,8 @@ def test_merge_preserves_outputs_and_unmerge_is_bit_exact():
 
 def test_magnitudes_are_counted_and_trained():
     model = tiny("gpt2")
-    plain, total = logits(model, "gpt2"), count_parameters(model).total
+    plain = logits(model, "gpt2")
+    total = count_parameters(model).total
     summary = attach(model, LoRAConfig(rank=4, target_modules=["c_attn", "wte"], dora=True))
     torch.testing.assert_close(logits(model, "gpt2"), plain, atol=1e-5, rtol=1e-5)
     assert summary.trained == 2 * (4 * (32 + 96) + 96) + 4 * (97 + 32) + 32

@@ -91,7 +91,8 @@ def test_training_step_of_experts_runs(kind):
     config = LoRAConfig(rank=4, target_modules=["q_proj"], target_parameters=parameters)
     attach(model, config, seed=0)
     x = torch.zeros(2, 16, dtype=torch.bfloat16)
-    chosen, shares = torch.tensor([[0, 1], [1, 2]]), torch.full((2, 2), 0.5, dtype=torch.bfloat16)
+    chosen = torch.tensor([[0, 1], [1, 2]])
+    shares = torch.full((2, 2), 0.5, dtype=torch.bfloat16)
     for layer in model.model.layers:
         # The router depends on values, which fake tensors lack, so only the experts run.
         layer.mlp.experts(x, chosen, shares).sum().backward()

@@ -220,7 +220,8 @@ def test_settings_without_effect_are_ignored(saved):
     load_adapter(tiny("llama"), saved)
 
 
-_UP, _LAYER = "model.layers.1.mlp.up_proj", "model.layers.0.self_attn.q_proj"
+_UP = "model.layers.1.mlp.up_proj"
+_LAYER = "model.layers.0.self_attn.q_proj"
 
 
 _MISMATCHED_TENSORS = [
@@ -274,7 +275,8 @@ def test_saving_without_adapter_and_loading_twice_raise(saved, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loaded_adapter_can_be_trained(family, tmp_path):
-    model, reloaded = _trained_model(family, target_modules="attention"), tiny(family)
+    model = _trained_model(family, target_modules="attention")
+    reloaded = tiny(family)
     save_adapter(model, tmp_path)
     assert load_adapter(reloaded, tmp_path, trainable=True).trained == count_parameters(model).trained
     reloaded(**inputs(family)).logits.pow(2).mean().backward()

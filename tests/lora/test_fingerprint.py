@@ -75,7 +75,8 @@ def test_digest_rounds_as_torch():
     numbers = torch.randint(-(2**31), 2**31 - 1, (20_000,), dtype=torch.int32).view(torch.float32)
     ties = (torch.randint(0, 2**14, (1000,), dtype=torch.int32) << 16 | 0x8000).view(torch.float32)
     for values in (numbers[numbers.isfinite()], ties):
-        in_fp32, in_bf16 = digest_tensor(values), digest_tensor(values.bfloat16())
+        in_fp32 = digest_tensor(values)
+        in_bf16 = digest_tensor(values.bfloat16())
         assert in_fp32.digests[:1] == in_bf16.digests and len(in_fp32.digests) == 2
 
 

@@ -15,7 +15,8 @@ from tests.lora.models import randomise
 
 def test_from_linear_shares_parameters_and_preserves_output():
     torch.manual_seed(0)
-    linear, x = nn.Linear(4, 3), torch.randn(5, 4)
+    linear = nn.Linear(4, 3)
+    x = torch.randn(5, 4)
     expected = linear(x)
     layer = LoRALinear.from_linear(linear, rank=2, alpha=4.0)
     assert layer.weight is linear.weight and layer.bias is linear.bias
@@ -107,7 +108,8 @@ def test_convolution_matches_merged_kernel(kind, size, options):
 
 def _dense_kernel(conv: nn.Module) -> torch.Tensor:
     """Return the kernel of the equivalent convolution without groups."""
-    groups, out = conv.groups, conv.out_channels // conv.groups
+    groups = conv.groups
+    out = conv.out_channels // conv.groups
     wide = torch.zeros(conv.out_channels, conv.in_channels, *conv.kernel_size, dtype=conv.weight.dtype)
     for g in range(groups):
         size = conv.in_channels // groups

@@ -88,7 +88,8 @@ def quantized_model(family: str) -> nn.Module:
 def test_adapter_file_is_identical_with_int8_base_and_merges_into_plain_base(family, settings, tmp_path):
     targets = ["c_attn", "c_proj", "c_fc"] if family == "gpt2" else ["q_proj", "up_proj"]
     config = LoRAConfig(rank=4, alpha=8, target_modules=targets, **settings)
-    plain, int8 = tiny(family), quantized_model(family)
+    plain = tiny(family)
+    int8 = quantized_model(family)
     untouched = copy.deepcopy(plain)
     for name, model in (("plain", plain), ("int8", int8)):
         attach(model, config, seed=3)

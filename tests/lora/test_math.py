@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deltaw.lora import DoRALinear, LoRAEmbedding, LoRALinear
 from deltaw.lora.math import Lookup, embedding, embedding_reference, linear, linear_reference
-from deltaw.lora.math_dora import BLOCK, base_squares, dora_linear, dora_linear_reference, weight_norm
+from deltaw.lora.math_dora import dora_linear, dora_linear_reference
 
 
 def _operands(
@@ -78,7 +78,8 @@ def test_closed_form_matches_reference_for_any_shape(kind, leading, n_in, n_out,
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_closed_form_matches_reference_in_every_dtype(kind, dtype):
     operands = _operands((3, 5, 8), 6, 4, dtype, kind=kind)
-    y, reference = CALLS[kind](*operands.values(), 0.5), _reference(kind, operands, 0.5, None, 1.0, False)
+    y = CALLS[kind](*operands.values(), 0.5)
+    reference = _reference(kind, operands, 0.5, None, 1.0, False)
     half = {"atol": 0.15 if kind == "plain" else 0.25, "rtol": 0.05}
     tolerance = half if dtype in (torch.bfloat16, torch.float16) else {}
     torch.testing.assert_close(y, reference, **tolerance)
@@ -125,7 +126,8 @@ def test_embedding_matches_reference(scale, padding_idx, by_frequency):
     torch.manual_seed(0)
     ids = torch.tensor([[1, 2, 3], [3, 3, 0]])
     weight = torch.randn(6, 5)
-    lora_A, lora_B = torch.randn(6, 2, requires_grad=True), torch.randn(2, 5, requires_grad=True)
+    lora_A = torch.randn(6, 2, requires_grad=True)
+    lora_B = torch.randn(2, 5, requires_grad=True)
     lookup = Lookup(scale, padding_idx, by_frequency)
     results = [call(ids, weight, lora_A, lora_B, 0.7, lookup) for call in (embedding, embedding_reference)]
     torch.testing.assert_close(*results)
@@ -160,7 +162,8 @@ def test_backward_saves_only_input_narrow_product_and_factors():
 
 
 def test_only_trainable_tensors_get_gradients():
-    layer, x = _layer(), torch.randn(4, 8)
+    layer = _layer()
+    x = torch.randn(4, 8)
     layer.lora_A.requires_grad_(False)
     layer(x).sum().backward()
     assert {name for name, p in layer.named_parameters() if p.grad is not None} == {"lora_B"}
@@ -183,7 +186,9 @@ def test_non_contiguous_input_and_gradient_match_reference():
 
 
 def test_in_place_change_of_output_is_allowed():
-    layer, plain, x = _layer(), _layer(), torch.randn(2, 3, 8)
+    layer = _layer()
+    plain = _layer()
+    x = torch.randn(2, 3, 8)
     torch.relu_(layer(x)).sum().backward()
     torch.relu(plain(x)).sum().backward()
     torch.testing.assert_close(layer.lora_A.grad, plain.lora_A.grad)
@@ -274,20 +279,3 @@ def test_compiled_embedding_matches_eager():
     torch.testing.assert_close(compiled(ids), layer(ids))
     compiled(ids).sum().backward()
     assert layer.lora_A.grad[8].abs().sum() > 0 and layer.lora_A.grad[5].abs().sum() == 0
-
-
-# ---- Norm of DoRA
-
-
-@settings(max_examples=25, deadline=None)
-@given(n_in=st.integers(1, 40), n_out=st.integers(1, 40), rank=st.integers(1, 8), block=st.sampled_from([10, BLOCK]))
-def test_blockwise_norm_matches_dense_norm(n_in, n_out, rank, block):
-    generator = torch.Generator().manual_seed(n_in)
-    weight = torch.randn(n_out, n_in, generator=generator)
-    lora_A, lora_B = torch.randn(n_in, rank, generator=generator), torch.randn(rank, n_out, generator=generator)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deltaw.lora.math_dora.BLOCK", block)
-        for stored in (weight, weight.bfloat16()):
-            dense = stored.double() + 0.3 * (lora_A.double() @ lora_B.double()).t()
-            norm = weight_norm(stored, base_squares(stored, torch.float32), lora_A, lora_B, 0.3)
-            torch.testing.assert_close(norm.double(), dense.norm(dim=1), rtol=1e-4, atol=2e-3)

@@ -22,7 +22,8 @@ def test_attach_and_merge_preserve_outputs_and_unmerge_is_bit_exact(family):
     attach(model, LoRAConfig(rank=4, rslora=True))
     torch.testing.assert_close(logits(model, family), base, atol=1e-6, rtol=1e-6)
     randomise(model)
-    bits, adapted = copy.deepcopy(model).state_dict(), logits(model, family)
+    bits = copy.deepcopy(model).state_dict()
+    adapted = logits(model, family)
     merge(model)
     torch.testing.assert_close(logits(model, family), adapted, atol=1e-4, rtol=1e-4)
     with disabled(model):

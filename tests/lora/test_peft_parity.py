@@ -64,7 +64,8 @@ def test_weight_changing_init_and_ten_steps_match_peft(init):
     attach(ours := copy.deepcopy(base), LoRAConfig(rank=4, alpha=8, init=init))
     with torch.no_grad():
         for name, (their_A, their_B) in peft_factors(theirs).items():
-            layer, base_layer = ours.get_submodule(name), theirs.base_model.model.get_submodule(name).base_layer
+            layer = ours.get_submodule(name)
+            base_layer = theirs.base_model.model.get_submodule(name).base_layer
             assert relative_error(layer.lora_A @ layer.lora_B, (their_B @ their_A).t()) <= 1e-4, name
             if init == "olora":  # PiSSA's signs are free
                 torch.testing.assert_close(layer.lora_A.t(), their_A)
@@ -103,7 +104,8 @@ def test_initial_factors_match_peft_for_equal_seeds(kind, init):
 
 
 def test_attach_seed_equals_torch_seed():
-    first, second = tiny("llama"), tiny("llama")
+    first = tiny("llama")
+    second = tiny("llama")
     torch.manual_seed(3)
     attach(first, LoRAConfig(rank=4))
     attach(second, LoRAConfig(rank=4), seed=3)

@@ -103,7 +103,8 @@ def _mixtral() -> nn.Module:
     return mixture("mixtral")
 
 
-_UP, _DOWN = "experts.gate_up_proj", "experts.down_proj"
+_UP = "experts.gate_up_proj"
+_DOWN = "experts.down_proj"
 _RANKS = {"rank_pattern": {r"layers\.1\..*down_proj": 2, "q_proj": 6}, "alpha_pattern": {_DOWN: 5.0}}
 _THREE_PARAMETERS = {"target_parameters": ["first", "stack.second", "stack.third"], "bias": "all"}
 _THREE_PARAMETERS |= {"train_modules": ["conv"]}
@@ -198,7 +199,8 @@ def test_ten_steps_and_saved_tensors_match_peft(case, tmp_path):
     base, ours, theirs = _pair(case)
     _fix_peft_output_projection(theirs)
     save_adapter(ours, tmp_path / "initial")
-    count, trained = count_parameters(ours), [p for p in theirs.parameters() if p.requires_grad]
+    count = count_parameters(ours)
+    trained = [p for p in theirs.parameters() if p.requires_grad]
     numbers = [sum(p.numel() for p in name) for name in (trained, base.parameters())]
     assert [count.trained, count.total] == numbers
     for model, parameters in ((ours, [p for _, p in adapter_parameters(ours)]), (theirs, trained)):
@@ -227,7 +229,8 @@ def test_ten_steps_and_saved_tensors_match_peft(case, tmp_path):
 @torch.no_grad()
 def test_files_round_trip_through_peft(case, tmp_path):
     base, ours, theirs = _pair(case)
-    expected, plain = _output(perturb(ours, 0.1), base), _output(base, base)
+    expected = _output(perturb(ours, 0.1), base)
+    plain = _output(base, base)
     assert (expected - plain).norm() > 1e-3 * plain.norm()
     save_adapter(ours, tmp_path / "ours")
     in_peft = _no_fast_path(PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")), base)
@@ -245,9 +248,11 @@ def test_disable_merge_and_detach_restore_outputs(case):
     torch.manual_seed(0)
     base = case.make().eval()
     ours = copy.deepcopy(base)
-    module_ids, bits = {name: id(module) for name, module in ours.named_modules()}, base.state_dict()
+    module_ids = {name: id(module) for name, module in ours.named_modules()}
+    bits = base.state_dict()
     attach(ours, case.config, seed=3)
-    plain, expected = _output(base, base), _output(perturb(ours, 0.1), base)
+    plain = _output(base, base)
+    expected = _output(perturb(ours, 0.1), base)
     assert (expected - plain).norm() > 1e-3 * plain.norm()
     with disabled(ours):
         _check_same(_output(ours, base), plain, base)

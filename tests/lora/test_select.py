@@ -140,7 +140,8 @@ def _lines_and_calls(work: Callable[[], object]) -> int:
 
 def test_attach_work_is_linear_in_number_of_layers():
     attach(_linear_layers(1), LoRAConfig(rank=1))  # fill caches and import modules
-    small, large = _linear_layers(20), _linear_layers(200)
+    small = _linear_layers(20)
+    large = _linear_layers(200)
     twenty = _lines_and_calls(lambda: attach(small, LoRAConfig(rank=1)))
     two_hundred = _lines_and_calls(lambda: attach(large, LoRAConfig(rank=1)))
     assert two_hundred - twenty < 1.05 * 180 * (twenty / 20)  # quadratic work would add 99 times ``twenty``
@@ -199,7 +200,8 @@ def _rejection_message(model: nn.Module, **settings: object) -> str:
     return str(raised.value)
 
 
-_LIN, _NO_MODULES = {"target_modules": ["lin"]}, {"target_modules": []}
+_LIN = {"target_modules": ["lin"]}
+_NO_MODULES = {"target_modules": []}
 
 
 _UNSUPPORTED_TARGETS = [

@@ -21,7 +21,10 @@ from deltaw.lora.adapted import Activation
 from deltaw.lora.math_dora import dora_linear
 from deltaw.lora.stored import Scales, multiply_backward, product
 
-ROWS, IN, OUT, RANK = 400, 128, 192, 8
+ROWS = 400
+IN = 128
+OUT = 192
+RANK = 8
 BF16 = torch.bfloat16
 
 
@@ -93,7 +96,8 @@ def test_layer_keeps_small_update(operands, kind, mode):
 
 
 def test_dora_keeps_small_update(operands):
-    x, ones = operands["x"].requires_grad_(True), torch.ones(OUT)
+    x = operands["x"].requires_grad_(True)
+    ones = torch.ones(OUT)
     y = dora_linear(x, operands["weight"], None, operands["lora_A"], operands["lora_B"], ones, ones, 1.0)
     (dx,) = torch.autograd.grad(y, x, operands["grad"])
     check(operands, y, x.double() @ operands["weight"].double().t())

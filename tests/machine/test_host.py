@@ -122,7 +122,8 @@ def test_threads_default_to_usable_physical_cores(fake: FakeMachine, monkeypatch
     assert choices.choose_threads(root=fake.root).value == 2
 
 
-GROUP, CGROUP = "proc/self/cgroup", "sys/fs/cgroup"
+GROUP = "proc/self/cgroup"
+CGROUP = "sys/fs/cgroup"
 SESSION = {GROUP: "0::/user.slice/session.scope", f"{CGROUP}/user.slice/session.scope/cpu.max": "max 100000"}
 # A container's mount has its group at the root. The path of the host does not exist in it.
 CONTAINER = {GROUP: "5:cpu,cpuacct:/docker/abc\n4:memory:/docker/abc\n0::/"}

@@ -36,7 +36,8 @@ def choice_of(fp32, bf16, int8, threads=1):
     return KernelChoice(choose_arithmetic(rates, candidates_of(rates)), SIZES, threads, rates)
 
 
-KERNELS, TORCH = {"a:dot": 100, "torch": 10}, {"torch": 10}
+KERNELS = {"a:dot": 100, "torch": 10}
+TORCH = {"torch": 10}
 
 
 @pytest.fixture
@@ -82,7 +83,8 @@ def test_torch_is_chosen_without_kernels():
     assert choice_of(TORCH, TORCH, TORCH).arithmetic == Arithmetic()
 
 
-BOTH, SUMS = ("int8_logits", "int8_gradients"), "summed_classes"
+BOTH = ("int8_logits", "int8_gradients")
+SUMS = "summed_classes"
 
 
 ENABLED_APPROXIMATIONS = [
@@ -212,7 +214,9 @@ def test_override_restricts_choice(measurements, monkeypatch):
 
 @compiled_only
 def test_products_use_torch_if_chosen():
-    x, weight, original = torch.randn(8, 64), torch.randn(32, 64), loader.arithmetic()
+    x = torch.randn(8, 64)
+    weight = torch.randn(32, 64)
+    original = loader.arithmetic()
     with loader.temporary_arithmetic(replace(original, fp32="torch")):
         assert not linear.can_multiply(x, linear.LinearProduct(weight))
         assert linear.can_multiply(x.bfloat16(), linear.LinearProduct(weight.bfloat16()))
@@ -249,7 +253,9 @@ def test_sizes_are_derived_from_model_config(config, sizes):
 @compiled_only
 def test_measurement_covers_candidates_and_restores_state():
     """Rates are plausible, and torch's random state, threads and arithmetic are unchanged."""
-    before, state, threads = loader.arithmetic(), torch.get_rng_state(), torch.get_num_threads()
+    before = loader.arithmetic()
+    state = torch.get_rng_state()
+    threads = torch.get_num_threads()
     assert valid_rates(product_rates.measure(SIZES, 1).rates, product_rates.candidates()) is not None
     assert loader.arithmetic() == before and torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)

@@ -73,7 +73,8 @@ def two_steps(model: PreTrainedModel, rows: int = 6, length: int = 70) -> Callab
             loss.backward()
             for parameter, master in low_precision:
                 if parameter.grad is not None:
-                    master.grad, parameter.grad = parameter.grad.float(), None
+                    master.grad = parameter.grad.float()
+                    parameter.grad = None
             norm = float(nn.utils.clip_grad_norm_(master_weights, 1.0))
             assert np.isfinite(loss.item()) and np.isfinite(norm)
             optimizer.step()

@@ -42,7 +42,8 @@ def test_small_and_large_blocks_are_in_separate_segments() -> None:
 
 
 def test_freeing_everything_leaves_whole_segments() -> None:
-    allocator, randomness = CachingAllocator(), random.Random(0)
+    allocator = CachingAllocator()
+    randomness = random.Random(0)
     blocks = [allocator.allocate(randomness.randint(1, 12 * MIB)) for _ in range(200)]
     reserved = allocator.reserved_bytes
     assert reserved >= sum(size for _, size in blocks)

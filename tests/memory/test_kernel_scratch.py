@@ -32,7 +32,8 @@ def cache(request: pytest.FixtureRequest):
 
 def measured_arena_bytes(operator, args) -> int:
     """Return the peak arena bytes of the second run. The first run lets the arenas grow."""
-    kernels, before = loader.kernels(), torch.get_num_threads()
+    kernels = loader.kernels()
+    before = torch.get_num_threads()
     torch.set_num_threads(2)  # the largest number of threads in these tests: each thread releases its arena
     loader.release_scratch()
     torch.set_num_threads(before)
@@ -44,7 +45,8 @@ def measured_arena_bytes(operator, args) -> int:
 
 def check_plan(operator, *args) -> None:
     """Check that planned bytes are within a tenth of the measured ones, plus the rounding of arenas."""
-    planned, measured = arena_bytes(operator.default, args), measured_arena_bytes(operator, args)
+    planned = arena_bytes(operator.default, args)
+    measured = measured_arena_bytes(operator, args)
     rounding = torch.get_num_threads() * (256 * 1024 + 8 * PAGE)
     assert 0.9 * measured - rounding <= planned <= 1.1 * measured + rounding, (planned, measured)
 
@@ -107,7 +109,8 @@ def test_product_scratch_matches_plan(cache, dtype, rows, n_in, n_out, in_blocks
 @pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1024, 576, 1536), (100, 40_000, 896)])
 def test_int8_gradients_with_bf16_weight_match_plan(cache, rows, n_in, n_out, by_column):
     """Weights with many rows, whose scales dominate the additional memory."""
-    weight, grad = random(*((n_out, n_in) if by_column else (n_in, n_out))), random(rows, n_out)
+    weight = random(*((n_out, n_in) if by_column else (n_in, n_out)))
+    grad = random(rows, n_out)
     for in_int8 in (True, False):
         args = (grad, *LinearProduct(weight, by_column), None, True, in_int8)
         check_plan(ops.linear_backward, *args)
@@ -117,19 +120,26 @@ def test_int8_gradients_with_bf16_weight_match_plan(cache, rows, n_in, n_out, by
 
 @pytest.mark.each_value
 def test_class_gradient_and_cross_entropy_match_plan(cache):
-    rows, classes, width = 300, 40000, 576
-    grad, weight = random(rows, classes).softmax(-1), random(classes, width)
-    targets, scale = torch.arange(rows), torch.rand(classes) + 0.1
+    rows = 300
+    classes = 40000
+    width = 576
+    grad = random(rows, classes).softmax(-1)
+    weight = random(classes, width)
+    targets = torch.arange(rows)
+    scale = torch.rand(classes) + 0.1
     check_plan(ops.class_gradient_, grad, targets, weight, scale)
     check_plan(ops.cross_entropy_, grad, targets, torch.ones(rows), 1.0, 0.0, True)
 
 
 @pytest.mark.parametrize("rows", [1, 40, 300])
 def test_head_gradient_matches_plan(rows):
-    classes, width = 40000, 576
-    hidden, weight = random(rows, width), random(classes, width)
+    classes = 40000
+    width = 576
+    hidden = random(rows, width)
+    weight = random(classes, width)
     logits = hidden @ weight.T
-    slopes, shares = torch.empty_like(hidden), torch.empty(rows)
+    slopes = torch.empty_like(hidden)
+    shares = torch.empty(rows)
     unlikely = logits.new_empty(head_gradient.num_groups(rows), classes)
     targets = torch.arange(rows)
     check_plan(ops.head_gradient_, logits, targets, hidden, weight, None, 1.0, 0.0, slopes, shares, unlikely)
@@ -147,8 +157,10 @@ def test_plan_is_zero_without_kernels(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("int8", "in_blocks"), [(False, False), (True, False), (True, True)])
 def test_torch_products_match_plan(dtype, int8, in_blocks):
-    x, grad = random(400, 576, dtype=dtype), random(400, 1536, dtype=dtype)
-    weight, scale = random(1536, 576, dtype=dtype), None
+    x = random(400, 576, dtype=dtype)
+    grad = random(400, 1536, dtype=dtype)
+    weight = random(1536, 576, dtype=dtype)
+    scale = None
     if int8:
         weight, scale = quantize_rows(weight)
     A, B = random_factors(576, 1536)
@@ -158,7 +170,8 @@ def test_torch_products_match_plan(dtype, int8, in_blocks):
         for operator, args in product_calls(product, x, grad):
             results = bytes_of(*operator(*args))
             peak = peak_tensor_bytes(lambda operator=operator, args=args: operator(*args), alive=alive)
-            planned, measured = scratch_bytes(operator.default, args), peak - bytes_of(*alive) - results
+            planned = scratch_bytes(operator.default, args)
+            measured = peak - bytes_of(*alive) - results
             assert arena_bytes(operator.default, args) == 0
             # Plans exclude the buffers of oneDNN's 16-bit products: with AMX, a copy of all or part of the weight.
             blocks = weight.numel() * 2 if dtype.itemsize == 2 and not int8 else 0
@@ -173,7 +186,8 @@ def test_torch_products_match_plan(dtype, int8, in_blocks):
 def test_cross_entropy_reference_matches_plan(dtype, softcap, with_gradient, monkeypatch):
     monkeypatch.setattr(loader, "library", lambda: None)
     logits = random(200, 5000, dtype=dtype)
-    targets, weights = torch.arange(200), torch.ones(200, dtype=torch.promote_types(dtype, torch.float32))
+    targets = torch.arange(200)
+    weights = torch.ones(200, dtype=torch.promote_types(dtype, torch.float32))
     args = (logits, targets, weights, 1.0, softcap, with_gradient)
     measured = peak_tensor_bytes(lambda: ops.cross_entropy_(*args), alive=args[:3]) - bytes_of(*args[:3])
     assert scratch_bytes(ops.cross_entropy_.default, args) == pytest.approx(measured, rel=0.01)

@@ -91,7 +91,8 @@ def count_product(rows: int, dtype: torch.dtype = torch.bfloat16) -> WorkCounter
 
 
 def test_kernel_bytes_grow_with_token_counts_up_to_capacity() -> None:
-    half, full = count_product(2), count_product(2, torch.float32)
+    half = count_product(2)
+    full = count_product(2, torch.float32)
     counts = (1, 10, 2 * DEFAULT_CAPACITY, 3 * DEFAULT_CAPACITY)
     single, tenfold, at_capacity, above_capacity = (kernel_bytes(half, varying=[({2}, n)]) for n in counts)
     assert tenfold == pytest.approx(10 * single) and single > kernel_bytes(full, varying=[({2}, 1)])

@@ -41,7 +41,8 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("lora", "prompt")])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_saved_adapter_restores_trained_model_and_base(family: str, name: str, dtype: torch.dtype, tmp_path) -> None:
-    base, method = causal_model(family).to(dtype), METHODS[name]()
+    base = causal_model(family).to(dtype)
+    method = METHODS[name]()
     model = train_model(copy.deepcopy(base), method)
     assert not torch.equal(logits(model), logits(base))
     method.save(model, tmp_path, base_model="tiny")
@@ -113,7 +114,8 @@ def test_loading_adapter_onto_other_base_warns(method: Head | Full, tmp_path: Pa
 
 
 def test_full_training_preserves_tied_weights(tmp_path: Path) -> None:
-    loaded, method = causal_model("gpt2"), Full()
+    loaded = causal_model("gpt2")
+    method = Full()
     model = train_model(causal_model("gpt2"), method)
     method.save(model, tmp_path, base_model="tiny")
     method_from_folder(tmp_path, None).load(loaded, tmp_path)

@@ -80,7 +80,9 @@ def ours_and_peft(family: str) -> tuple[PreTrainedModel, SoftPrompt, peft.PeftMo
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_gradients_and_ten_adamw_steps_match_peft(family):
     model, method, theirs = ours_and_peft(family)
-    tokens, weight, other = ids(), prompt_of(model), peft_prompt(theirs)
+    tokens = ids()
+    weight = prompt_of(model)
+    other = peft_prompt(theirs)
     assert [p for p in model.parameters() if p.requires_grad] == [weight]
     optimizers = [torch.optim.AdamW([p], lr=0.01) for p in (weight, other)]
     for step in range(10):
@@ -109,10 +111,12 @@ def test_adapter_files_load_in_both_libraries(family, tmp_path):
         torch.testing.assert_close(loaded(input_ids=tokens).logits, expected, atol=1e-5, rtol=1e-5)
 
         theirs.save_pretrained(tmp_path / "theirs")
-        reloaded, ours = causal_model(family), SoftPrompt()
+        reloaded = causal_model(family)
+        ours = SoftPrompt()
         assert f"{K} vectors" in ours.load(reloaded, tmp_path / "theirs")
         assert ours.virtual_tokens == K and not any(p.requires_grad for p in reloaded.parameters())
-        actual, expected = reloaded(input_ids=with_virtual_tokens(ours, tokens)).logits, theirs(input_ids=tokens).logits
+        actual = reloaded(input_ids=with_virtual_tokens(ours, tokens)).logits
+        expected = theirs(input_ids=tokens).logits
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -146,7 +150,8 @@ def test_classifier_and_head_round_trip_through_peft(kind, tmp_path):
         torch.testing.assert_close(theirs(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
 
         theirs.save_pretrained(tmp_path / "theirs")
-        reloaded, ours = classifier(kind, VOCABULARY), SoftPrompt()
+        reloaded = classifier(kind, VOCABULARY)
+        ours = SoftPrompt()
         before = reloaded(input_ids=tokens).logits
         assert head in ours.load(reloaded, tmp_path / "theirs")
         torch.testing.assert_close(reloaded(input_ids=with_virtual_tokens(ours, tokens)).logits, expected)
@@ -161,8 +166,10 @@ def test_classifier_on_padded_rows_matches_peft():
     theirs = peft.get_peft_model(classifier("bert", VOCABULARY), settings).eval()
     with torch.no_grad():
         peft_prompt(theirs).copy_(prompt_of(model))
-    tokens, mask = ids(), torch.ones(2, 9, dtype=torch.long)
-    tokens[1, 6:], mask[1, 6:] = 0, 0
+    tokens = ids()
+    mask = torch.ones(2, 9, dtype=torch.long)
+    tokens[1, 6:] = 0
+    mask[1, 6:] = 0
     longer = torch.cat([torch.ones(2, K, dtype=torch.long), mask], 1)
     labels = torch.tensor([0, 2])
     ours_loss = model(input_ids=with_virtual_tokens(method, tokens), attention_mask=longer, labels=labels).loss
@@ -214,7 +221,8 @@ def test_packed_rows_with_shared_prompt_match_separate_rows(family):
 
 
 def test_batched_generation_with_cache_matches_greedy_decoding():
-    (model, method), tokenizer = prepare_model(tiny_llama()), byte_tokenizer()
+    model, method = prepare_model(tiny_llama())
+    tokenizer = byte_tokenizer()
     prompts = [method.with_virtual_tokens(np.array(row, np.int32)) for row in ([9, 8, 7], [30, 31, 32, 33, 34], [100])]
     batched = generate(model, tokenizer, prompts, max_new_tokens=8, stop_ids=[0])
     for prompt, answer in zip(prompts, batched, strict=True):
@@ -231,7 +239,8 @@ def test_batched_generation_with_cache_matches_greedy_decoding():
 
 
 def test_evaluation_uses_virtual_tokens_and_omits_them_from_questions():
-    (model, method), tokenizer = prepare_model(tiny_llama()), byte_tokenizer()
+    model, method = prepare_model(tiny_llama())
+    tokenizer = byte_tokenizer()
     options = {"add_generation_prompt": True, "return_dict": False}
     question = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], **options)
     tokens = np.array([*question, 50, 51], np.int32)
@@ -257,7 +266,8 @@ TEXTS = [("abcde", "with prompt.text$"), ("ab", "repeated"), ("abcdefgh", "first
 def test_prompt_initialized_from_text_matches_peft(text, message, tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(tmp_path)
-    model, method = tiny_llama(), SoftPrompt(PromptSettings(K, "text", text))
+    model = tiny_llama()
+    method = SoftPrompt(PromptSettings(K, "text", text))
     method.tokenizer = tokenizer
     assert re.search(message, method.prepare(model, seed=0))
     start = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": text, "tokenizer_name_or_path": str(tmp_path)}
@@ -301,7 +311,8 @@ def test_invalid_settings_are_rejected(settings):
 def test_incompatible_adapters_raise_and_leave_model_unchanged(settings, tensors, message, tmp_path):
     model, method = prepare_model(causal_model("llama"))
     method.save(model, tmp_path, base_model="a-base")
-    path, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    path = tmp_path / "adapter_config.json"
+    weights = tmp_path / "adapter_model.safetensors"
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
     safetensors.torch.save_file({**safetensors.torch.load_file(weights), **tensors}, weights)
     model = causal_model("llama")

@@ -44,8 +44,11 @@ def logits(model: PreTrainedModel, method: Method | None) -> torch.Tensor:
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", HEADS)
 def test_head_is_trained_with_every_method_and_restored_from_file(family: str, name: str, tmp_path: Path) -> None:
-    base, heads = classifier(family), HEADS[family]
-    model, before, method = copy.deepcopy(base), values_of(base), METHODS[name]()
+    base = classifier(family)
+    heads = HEADS[family]
+    model = copy.deepcopy(base)
+    before = values_of(base)
+    method = METHODS[name]()
     with padded_rows(model):
         start = run(model, method, objective, LabelMicroBatcher(1024), rows(), extra_modules=heads)
     check_moved(model, method, start)

@@ -119,12 +119,15 @@ def expected_names(base: PreTrainedModel, name: str) -> set[str]:
 @pytest.mark.parametrize("family", [*CAUSAL, *PADDED])
 def test_method_changes_exactly_its_reported_parameters(family: str, name: str) -> None:
     base = causal_model(family)
-    model, before, method = copy.deepcopy(base), values_of(base), METHODS[name]()
+    model = copy.deepcopy(base)
+    before = values_of(base)
+    method = METHODS[name]()
     if (family, name) == ("mamba", "lora"):  # the model uses the other layers' weights without calling the layers
         method = LoRA(LoRAConfig(rank=4, target_modules=["in_proj", "x_proj"]))
     check_moved(model, method, run(model, method))
     assert all(parameter.grad is None for parameter in model.parameters())
-    trained, moved = expected_names(base, name), changed_names(model, before)
+    trained = expected_names(base, name)
+    moved = changed_names(model, before)
     assert moved == trained or (name == "random" and moved <= trained)
     replaced = {n for replacement in getattr(method, "_replacements", []) for n in replacement.names}
     assert trained <= replaced or name == "random"
@@ -141,9 +144,12 @@ def test_method_changes_exactly_its_reported_parameters(family: str, name: str) 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_random_changes_only_chosen_weights(family: str) -> None:
     base = causal_model(family)
-    model, method = copy.deepcopy(base), Random(RandomSettings(weights=0.1))
+    model = copy.deepcopy(base)
+    method = Random(RandomSettings(weights=0.1))
     run(model, method)
-    tensors, current, moved = method.tensors(), values_of(model), 0
+    tensors = method.tensors()
+    current = values_of(model)
+    moved = 0
     chosen = sum(t.numel() for name, t in tensors.items() if name.endswith(".indices"))
     assert chosen == round(0.1 * sum(p.numel() for p in base.parameters()))
     for name, weight in base.named_parameters():
@@ -155,7 +161,8 @@ def test_random_changes_only_chosen_weights(family: str) -> None:
 
 
 # Modules that are trained in addition to A and B, by family and suffix of their names.
-_TWO, _TABLE = ("input_layernorm", "post_attention_layernorm"), ("embed_tokens",)
+_TWO = ("input_layernorm", "post_attention_layernorm")
+_TABLE = ("embed_tokens",)
 EXTRAS: dict[str, dict[str, tuple[str, ...]]] = {
     "llama": {"norms": (*_TWO, "norm"), "embeddings": _TABLE},
     "qwen3": {"norms": (*_TWO, "q_norm", "k_norm"), "embeddings": _TABLE},
@@ -176,7 +183,8 @@ def lora_with(family: str, **settings: object) -> LoRA:
 def check_extras(family: str, method: LoRA, is_trained: Callable[[str], bool]) -> None:
     """Check that LoRA changes its factors and the base parameters selected by ``is_trained``, and no others."""
     base = causal_model(family)
-    model, before = copy.deepcopy(base), values_of(base)
+    model = copy.deepcopy(base)
+    before = values_of(base)
     start = run(model, method)
     check_moved(model, method, start)
     extra = {name for name, _ in base.named_parameters(remove_duplicate=False) if is_trained(name)}

@@ -28,7 +28,8 @@ def test_norms_cosines_and_overlaps_equal_dense_matrices(folders: tuple[Path, Pa
     first, second = (deltas(folder) for folder in folders)
     assert [layer.module for layer in comparison.layers] == sorted(first.keys() & second.keys())
     for layer in comparison.layers:
-        a, b = first[layer.module], second[layer.module]
+        a = first[layer.module]
+        b = second[layer.module]
         assert layer.norms == pytest.approx((float(a.norm()), float(b.norm())))
         assert layer.cosine == pytest.approx(float((a * b).sum() / a.norm() / b.norm()))
         for matrices, overlap in (((a, b), layer.output_overlap), ((a.T, b.T), layer.input_overlap)):

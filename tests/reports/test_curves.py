@@ -34,7 +34,8 @@ def test_linear_ticks_are_limited_and_within_range(low, span):
 @given(st.floats(-8, 6), st.floats(0.1, 9))
 @settings(max_examples=200, deadline=None)
 def test_log_ticks_are_limited_and_within_range(power, span):
-    low, high = 10.0**power, 10.0 ** (power + span)
+    low = 10.0**power
+    high = 10.0 ** (power + span)
     ticks = log_ticks(low, high)
     assert 1 <= len(ticks) <= 5
     assert all(low * 0.999 <= tick <= high * 1.01 for tick in ticks)

@@ -59,9 +59,11 @@ def disk(purpose: str, writable: bool = True, free: int = 10**12) -> list[Disk]:
     return [Disk(purpose, Path("/d"), free, writable)]
 
 
-AVX2, NOT_BUILT = Kernels("avx2", (), True), Kernels("avx2", (), False)
+AVX2 = Kernels("avx2", (), True)
+NOT_BUILT = Kernels("avx2", (), False)
 OTHER_SOURCES = Kernels("amx", (), True, "other sources")
-TORCH, OPTUNA = Package("torch", "<3,>=2.6", "2.7"), Package("optuna", ">=4", "3", "tune")
+TORCH = Package("torch", "<3,>=2.6", "2.7")
+OPTUNA = Package("optuna", ">=4", "3", "tune")
 WITHOUT_KERNELS = KernelChoice(Arithmetic(), GENERIC, 4, {s: {"torch": RATES[s]["torch"]} for s in RATES})
 THROTTLED = ProductRates({**RATES, "bf16": {"avx2:wide": 80.0, "torch": 50.0}}, disturbed=False)
 CASES = {

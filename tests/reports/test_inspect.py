@@ -46,7 +46,8 @@ def save_peft_adapter(folder: Path, fill: bool = True, **changes: object) -> nn.
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 12), st.integers(0, 99), st.floats(0.1, 8))
 def test_norm_and_singular_values_equal_dense_update(n, m, r, seed, scale) -> None:
     torch.manual_seed(seed)
-    a, b = torch.randn(r, n), torch.randn(m, r)
+    a = torch.randn(r, n)
+    b = torch.randn(m, r)
     dense_updates = scale * (b.double() @ a.double())
     expected = torch.linalg.svdvals(dense_updates)
     values = singular_values(a, b, scale)
@@ -57,8 +58,10 @@ def test_norm_and_singular_values_equal_dense_update(n, m, r, seed, scale) -> No
 
 
 def test_grouped_convolution_is_measured_per_group() -> None:
-    a, b = torch.randn(4, 3, 3, 3), torch.randn(10, 2, 1, 1)
-    left, right = b.flatten(1).double(), a.flatten(1).double()
+    a = torch.randn(4, 3, 3, 3)
+    b = torch.randn(10, 2, 1, 1)
+    left = b.flatten(1).double()
+    right = a.flatten(1).double()
     dense_updates = torch.block_diag(left[:5] @ right[:2], left[5:] @ right[2:])
     expected = torch.linalg.svdvals(dense_updates)[:4]
     torch.testing.assert_close(singular_values(a, b, 1.0), expected, rtol=1e-9, atol=1e-9)
@@ -192,7 +195,8 @@ def test_output_projection_counts_as_often_as_in_peft(tmp_path, version):
     assert by_name["out"].scaling == 3
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     prefix = "base_model.model.attn.base_layer.out_proj.lora_"
-    b, a = tensors[prefix + "B.weight"].double(), tensors[prefix + "A.weight"].double()
+    b = tensors[prefix + "B.weight"].double()
+    a = tensors[prefix + "A.weight"].double()
     times = 2 if version == "0.21.2" else 1
     assert by_name["attn.out_proj"].norm == pytest.approx(float((times * 2.5 * b @ a).norm()))
     expected_norms = sorted(float(delta.norm()) for delta in dense_updates(base, tmp_path))

@@ -35,7 +35,8 @@ def test_unsafe_characters_are_escaped():
 
 
 def test_differing_lines_are_marked():
-    expected, answer = pretty_json('{"a": 1, "b": 2, "c": 3}'), pretty_json('{"a": 1, "b": 9, "c": 3, "d": 4}')
+    expected = pretty_json('{"a": 1, "b": 2, "c": 3}')
+    answer = pretty_json('{"a": 1, "b": 9, "c": 3, "d": 4}')
     marks = marked_lines(answer, expected)
     assert [line for mark, line in marks if mark == "-"] == ['  "b": 2,', '  "c": 3']
     assert [line for mark, line in marks if mark == "+"] == ['  "b": 9,', '  "c": 3,', '  "d": 4']

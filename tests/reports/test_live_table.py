@@ -22,7 +22,8 @@ class Clock:
     """Fake time of a watcher. Each sleep triggers the next event."""
 
     def __init__(self, *events):
-        self.now, self.events = 0.0, [*events]
+        self.now = 0.0
+        self.events = [*events]
 
     def monotonic(self):
         return self.now
@@ -90,7 +91,8 @@ def test_unfinished_run_prints_reason(follow, tmp_path, state, values, word):
 
 
 def test_terminal_shows_line_for_one_run_and_table_for_several(follow, tmp_path):
-    first, second = tmp_path / "runs" / "one", tmp_path / "runs" / "other"
+    first = tmp_path / "runs" / "one"
+    second = tmp_path / "runs" / "other"
     rewrite_run(first, "running", 20)
     status, output = follow(events=[write_later(first, "finished", 60)], force_terminal=True)
     assert status == 0 and "step 20/60" in output and "held-out loss" in output
@@ -105,7 +107,8 @@ def test_terminal_shows_line_for_one_run_and_table_for_several(follow, tmp_path)
 
 
 def test_json_emits_object_per_change(follow, tmp_path):
-    demo, values = tmp_path / "demo", []
+    demo = tmp_path / "demo"
+    values = []
     rewrite_run(demo, "running", 20)
     events = [lambda: None, write_later(demo, "running", 40, total_steps=None), write_later(demo, "finished", 60)]
     status, _ = follow(demo, events=events, emit=values.append, force_terminal=False)

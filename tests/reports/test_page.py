@@ -260,7 +260,8 @@ def test_evaluation_sets_are_shown_separately(tmp_path):
 
 
 def test_comparison_page_shows_several_runs(tmp_path):
-    first_run, old_run = write_run(tmp_path / "one"), write_run(tmp_path / "old", state=None, seed=2)
+    first_run = write_run(tmp_path / "one")
+    old_run = write_run(tmp_path / "old", state=None, seed=2)
     second_run = write_run(tmp_path / "two", steps=40, settings={"lora": {"rank": 64, "alpha": 8.0}}, seed=1)
     text = comparison_page([read_run(folder) for folder in (first_run, second_run, old_run)])
     page = Page(text)
@@ -286,7 +287,8 @@ def test_folder_of_runs_gets_pages_and_comparison(tmp_path):
 
 
 def test_only_embedded_images_are_shown(tmp_path):
-    folder, valid = write_run(tmp_path / "one"), "data:image/jpeg;base64,AAAA"
+    folder = write_run(tmp_path / "one")
+    valid = "data:image/jpeg;base64,AAAA"
     invalid = ["https://example.com/a.png", f'{valid}"onerror=alert(1)', "data:image/svg+xml;base64,AAAA", 7, valid * 2]
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 0, "pictures": {"7": [*invalid, *[valid] * 20], "8": [valid]}}) + "\n")

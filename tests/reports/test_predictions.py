@@ -53,7 +53,8 @@ def predictions_record(truth, predicted, classes) -> dict:
 
 def test_classifier_page_has_confusion_matrix_and_mistakes(tmp_path):
     folder = write_run(tmp_path / "one")
-    truth, predicted = [0, 0, 0, 1, 1, 2] * 4, [0, 0, 1, 1, 1, 0] * 4
+    truth = [0, 0, 0, 1, 1, 2] * 4
+    predicted = [0, 0, 1, 1, 1, 0] * 4
     add_line(folder, {"step": 60, "predictions": {"": predictions_record(truth, predicted, ["cat", "dog", "bird"])}})
     page = page_of(folder)
     rows = re.findall(r'<tr><th scope="row">(\w+)</th>(.*?)</tr>', page.source)

@@ -24,7 +24,10 @@ class PageRecorder(Callback):
     """Records the page at every step and stops the run after ``stop_after`` steps."""
 
     def __init__(self, stop_after=None):
-        self.folder, self.pages, self.steps, self.stop_after = None, [], 0, stop_after
+        self.folder = None
+        self.pages = []
+        self.steps = 0
+        self.stop_after = stop_after
 
     def on_start(self, start):
         self.folder = start.folder
@@ -74,7 +77,8 @@ def test_failing_page_is_reported_once_without_stopping_run(settings, tmp_path, 
 
 
 def test_page_writing_takes_small_share_of_time(monkeypatch, tmp_path):
-    now, page_times = [0.0], []
+    now = [0.0]
+    page_times = []
 
     def page(folder):
         page_times.append(now[0])

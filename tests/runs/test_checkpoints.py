@@ -86,7 +86,8 @@ def test_partially_stored_features_are_recomputed_equally(settings, tmp_path, mo
 
 
 def test_interrupted_run_resumes_and_finished_run_is_kept(settings, tmp_path, stopped_copy, complete_run):
-    before, note = Run(stopped_copy), "The training was interrupted"
+    before = Run(stopped_copy)
+    note = "The training was interrupted"
     assert before.state == "interrupted" and list_checkpoints(stopped_copy / "checkpoints")[-1].name == "step-000003"
     assert note in (stopped_copy / "README.md").read_text()
     result = deltaw.fit(settings(stopped_copy, train=TRAIN))
@@ -198,7 +199,8 @@ def test_resumed_run_keeps_arithmetic(settings, stopped_copy, complete_run, monk
 
 def test_changed_rows_are_rejected(settings, tmp_path, stopped_copy, rows_file):
     file = tmp_path / "rows.jsonl"
-    config, before = settings(stopped_copy, train=TRAIN, data={"train": str(file)}), rows_file.read_text()
+    config = settings(stopped_copy, train=TRAIN, data={"train": str(file)})
+    before = rows_file.read_text()
     file.write_text(before.replace('"completion": "w"', '"completion": "v"'))
     exc_info = refusal(deltaw.fit, config, match="have changed, so the run")
     assert "rows.jsonl" in exc_info.location
@@ -232,7 +234,8 @@ def test_damaged_checkpoints_are_skipped_with_note(settings, tmp_path, complete_
         target.write_bytes(target.read_bytes()[:-8])
         if count == 2:
             continue
-        copy, recorder = shutil.copytree(run, tmp_path / f"damaged {count}"), RecordingCallback()
+        copy = shutil.copytree(run, tmp_path / f"damaged {count}")
+        recorder = RecordingCallback()
         result = deltaw.fit(settings(copy, train=TRAIN), callback=recorder)
         assert result.resumed_from_step == {1: 4, 3: None}[count]
         assert f"{path.name} is damaged and was skipped: state.safetensors has" in recorder
@@ -243,14 +246,16 @@ def test_damaged_checkpoints_are_skipped_with_note(settings, tmp_path, complete_
 class CounterState:
     """The part of a training state that checkpoints use."""
 
-    step, total_steps = 4, 100
+    step = 4
+    total_steps = 100
 
     def view(self):
         return SavedState({"step": self.step}, {"a": torch.ones(2)})
 
 
 def test_latest_and_best_checkpoints_are_retained(tmp_path):
-    state, losses = CounterState(), {3: 0.5, 6: 0.2, 9: 0.4}
+    state = CounterState()
+    losses = {3: 0.5, 6: 0.2, 9: 0.4}
     common_values = {"settings": {}, "choices": {}, "rows": {}, "model": None}
     config = Checkpoints(tmp_path, every=2, minutes=None, num_latest=2, common_values=common_values)
     config.start(state)
@@ -280,7 +285,8 @@ def test_disabled_checkpoints_make_run_start_over(settings, tmp_path):
 
 
 def test_concurrent_run_in_same_folder_is_rejected(settings, tmp_path):
-    run, locations = tmp_path / "run", []
+    run = tmp_path / "run"
+    locations = []
 
     def start_second_run(step):
         if step.step == 2:

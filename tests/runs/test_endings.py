@@ -66,8 +66,10 @@ PARTS = {
 @pytest.mark.parametrize("part", PARTS)
 def test_full_disk_keeps_checkpoint_and_allows_resume(settings, tmp_path, complete_run, monkeypatch, part):
     """The earlier checkpoint is kept for every kind of write, and the run resumes after space is freed."""
-    run, calls = tmp_path / "run", []
-    original, max_calls = getattr(*PARTS[part]), 5 if part == "a line of the metrics" else 2
+    run = tmp_path / "run"
+    calls = []
+    original = getattr(*PARTS[part])
+    max_calls = 5 if part == "a line of the metrics" else 2
 
     def fail_when_full(*arguments, **keywords):
         calls.append(part)
@@ -95,7 +97,8 @@ class WeightBreaker(RecordingCallback):
 
     def __init__(self, after, until=None):
         super().__init__()
-        self.after, self.until = after, until
+        self.after = after
+        self.until = until
 
     def on_line(self, line):
         super().on_line(line)

@@ -70,7 +70,8 @@ def test_result_contains_time_by_part(settings, tmp_path, monkeypatch):
 
 
 def test_attention_fallback_during_training_is_a_line_and_a_note(settings, tmp_path, monkeypatch):
-    line, calls = "attention of 4/2 heads: computed in tiles (a reason)", itertools.count()
+    line = "attention of 4/2 heads: computed in tiles (a reason)"
+    calls = itertools.count()
     monkeypatch.setattr("deltaw.runs.run_callback.gpu_attention.notes", lambda: [line] if next(calls) else [])
     result, output = fit_with_output(settings(tmp_path / "run"))
     assert output.count(line) == 1

@@ -30,7 +30,8 @@ def read_record(folder):
 
 
 def test_running_run_records_state_and_process(settings, tmp_path):
-    run, records = tmp_path / "run", []
+    run = tmp_path / "run"
+    records = []
     result = fit(settings(run), callback=FunctionCallback(on_step=lambda step: records.append(read_record(run))))
     record = records[0]
     assert record["state"] == "running" and record["ended"] is None and "result" not in record

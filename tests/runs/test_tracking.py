@@ -75,7 +75,8 @@ def wandb(monkeypatch):
             raise ConnectionError("the network is gone\nand more")
 
     module = mock.MagicMock(__spec__=importlib.util.spec_from_loader("wandb", None), fails_at=None)
-    module.init.side_effect, module.log.side_effect = init, log
+    module.init.side_effect = init
+    module.log.side_effect = log
     monkeypatch.setitem(sys.modules, "wandb", module)
     return module
 
@@ -95,7 +96,8 @@ def test_wandb_receives_settings_steps_and_evaluations(settings, tmp_path, monke
 
 
 def test_failing_tracker_is_reported_once_without_stopping_run(settings, tmp_path, wandb):
-    wandb.fails_at, recorder = 2, RecordingCallback()
+    wandb.fails_at = 2
+    recorder = RecordingCallback()
     assert fit(settings(tmp_path / "run", track="wandb"), callback=recorder).outcome.steps == 3
     message = "track wandb: failed and gets no more metrics (ConnectionError: the network is gone)"
     assert [line for line in recorder.lines if "wandb" in line] == [message]

@@ -89,7 +89,8 @@ def attach_adapter(model: nn.Module, seed: int = 0, **settings: object) -> nn.Mo
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Return the relative difference of norms."""
-    ours, theirs = ours.detach().double(), theirs.detach().double()
+    ours = ours.detach().double()
+    theirs = theirs.detach().double()
     return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
 
 

@@ -69,7 +69,8 @@ def outputs_and_gradients(model: nn.Module, fused: bool, lengths: tuple[int, ...
     with packed_rows(model, fused=fused):
         out = model.base_model(**inputs_of(lengths)).last_hidden_state
         output_weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
-        loss, options = (out.float() * output_weights).sum(), {"allow_unused": True, "materialize_grads": True}
+        loss = (out.float() * output_weights).sum()
+        options = {"allow_unused": True, "materialize_grads": True}
         grads = torch.autograd.grad(loss, factors, **options)
     return out.detach(), list(grads)
 
@@ -117,7 +118,8 @@ PARTS = [("Llama", {"target_modules": ["q_proj", "down_proj"]}), ("Llama", {"tar
 
 @pytest.mark.parametrize(("family", "settings"), [*PARTS, ("Gemma3", {"layers": [1, 2]})])
 def test_adapters_in_subset_of_layers_match_model_code(family, settings, monkeypatch):
-    model, blocks = attach_adapter(model_of(family), **settings), len(settings.get("layers", range(3)))
+    model = attach_adapter(model_of(family), **settings)
+    blocks = len(settings.get("layers", range(3)))
     assert_matches_model_code(model)
     if loader.library() is not None:
         assert_same_in_one_call(lambda: outputs_and_gradients(model, True), monkeypatch, backward=blocks)
@@ -131,7 +133,8 @@ def test_fused_blocks_match_without_compiled_kernels(monkeypatch):
 
 
 def test_block_with_unknown_modules_is_not_fused():
-    extended, changed = model_of("Llama"), model_of("Llama")
+    extended = model_of("Llama")
+    changed = model_of("Llama")
     extended.base_model.layers[1].mlp.extra = nn.Linear(4, 4)
     assert "block 1 (LlamaDecoderLayer) has an unverified kind" in _rejection_reason(extended)
     experts = transformers.MixtralConfig(**SIZES, num_local_experts=4)
@@ -165,7 +168,8 @@ def test_outputs_at_indices_match_full_outputs_and_gradients(family, checkpointi
     weights = torch.randn(len(indices), 64, generator=torch.Generator().manual_seed(2))
     if checkpointing:
         checkpoint_blocks(model)
-    results, equal = [], []
+    results = []
+    equal = []
     for context in (contextlib.nullcontext(), outputs_at(model, indices)):
         with packed_rows(model), context:
             out = model.base_model(**inputs_of(LENGTHS[0])).last_hidden_state[0]
@@ -227,7 +231,8 @@ def test_int8_gradients_in_one_call_are_bit_identical(family, lengths, monkeypat
 @pytest.mark.parametrize("name", DTYPES)
 @pytest.mark.parametrize("family", PACKED)
 def test_block_in_one_call_is_bit_identical(family, name, int8, selected, lengths, monkeypatch):
-    model, indices = model_of(family, DTYPES[name]), torch.arange(1, sum(lengths), 2)
+    model = model_of(family, DTYPES[name])
+    indices = torch.arange(1, sum(lengths), 2)
     if int8:
         assert quantize_int8(model.base_model, lambda: model(TOKENS)).layers
     attach_adapter(model)
@@ -315,7 +320,8 @@ def error_in_int8(model: nn.Module, names: list[str], **settings: object) -> flo
 
 
 def test_smoothing_of_conv1d_moves_outliers_into_weight():
-    model, names = model_of("GPT2", hidden_size=128), [f"h.{n}.attn.c_attn" for n in range(3)]
+    model = model_of("GPT2", hidden_size=128)
+    names = [f"h.{n}.attn.c_attn" for n in range(3)]
     with torch.no_grad():
         for block in model.base_model.h:
             block.ln_1.weight[5] = 300.0  # a large input with little effect on the output
@@ -335,7 +341,8 @@ def test_inputs_with_outliers_get_one_scale_per_block(family, down):
         for block in layers_of(model):
             up = block.mlp.up_proj.weight if family == "Llama" else block.mlp.c_fc.weight.t()
             up[::171] *= 30
-    names, errors = [down.format(n) for n in range(3)], []
+    names = [down.format(n) for n in range(3)]
+    errors = []
     for max_ratio in (0.0, 0.85):
         copied = copy.deepcopy(model)
         errors.append(error_in_int8(copied, names, SMOOTHING_EXPONENTS=(0.0,), MAX_BLOCK_ERROR_RATIO=max_ratio))
@@ -394,7 +401,8 @@ def test_replaced_blocks_are_fused_only_if_recognized(monkeypatch):
 
 def test_recognition_preserves_random_state_and_model():
     model = model_of("GPTNeoX", max_position_embeddings=77)
-    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
     assert_recognized(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -416,7 +424,8 @@ def test_recognition_on_fake_tensors_matches_real_run(family):
 @compiled_only
 def test_weights_moved_before_backward_are_used():
     """Weights may be released after the forward pass and gathered again for the backward pass."""
-    model, old_weights = attach_adapter(model_of("Llama")), []
+    model = attach_adapter(model_of("Llama"))
+    old_weights = []
     expected = outputs_and_gradients(model, fused=True)
 
     def move(block: nn.Module, inputs: object, output: object) -> None:

@@ -39,7 +39,8 @@ def without_cache(model: PreTrainedModel, prompt: np.ndarray, steps: int, stop_i
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 @pytest.mark.parametrize("batch_tokens", [1, 200, 100_000])
 def test_batched_generation_matches_single_prompts(make, batch_tokens: int, tokenizer) -> None:
-    model, prompts = make(0), random_prompts()
+    model = make(0)
+    prompts = random_prompts()
     answers = generate(model, tokenizer, prompts, max_new_tokens=12, batch_tokens=batch_tokens)
     stop_ids = terminators(model, tokenizer)
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -50,7 +51,8 @@ def test_batched_generation_matches_single_prompts(make, batch_tokens: int, toke
 
 
 def test_stop_token_stops_only_its_row(tokenizer) -> None:
-    model, prompts = tiny_llama(), random_prompts(5)
+    model = tiny_llama()
+    prompts = random_prompts(5)
     unlimited = generate(model, tokenizer, prompts, max_new_tokens=10, stop_ids=[])
     assert all(len(answer.tokens) == 10 and not answer.stopped for answer in unlimited)
     stop_ids = [int(unlimited[0].tokens[4]), int(unlimited[1].tokens[7])]
@@ -71,7 +73,8 @@ PADDED_PROMPTS = [
 
 @pytest.mark.parametrize(("make", "prompts", "lengths"), PADDED_PROMPTS)
 def test_prompts_with_padding_tokens_or_full_context_decode_correctly(make, prompts, lengths, tokenizer) -> None:
-    model, prompts = make(), [np.array(prompt) for prompt in prompts]
+    model = make()
+    prompts = [np.array(prompt) for prompt in prompts]
     answers = generate(model, tokenizer, prompts, max_new_tokens=6, stop_ids=[])
     expected = [without_cache(model, *arguments) for arguments in zip(prompts, lengths, strict=True)]
     assert [answer.tokens.tolist() for answer in answers] == expected
@@ -86,7 +89,8 @@ def test_terminators_combine_all_sources(tokenizer) -> None:
 
 
 def test_generation_config_of_model_is_ignored(tokenizer) -> None:
-    model, results = tiny_llama(), []
+    model = tiny_llama()
+    results = []
     sampling_options = {"do_sample": True, "temperature": 3.0, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1}
     for config in (model.generation_config, GenerationConfig(**sampling_options, eos_token_id=0)):
         model.generation_config = config
@@ -99,13 +103,16 @@ def test_generation_config_of_model_is_ignored(tokenizer) -> None:
 
 def test_generation_restores_state_and_computes_only_last_logits(tokenizer) -> None:
     AttentionInterface.register("test_training_attention", sdpa_attention_forward)
-    model, implementations, lengths = tiny_llama(), set(), set()
+    model = tiny_llama()
+    implementations = set()
+    lengths = set()
     model.train()
     model.model.layers[0].eval()
     model.set_attn_implementation("test_training_attention")
     model.model.register_forward_pre_hook(lambda module, _: implementations.add(module.config._attn_implementation))
     model.lm_head.register_forward_hook(lambda _, inputs, output: lengths.add(output.shape[1]))
-    state, modes = torch.random.get_rng_state(), [module.training for module in model.modules()]
+    state = torch.random.get_rng_state()
+    modes = [module.training for module in model.modules()]
     generate(model, tokenizer, random_prompts(3), max_new_tokens=3)
     assert (implementations, lengths) == ({"sdpa"}, {1})
     assert model.config._attn_implementation == "test_training_attention"

@@ -64,7 +64,8 @@ def _addresses(model: nn.Module) -> dict[str, int]:
 @pytest.mark.parametrize("tied", [False, True])
 def test_large_frozen_weights_move_without_changing_values(tied: bool, tmp_path: Path) -> None:
     model = _mapped_model(tmp_path / "weights.safetensors", tied)
-    parameters, before = dict(model.named_parameters()), _addresses(model)
+    parameters = dict(model.named_parameters())
+    before = _addresses(model)
     values = {name: parameter.clone() for name, parameter in parameters.items()}
     moved = {"middle.weight", "head.weight", "rows.weight"} if tied else {"middle.weight", "head.weight"}
     assert use_large_pages(model) == 2 * 4 * SIZE * SIZE
@@ -108,7 +109,8 @@ def test_pages_of_mapped_file_are_released(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_weights_do_not_move_if_allocated_or_memory_is_low(tmp_path, monkeypatch):
-    allocated, mapped = Model(), _mapped_model(tmp_path / "weights.safetensors")
+    allocated = Model()
+    mapped = _mapped_model(tmp_path / "weights.safetensors")
     for model, free in ((allocated, huge_pages.free_memory_bytes()), (mapped, 12 * SIZE * SIZE)):
         monkeypatch.setattr(huge_pages, "free_memory_bytes", lambda free=free: free)
         before = _addresses(model)

@@ -22,7 +22,8 @@ def frozen_model(family="llama"):
 
 @pytest.mark.parametrize("family", [*CAUSAL, *PADDED])
 def test_entering_at_lowest_trained_block_is_bit_identical(family):
-    model, tokens = frozen_model(family), torch.arange(3, 15)[None] * torch.tensor([[1], [2]])
+    model = frozen_model(family)
+    tokens = torch.arange(3, 15)[None] * torch.tensor([[1], [2]])
 
     def logits():
         with torch.no_grad():
@@ -71,7 +72,8 @@ def test_digest_depends_only_on_values_below_entry():
     model = frozen_model()
     level = Level("block", 1, 2)
     digest = frozen_digest(model, level)
-    above, below = copy.deepcopy(model), copy.deepcopy(model)
+    above = copy.deepcopy(model)
+    below = copy.deepcopy(model)
     with torch.no_grad():
         above.model.layers[1].mlp.up_proj.weight[3, 7] += 1e-3
         below.model.layers[0].mlp.up_proj.weight[3, 7] += 1e-3

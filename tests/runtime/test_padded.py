@@ -24,7 +24,8 @@ def test_encoder_outputs_and_gradients_match():
     # Squares are unsuitable: after a LayerNorm their sum is constant, so gradients would be only rounding errors.
     output_weights = torch.randn(4, 21, 32, generator=torch.Generator().manual_seed(1))
     for lengths in ([21, 3, 12, 1], [21, 21, 21, 21]):
-        mask, results = (torch.arange(21) < torch.tensor(lengths)[:, None]).long(), []
+        mask = (torch.arange(21) < torch.tensor(lengths)[:, None]).long()
+        results = []
         for context in (contextlib.nullcontext, unfused_padded_rows):
             with context(model):
                 out = model(input_ids=tokens, attention_mask=mask).last_hidden_state
@@ -37,7 +38,8 @@ def test_encoder_outputs_and_gradients_match():
 
 
 def test_image_model_outputs_match():
-    model, pixels = encoder_of("ViT"), torch.randn(3, 3, 16, 16)
+    model = encoder_of("ViT")
+    pixels = torch.randn(3, 3, 16, 16)
     expected = model(pixels).last_hidden_state
     with unfused_padded_rows(model):
         assert relative_error(model(pixels).last_hidden_state, expected) < 1e-5
@@ -45,7 +47,9 @@ def test_image_model_outputs_match():
 
 @pytest.mark.skipif(loader.library() is None, reason="no compiled kernels: torch's own attention runs")
 def test_kernels_run_only_for_right_padding(monkeypatch):
-    attention_calls, original, model = [], padded.packed_attention, encoder_of("Bert")
+    attention_calls = []
+    original = padded.packed_attention
+    model = encoder_of("Bert")
     tokens = torch.randint(3, VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(0))
     with padded_rows(model):  # recognition also runs blocks
         pass

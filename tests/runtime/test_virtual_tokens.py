@@ -27,8 +27,10 @@ def _prompt(rows: int = 3, width: int = 32) -> torch.Tensor:
 def test_real_and_virtual_tokens_use_separate_tables(family):
     model = causal_model(family)
     original = model.get_input_embeddings()
-    ids, prompt = torch.arange(3, 13).view(2, 5), _prompt()
-    expected, before = original(ids), model(input_ids=ids).logits
+    ids = torch.arange(3, 13).view(2, 5)
+    prompt = _prompt()
+    expected = original(ids)
+    before = model(input_ids=ids).logits
     layer = attach(model, prompt)
     assert model.get_input_embeddings() is layer and isinstance(layer, type(original))
     mixed = torch.cat([torch.tensor([[VOCABULARY, VOCABULARY + 2]] * 2), ids], 1)
@@ -42,7 +44,8 @@ def test_gradient_matches_concatenated_table():
     model.tokens = embedding = nn.Embedding(11, 4)
     layer = attach(model, _prompt(3, 4))
     joined = torch.cat([embedding.weight, layer.prompt]).detach().requires_grad_(True)
-    ids, weights = torch.tensor([[11, 13, 11, 0, 10], [11, 4, 13, 13, 1]]), torch.randn(2, 5, 4)
+    ids = torch.tensor([[11, 13, 11, 0, 10], [11, 4, 13, 13, 1]])
+    weights = torch.randn(2, 5, 4)
     for out in (layer(ids), nn.functional.embedding(ids, joined)):
         (out * weights).sum().backward()
     torch.testing.assert_close(torch.cat([embedding.weight.grad, layer.prompt.grad]), joined.grad)

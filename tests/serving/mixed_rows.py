@@ -50,7 +50,8 @@ class Rows:
     def __init__(
         self, model: Decodable, adapters: Sequence, adapter_indices: Sequence[int], max_tokens: int = 64
     ) -> None:
-        self._model, self._adapters = model, list(adapters)
+        self._model = model
+        self._adapters = list(adapters)
         self._adapter_indices = torch.tensor(adapter_indices, dtype=torch.int32)
         pages_per_sequence = -(-max_tokens // model.decoder.page_tokens)
         self._pages = model.decoder.new_pages(pages_per_sequence * len(adapter_indices))
@@ -65,7 +66,8 @@ class Rows:
         new_positions = [torch.arange(n, n + count) for n, count in zip(self._lengths, counts, strict=True)]
         positions = torch.cat(new_positions).to(torch.int32)
         sequence = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(torch.int32)
-        input_layer, hidden = self._model.entry, self._model.entry.rows(ids)
+        input_layer = self._model.entry
+        hidden = self._model.entry.rows(ids)
         if input_layer.positions is not None:
             hidden = hidden + input_layer.positions[positions.long()]
         _, logits = self._model.decoder.step(
@@ -84,7 +86,9 @@ class Rows:
 
 def decode_greedily(rows: Rows, prompts: Sequence[np.ndarray], steps: int) -> tuple[Tensor, list[np.ndarray]]:
     """Decode greedily and return the logits (steps + 1, sequences, V) and the full texts."""
-    texts, pending, logits = [list(p) for p in prompts], list(prompts), []
+    texts = [list(p) for p in prompts]
+    pending = list(prompts)
+    logits = []
     for _ in range(steps + 1):
         logits.append(rows.step(pending))
         pending = [np.array([int(token)]) for token in logits[-1].argmax(-1)]

@@ -129,7 +129,8 @@ def test_int8_base_is_distinguished_from_other_bases(tmp_path, trained_on, serve
 
 
 def test_soft_prompt_for_other_base_is_rejected(model, reader, tmp_path):
-    carrier, method = copy.deepcopy(model), SoftPrompt(PromptSettings(length=2))
+    carrier = copy.deepcopy(model)
+    method = SoftPrompt(PromptSettings(length=2))
     method.prepare(carrier, seed=0)
     method.save(carrier, tmp_path, base_model="tiny")
     assert reader.read(tmp_path).prompt is not None
@@ -163,7 +164,8 @@ def test_missing_damaged_and_pickled_files_are_rejected(model, reader, tmp_path)
     assert_rejected(reader, tmp_path / "nothing", "no adapter folder")
     assert_rejected(reader, tmp_path, "no adapter_config")
     write_lora(model, tmp_path)
-    weights, pickled = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_model.bin"
+    weights = tmp_path / "adapter_model.safetensors"
+    pickled = tmp_path / "adapter_model.bin"
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
     assert_rejected(reader, tmp_path, "cut off or damaged")

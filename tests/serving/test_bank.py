@@ -92,7 +92,8 @@ def test_soft_prompt_has_rows_and_no_factors(make_bank, model, tmp_path):
 def test_rejected_operations_change_nothing(make_bank, model, folders, tmp_path):
     bank = make_bank()
     bank.add("alpha", folders["a"])
-    before, status = wait_for_adapter(bank, "alpha"), bank.status()
+    before = wait_for_adapter(bank, "alpha")
+    status = bank.status()
     dora = write_lora(model, tmp_path, dora=True)
     b = folders["b"]
     cases = [(bank.add, (name, b), "is not a valid adapter name") for name in ("", " alpha", "a\nb", "x" * 300)]
@@ -157,7 +158,8 @@ def test_abandoned_request_does_not_block_other_adapters(make_bank, size, monkey
 
 def test_removed_adapter_is_freed_after_last_request(make_bank):
     bank = make_bank("a")
-    first, second = wait_for_adapter(bank, "a"), wait_for_adapter(bank, "a")
+    first = wait_for_adapter(bank, "a")
+    second = wait_for_adapter(bank, "a")
     bank.remove("a")
     assert bank.names() == ()
     with pytest.raises(UserError, match="no adapter 'a'"):

@@ -30,7 +30,8 @@ SHORT = np.arange(3, 9)
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     """LoRA adapters, a soft prompt and an activated adapter."""
-    model, root = llama()[0], tmp_path_factory.mktemp("adapters")
+    model = llama()[0]
+    root = tmp_path_factory.mktemp("adapters")
     activated = {"active": "completion", "invocation_tokens": INVOCATION}
     return {
         "narrow": write_lora(model, root / "narrow", rank=4, seed=1),

@@ -24,7 +24,8 @@ from tests.serving.mixed_rows import Rows, decode_greedily, last_logits, make_ba
 from tests.serving.test_mixed_adapters import family_params, relative_error, with_adapter
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": VOCABULARY}
-ROWS, STEPS = 12, 4
+ROWS = 12
+STEPS = 4
 
 
 def quantize_to_blocks(name: str) -> tuple[nn.Module, nn.Module]:
@@ -45,7 +46,8 @@ def quantize_to_blocks(name: str) -> tuple[nn.Module, nn.Module]:
 def served(request, tmp_path_factory):
     """Quantized model with its decoder, the dequantized model, and two adapters, as folders and packed."""
     quantized, plain = quantize_to_blocks(request.param)
-    decoder, root = build_decodable(quantized), tmp_path_factory.mktemp("adapters")
+    decoder = build_decodable(quantized)
+    root = tmp_path_factory.mktemp("adapters")
     folders = [write_lora(plain, root / str(n), seed=n, rank=4 + 5 * n, size=0.05) for n in range(2)]
     return quantized, plain, decoder, packed_adapters(make_bank(quantized, decoder, *folders)), folders
 
@@ -68,7 +70,9 @@ def test_logits_are_bit_identical_for_any_threads_and_rows(served):
     if loader.library() is None:
         pytest.skip("torch's products depend on the number of rows")
     _, _, decoder, packed, _ = served
-    prompts, before, results = random_prompts(3, VOCABULARY), torch.get_num_threads(), []
+    prompts = random_prompts(3, VOCABULARY)
+    before = torch.get_num_threads()
+    results = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
@@ -81,7 +85,8 @@ def test_logits_are_bit_identical_for_any_threads_and_rows(served):
 
 
 def test_decoder_shares_block_weights_with_model(served):
-    quantized, decoder = served[0], served[2]
+    quantized = served[0]
+    decoder = served[2]
     layers = [layer for block in decoder.decoder.blocks for _, layer in block.layers()] + [decoder.decoder.head]
     addresses = {p.data_ptr() for p in quantized.parameters()}
     for layer in layers:

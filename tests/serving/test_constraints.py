@@ -30,9 +30,11 @@ from tests.serving.http.hostile import slow_to_compile_grammar, slow_to_match_gr
 
 TOKENIZER = byte_tokenizer()
 V = 300  # logits per row; models often have more than the tokenizer has tokens
-END, TURN = 0, 2
+END = 0
+TURN = 2
 
-NAME, AGE = {"type": "string", "maxLength": 6}, {"type": "integer", "minimum": 0, "maximum": 120}
+NAME = {"type": "string", "maxLength": 6}
+AGE = {"type": "integer", "minimum": 0, "maximum": 120}
 TAGS = {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3}
 PERSON = {"type": "object", "properties": {"name": NAME, "age": AGE, "tags": TAGS}}
 PERSON |= {"required": ["name", "age"], "additionalProperties": False}
@@ -221,7 +223,8 @@ def test_slow_compilation_is_stopped(grammars):
 
 
 def test_slow_matching_fails_only_texts_of_its_process(grammars):
-    other, same_process = start_matcher(grammars, "x*"), start_matcher(grammars, slow_to_match_grammar(0), "grammar")
+    other = start_matcher(grammars, "x*")
+    same_process = start_matcher(grammars, slow_to_match_grammar(0), "grammar")
     hostile = slow_matcher(grammars)
     assert allows(hostile, *ids("x")) and hostile.failed is None
     follow(hostile, "x")
@@ -269,7 +272,8 @@ def test_exhausted_constraint_is_recompiled_for_new_text(tight_grammars):
 
 
 def test_number_of_active_constraints_is_limited(tight_grammars):
-    first, second = start_matcher(tight_grammars, "a"), start_matcher(tight_grammars, "b")
+    first = start_matcher(tight_grammars, "a")
+    second = start_matcher(tight_grammars, "b")
     with pytest.raises(BusyError, match="in use"):
         start_matcher(tight_grammars, "c")
     assert start_matcher(tight_grammars, "a").failed is None

@@ -112,7 +112,8 @@ def test_decoder_is_rejected_unless_pooling_is_set(model_folder, embedder):
 
 
 def test_pooling_ignores_padding():
-    hidden, rows = torch.tensor([[1.0], [3.0], [float("nan")]]), [np.arange(2)]
+    hidden = torch.tensor([[1.0], [3.0], [float("nan")]])
+    rows = [np.arange(2)]
     assert [pool(hidden, rows, pooling).tolist() for pooling in ("mean", "last")] == [[[2.0]], [[3.0]]]
 
 

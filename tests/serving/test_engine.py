@@ -100,7 +100,8 @@ def test_chunks_are_streamed_and_join_to_full_text():
 
 def test_cancelled_request_ends_and_frees_pages():
     instance = engine(limits=BatchLimits(running=1))
-    running, queued = instance.submit(long_text(110)), instance.submit(long_text(110))
+    running = instance.submit(long_text(110))
+    queued = instance.submit(long_text(110))
     next(iter(running))
     queued.cancel()
     running.cancel()
@@ -116,8 +117,10 @@ def test_timeout_ends_running_and_queued_requests():
 
 
 def test_failed_step_fails_its_requests_only(monkeypatch):
-    instance, decoder_type = engine(), type(llama()[1].decoder)
-    original, failing = decoder_type.step, iter([False, True])
+    instance = engine()
+    decoder_type = type(llama()[1].decoder)
+    original = decoder_type.step
+    failing = iter([False, True])
 
     def step(*args: object, **kwargs: object) -> object:
         if next(failing, False):

@@ -209,7 +209,8 @@ def test_rows_of_agent_cannot_refer_to_images_outside(agent_folder: Path, tmp_pa
     (agent_folder / "own.png").write_bytes(png((10, 10, 220)))
     (agent_folder / "link.png").symlink_to(tmp_path / "secret.png")
     save_vision_model("llava", agent_folder / "vision")
-    server, texts = AgentServer(FolderPermissions([agent_folder], allow_remote=False), 120, tmp_path), set()
+    server = AgentServer(FolderPermissions([agent_folder], allow_remote=False), 120, tmp_path)
+    texts = set()
     for image in ("own.png", str(tmp_path / "secret.png"), str(tmp_path / "absent.png"), "link.png"):
         write_rows(agent_folder / "rows.jsonl", [{"image": image, "prompt": "color?", "completion": "red"}] * 3)
         check = asyncio.run(server.call("data_check", {"settings": run_settings(model="vision")}))

@@ -23,7 +23,8 @@ LOAD_OPTIONS = {"precision": "fp32", "device": "cpu"}
 class Angles:
     """Fake embedder: a text's vector has the angle in degrees that its first word names. Records the embedded texts."""
 
-    width, layout = 2, SentenceLayout("mean", True)
+    width = 2
+    layout = SentenceLayout("mean", True)
 
     def __init__(self):
         self.embedded_texts: list[str] = []
@@ -90,7 +91,8 @@ def test_lowest_positive_score_bounds_negatives():
 
 
 def test_ranks_exclude_positives():
-    pairs, passages = [("0 q", "2 own")], [f"{angle} x" for angle in range(3, 9)] + ["2 own"]
+    pairs = [("0 q", "2 own")]
+    passages = [f"{angle} x" for angle in range(3, 9)] + ["2 own"]
     assert negatives(pairs, passages, from_rank=3) == [["5 x", "6 x"]]
     assert negatives(pairs, passages, from_rank=2, to_rank=3) == [["4 x", "5 x"]]
     with pytest.raises(UserError, match="2 negatives cannot be found from rank 2 to 2"):
@@ -142,7 +144,8 @@ def test_negatives_match_sentence_transformers(tmp_path, sentences):
 
     folder = write_bert(tmp_path / "bert")
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template, tokenizer.pad_token = None, tokenizer.eos_token  # otherwise texts are rendered as messages
+    tokenizer.chat_template = None  # otherwise texts are rendered as messages
+    tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     pairs = list(dict.fromkeys(sentences))
@@ -179,7 +182,9 @@ def test_faiss_search_of_large_corpora_is_nearly_exact(monkeypatch):
 def test_exact_search_without_faiss_logs_a_hint(monkeypatch):
     monkeypatch.setattr(mining, "MAX_EXACT_PASSAGES", 3)
     monkeypatch.setattr(mining, "find_spec", lambda name: None)
-    pairs, passages, lines = [("0 q", "1 own")], [f"{angle} x" for angle in range(5, 15)], []
+    pairs = [("0 q", "1 own")]
+    passages = [f"{angle} x" for angle in range(5, 15)]
+    lines = []
     result = mine(pairs, passages, Angles(), MiningSettings(2, relative_margin=None), lines.append)
     assert [text for text, _ in result.rows[0].negatives] == ["5 x", "6 x"]
     assert "is slow" in lines[0] and "deltaw[search]" in lines[1]

@@ -19,7 +19,9 @@ from tests.runtime.families import VOCABULARY, model_of
 from tests.serving.adapter_folders import write_lora
 from tests.serving.mixed_rows import Rows, decode_greedily, last_logits, make_bank, packed_adapters, random_prompts
 
-ROWS, ADAPTERS, STEPS = 24, 8, 2
+ROWS = 24
+ADAPTERS = 8
+STEPS = 2
 # Different summation order in fp32 over three blocks.
 TOLERANCE = 1e-5
 
@@ -46,7 +48,8 @@ def family_params(quick: str, slow: str) -> list:
 @pytest.fixture(scope="module", params=family_params("Llama GPT2 Phi3", "Qwen3 Gemma GPTNeoX"))
 def served(request, tmp_path_factory):
     """Model with its decoder, the packed adapters of a bank, and their folders."""
-    model, root = model_of(request.param), tmp_path_factory.mktemp("adapters")
+    model = model_of(request.param)
+    root = tmp_path_factory.mktemp("adapters")
     decoder = build_decodable(model)
     folders = [write_lora(model, root / str(n), seed=n, **random_settings(n)) for n in range(ADAPTERS)]
     return model, decoder, packed_adapters(make_bank(model, decoder, *folders)), folders
@@ -92,7 +95,8 @@ def test_attached_adapter_is_packed_or_reason_is_returned(served, tmp_path):
     model, decoder, packed, folders = served
     carrier = with_adapter(model, folders[0])
     attached_pack = pack_attached_adapter(carrier, packer_for_copy(carrier, model, decoder))
-    prompts, packs = random_prompts(1, VOCABULARY), (attached_pack, packed[0])
+    prompts = random_prompts(1, VOCABULARY)
+    packs = (attached_pack, packed[0])
     attached, from_bank = (Rows(decoder, [adapter], [0]).step(prompts) for adapter in packs)
     assert torch.equal(attached, from_bank)
     assert pack_attached_adapter(model, Packer(model, decoder)) is None

@@ -135,7 +135,8 @@ def test_transformers_engine_streams_stops_and_constrains(bloom):
         return Request(prompt, max_new_tokens=count, stop_ids=(), **fields)
 
     free = engine.submit(make_request(12, sampling=Sampling(logprobs=1)))
-    chunks, full = list(free), free.result()
+    chunks = list(free)
+    full = free.result()
     assert len(chunks) >= 12 and "".join(p.text for p in chunks) == full.text
     assert [entry.token for entry in full.logprobs] == full.tokens.tolist()
     stop = full.text[3:5]

@@ -41,7 +41,8 @@ class FakeMemory:
         sequence = self.pool.start_sequence(keys[:-1], owner)
         assert (self.owners[sequence.pages] == owner).all(), "a page of another owner was reused"
         while sequence.length < len(keys):
-            start, stop = sequence.length, min(len(keys), sequence.length + 5)
+            start = sequence.length
+            stop = min(len(keys), sequence.length + 5)
             if not self.pool.reserve(sequence, stop):
                 self.pool.release(sequence, keys)
                 return None
@@ -73,8 +74,10 @@ def test_shared_prefix_reuses_full_pages_and_copies_the_last():
 
 
 def test_running_sequences_share_pages():
-    memory, prompt = FakeMemory(16), key_range(0, 24)
-    first, second = memory.run(prompt), memory.run(prompt)
+    memory = FakeMemory(16)
+    prompt = key_range(0, 24)
+    first = memory.run(prompt)
+    second = memory.run(prompt)
     assert first is not None and second is not None and second.reused == 23
     assert second.pages == first.pages, "pages with equal content must be merged"
     memory.pool.release(first, prompt)

@@ -77,7 +77,8 @@ def test_sampling_probabilities_match_transformers(values):
     for seed in range(5):
         row = random_logits(1, seed)[0]
         scores = warpers(torch.zeros(1, 1, dtype=torch.long), torch.from_numpy(row.astype(np.float64))[None])
-        expected, ours = scores.softmax(-1)[0].numpy(), probabilities(row, **settings)
+        expected = scores.softmax(-1)[0].numpy()
+        ours = probabilities(row, **settings)
         assert np.array_equal(ours > 0, expected > 0)
         np.testing.assert_allclose(ours, expected, rtol=1e-4)
 
@@ -128,7 +129,8 @@ def test_nucleus_is_smallest_set_reaching_top_p(weights, top_p):
     selected = nucleus(weight_array, top_p)
     order = np.argsort(-weight_array, kind="stable")
     sums = np.cumsum(weight_array[order], dtype=np.float64)
-    target, tolerance = top_p * weight_array.sum(dtype=np.float64), 1e-12 * sums[-1]
+    target = top_p * weight_array.sum(dtype=np.float64)
+    tolerance = 1e-12 * sums[-1]
     assert sorted(order[: len(selected)].tolist()) == selected.tolist()
     assert sums[len(selected) - 1] >= target - tolerance
     assert len(selected) == 1 or sums[len(selected) - 2] < target + tolerance
@@ -189,7 +191,8 @@ def test_seed_is_deterministic_and_tiny_temperature_is_greedy():
 
 
 def test_only_allowed_tokens_are_chosen():
-    logits, allowed = random_logits(3), (3, 40, 996)
+    logits = random_logits(3)
+    allowed = (3, 40, 996)
     states = [state(), state(temperature=5.0), state()]
     for _ in range(20):
         tokens = choose(logits, states, {0: words(*allowed), 1: words(*allowed)}).tokens
@@ -223,7 +226,8 @@ def test_logprobs_match_unmodified_logits():
 def test_equal_logprobs_are_ordered_and_excluded_tokens_are_finite():
     logits = np.full(40, -np.inf, dtype=np.float32)
     logits[[3, 9]] = 1.0
-    entry, half = logprob(logits, 3, 4), math.log(0.5)
+    entry = logprob(logits, 3, 4)
+    half = math.log(0.5)
     assert entry.logprob == pytest.approx(half)
     assert entry.top[2:] == ((0, MIN_LOGPROB), (1, MIN_LOGPROB))
     assert entry.top[:2] == ((3, pytest.approx(half)), (9, pytest.approx(half)))

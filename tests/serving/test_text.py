@@ -105,7 +105,8 @@ def test_chunks_end_before_first_stop_string(kind, texts, specials, stop):
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_text_is_emitted_as_early_as_possible(kind: str):
-    text, output = OutputText(TOKENIZERS[kind], ["aab"]), ""
+    text = OutputText(TOKENIZERS[kind], ["aab"])
+    output = ""
     for token in tokens_of(kind, "b. é漢🙂 a aa. aab b"):
         output += text.add(token)
         assert not text.stopped or output == "b. é漢🙂 a aa. "
@@ -116,7 +117,8 @@ def test_text_is_emitted_as_early_as_possible(kind: str):
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_multibyte_characters_are_emitted_one_by_one(kind: str):
-    text, characters = IncrementalDetokenizer(TOKENIZERS[kind]), "漢🙂é字a" * 60
+    text = IncrementalDetokenizer(TOKENIZERS[kind])
+    characters = "漢🙂é字a" * 60
     chunks = [text.add(token) for token in tokens_of(kind, characters)]
     assert "".join(chunks) == characters and max(map(len, chunks)) <= 4
     assert len(text._buffer) < 40  # the buffer does not grow with the text

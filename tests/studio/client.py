@@ -50,12 +50,17 @@ class StudioClient(TestClient):
 
 def connect(folder: Path, *, log_in: bool = True, max_upload: int = 10_000, **settings: Any) -> StudioClient:
     """Return a client of a studio in a folder."""
-    queue, worker, announced = RecordingQueue(), SimpleNamespace(), []
+    queue = RecordingQueue()
+    worker = SimpleNamespace()
+    announced = []
     token = Token(announced.append)
     studio = Studio(Workspace(folder, max_upload), worker, queue, SimpleNamespace(run=None))  # type: ignore[arg-type]
     app = create_app(studio, ServerSettings(port=7860, **settings), token)
     client = StudioClient(app, base_url=ADDRESS, follow_redirects=False, headers={"Origin": ADDRESS})
-    client.studio, client.queue, client.token, client.announced = studio, queue, token, announced
+    client.studio = studio
+    client.queue = queue
+    client.token = token
+    client.announced = announced
     if log_in:
         assert client.get("/", params={"token": token.value}).status_code == 200
     return client

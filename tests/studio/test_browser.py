@@ -73,7 +73,8 @@ def connected(browser: Browser, studio: StudioProcess, **options: object) -> Ite
     context.on("weberror", lambda error: problems.append(str(error.error)))
     allowed = (studio.url, "data:", "blob:")
     context.on("request", lambda request: request.url.startswith(allowed) or problems.append(request.url))
-    name, secret = f"deltaw-studio-{studio.port}", Workspace(studio.folder).state / "session"
+    name = f"deltaw-studio-{studio.port}"
+    secret = Workspace(studio.folder).state / "session"
     context.add_cookies([{"name": name, "value": secret.read_text(), "url": studio.url}])
     page = context.new_page()
     page.goto(studio.url)
@@ -157,6 +158,7 @@ def test_page_of_a_file_connects_the_browser(browser, tmp_path):
         page.context.close()
 
 
+@slow
 def test_table_becomes_a_classifier(studio, page, tmp_path) -> None:
     train_classifier(page, studio, tmp_path, "Reviews of May")
     expect(page.get_by_role("definition").filter(has_text="→ 100.0%")).to_be_visible()
@@ -291,7 +293,8 @@ def test_training_survives_a_killed_server(browser, studio, tmp_path) -> None:
         first.kill()
         expect(page.get_by_text("The studio does not answer.")).to_be_visible()
         metrics = folder / "runs" / "survivor" / "metrics.jsonl"
-        size, deadline = metrics.stat().st_size, time.monotonic() + LONG / 1000
+        size = metrics.stat().st_size
+        deadline = time.monotonic() + LONG / 1000
         while metrics.stat().st_size == size:
             assert time.monotonic() < deadline
             time.sleep(0.2)
@@ -363,7 +366,8 @@ def test_huge_file_is_refused_by_the_upload_and_explained_in_the_folder(studio, 
 
 def write_huge_model(folder: Path) -> None:
     """Write a model that is larger than the memory in a sparse file."""
-    width, layers = 1024, 12
+    width = 1024
+    layers = 12
     inner = int(psutil.virtual_memory().total * 1.2) // (6 * width * layers)
     config = LlamaConfig(
         vocab_size=259, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=8,
@@ -371,7 +375,8 @@ def write_huge_model(folder: Path) -> None:
     )  # fmt: skip
     with torch.device("meta"):
         weights = {name: list(weight.shape) for name, weight in LlamaForCausalLM(config).named_parameters()}
-    header, end = {}, 0
+    header = {}
+    end = 0
     for name, shape in weights.items():
         size = 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}

@@ -31,7 +31,8 @@ class SyncWorker:
     """Worker that runs each call at once in this process, through JSON like the process does."""
 
     def __init__(self, model: Path) -> None:
-        self.model, self.calls = str(model), []
+        self.model = str(model)
+        self.calls = []
 
     def result(self, call, arguments, *, draft=""):
         self.calls.append((call, arguments))
@@ -321,7 +322,8 @@ def test_reviews_become_classes_with_settings(pages):
 def test_findings_name_rows_by_number(pages):
     rows = [{"prompt": f"Question {i}?", "completion": f"Answer {i}."} for i in range(25)]
     lines = [json.dumps(row) for row in [*rows, rows[3]]]
-    lines[7], lines[9] = "{broken", '{"prompt": 4, "completion": ["x"]}'
+    lines[7] = "{broken"
+    lines[9] = '{"prompt": 4, "completion": ["x"]}'
     shown = text_of(pages.get(f"{draft_of(pages, 'chat.jsonl', chr(10).join(lines))}/part/check"))
     assert "The column “prompt” holds the prompts and “completion” the answers." in shown
     assert "1 row left out: not JSON. Row 8 " in shown
@@ -376,7 +378,8 @@ def test_lengths_are_counted_again_for_another_model(pages):
     pages.get(f"{address}/part/check")
     draft = stored(pages, address)
     assert draft.settings["data"]["max_length"] == 128 and draft.settings["data"]["long_rows"] == "cut"
-    draft.settings["train"]["epochs"], draft.preview = 9, None
+    draft.settings["train"]["epochs"] = 9
+    draft.preview = None
     draft.settings["model"] = str(save_model(tiny_llama(max_position_embeddings=1024), Path(pages.worker.model + "-2")))
     draft.save()
     pages.get(f"{address}/part/check")
@@ -417,7 +420,8 @@ def test_tokens_of_row(pages):
 
 def test_running_call_is_reported_as_pending(pages):
     address = draft_of(pages, "reviews.csv", REVIEWS)
-    run, slow = pages.worker.result, {"preview"}
+    run = pages.worker.result
+    slow = {"preview"}
     pages.studio.worker.result = lambda call, values, **_: Pending(7.2) if call in slow else run(call, values)
     response = pages.get(f"{address}/part/check")
     assert response.status_code == 202 and "Reading the rows, 7 s" in response.text

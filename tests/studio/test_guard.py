@@ -22,7 +22,8 @@ from tests.studio.client import StudioClient, connect
 
 
 def routes(client: StudioClient, methods: set[str]) -> list[APIRoute]:
-    found, pending = [], [client.app.router]
+    found = []
+    pending = [client.app.router]
     while pending:
         for route in pending.pop().routes:
             if isinstance(route, APIRoute):
@@ -68,7 +69,8 @@ def test_damaged_secret_is_replaced(tmp_path) -> None:
 
 
 def test_cookies_of_other_programs_are_ignored(client) -> None:
-    name, value = "deltaw-studio-7860", client.cookies["deltaw-studio-7860"]
+    name = "deltaw-studio-7860"
+    value = client.cookies["deltaw-studio-7860"]
     client.cookies.clear()
     for cookie, status in ((f'other={{"a": [1]}}; {name}={value}', 200), (f"{name}=é", 401), (f"{name}=", 401)):
         assert client.get("/runs", headers={"Cookie": cookie.encode()}).status_code == status
@@ -173,7 +175,8 @@ def test_form_from_the_studio_is_accepted(client) -> None:
 
 
 def test_browser_that_stays_in_the_foreground_does_not_block_the_server(tmp_path, monkeypatch) -> None:
-    answered, opened = threading.Event(), []
+    answered = threading.Event()
+    opened = []
     monkeypatch.setattr(webbrowser, "open", lambda address: opened.append((answered.wait(5), address)))
     monkeypatch.setattr(server, "run", lambda app, queue, settings, listening, ready: (ready(), answered.set()))
     result = CliRunner().invoke(group, ["studio", str(tmp_path / "s"), "--port", "0"], catch_exceptions=False)

@@ -72,7 +72,8 @@ def test_jobs_run_in_order_and_first_moves_a_job_to_the_front(workspace: Workspa
 @pytest.mark.usefixtures("code")
 def test_restarted_queue_finds_the_running_process(workspace: Workspace) -> None:
     queue = JobQueue(workspace)
-    job, waiting = add(queue, "open('started', 'w').close(); " + SLEEP), add(queue, "print('{}')")
+    job = add(queue, "open('started', 'w').close(); " + SLEEP)
+    waiting = add(queue, "print('{}')")
     queue.poll()
     queue.close()
     wait_for((job.folder / "started").exists)  # before, the process ignores interrupts if pytest does
@@ -130,7 +131,8 @@ def test_other_process_in_the_folder_of_a_job_is_not_signaled(workspace: Workspa
         [sys.executable, "-c", "print(flush=True); " + SLEEP], cwd=job.folder, stdout=subprocess.PIPE
     ) as other:
         other.stdout.readline()
-        job.state, job.process = "running", process_identity(other.pid) if is_recorded else None
+        job.state = "running"
+        job.process = process_identity(other.pid) if is_recorded else None
         job.save()
         queue = JobQueue(workspace)
         queue.poll()
@@ -199,7 +201,8 @@ def test_queued_job_is_stopped_resumed_and_removed(workspace: Workspace) -> None
 
 def test_two_studios_of_one_folder_are_refused_and_a_stale_lock_is_not(workspace: Workspace) -> None:
     (workspace.state / "lock").touch()  # of a server that was killed
-    one, two = JobQueue(workspace), JobQueue(workspace)
+    one = JobQueue(workspace)
+    two = JobQueue(workspace)
     one.start()
     with pytest.raises(UserError, match="another studio uses this folder"):
         two.start()

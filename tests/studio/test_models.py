@@ -83,7 +83,8 @@ def draft(studio: Studio) -> Draft:
 def test_models_of_folder_hub_cache_and_packages_with_license(
     studio: Studio, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    cache, folder = tmp_path_factory.mktemp("cache"), studio.workspace.folder
+    cache = tmp_path_factory.mktemp("cache")
+    folder = studio.workspace.folder
     (folder / "small.gguf").write_bytes(b"GGUF" + b"general.license\x08\0\0\0" + (3).to_bytes(8, "little") + b"mit123")
     (folder / "runs" / "one").mkdir(parents=True)
     (folder / "runs" / "one" / "adapter_config.json").touch()
@@ -140,7 +141,8 @@ def test_model_that_does_not_suit_the_goal_is_not_offered(client: TestClient, st
 def test_model_in_the_cache_of_the_hub(
     model: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, studio: Studio
 ) -> None:
-    cache, commit = tmp_path_factory.mktemp("hub"), "a" * 40
+    cache = tmp_path_factory.mktemp("hub")
+    commit = "a" * 40
     repository = cache / "models--owner--name"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
@@ -243,7 +245,8 @@ class BlockingProcess:
     """Process that answers no request until it is killed."""
 
     def __init__(self) -> None:
-        self.closed, self.requests = threading.Event(), list[str]()
+        self.closed = threading.Event()
+        self.requests = list[str]()
 
     def request(self, request: bytes, seconds: float, *, max_bytes: int) -> list[bytes]:
         self.requests.append(json.loads(request)["arguments"]["name"])
@@ -387,7 +390,8 @@ def test_job_page_shows_progress_of_the_run_and_escapes_texts(client: TestClient
     lines.insert(0, {"step": 0, "samples": [{**sample, "answer": "first answer"}]})
     lines.append({"step": 20, "samples": [{**sample, "answer": "last answer"}]})
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    job.state, job.stops = "stopped", 1
+    job.state = "stopped"
+    job.stops = 1
     page = client.get(f"/jobs/{job.identity}").text
     assert "20 of 40 steps" in page
     assert all(
@@ -434,7 +438,8 @@ def test_failed_score_of_a_run_with_checkpoints_is_not_continued(client: TestCli
 
 
 def test_failed_score_offers_to_predict_the_file(client: TestClient, studio: Studio) -> None:
-    run, file = studio.workspace.folder / "runs" / "first", studio.workspace.folder / "rows.jsonl"
+    run = studio.workspace.folder / "runs" / "first"
+    file = studio.workspace.folder / "rows.jsonl"
     run.mkdir(parents=True)
     job = studio.queue.add("eval", ["eval", str(run), f"--data={file}", "--json"], title="Score", run=run)
     job.state = "failed"

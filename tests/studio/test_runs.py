@@ -63,7 +63,8 @@ def test_list_shows_training_rows_and_passes(client) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes")
 def test_runs_with_links_out_of_the_folder_are_not_listed_and_pipes_are_not_read(client, run, tmp_path) -> None:
-    pipes, outside = write_run(client, "pipes"), tmp_path / "outside"
+    pipes = write_run(client, "pipes")
+    outside = tmp_path / "outside"
     shutil.copytree(run, outside)
     for name in ("run.json", "metrics.jsonl"):
         (pipes / name).unlink()

@@ -92,7 +92,8 @@ def test_saved_settings_agree_with_file_and_command(client, address):
     }  # fmt: skip
     assert stored(client, address) == yaml.safe_load(answer["yaml"]) == expected
     words = shlex.split(answer["command"])
-    keys, texts = [word.removeprefix("--") for word in words[2::2]], words[3::2]
+    keys = [word.removeprefix("--") for word in words[2::2]]
+    texts = words[3::2]
     values = {key: parse_setting(key, text) for key, text in zip(keys, texts, strict=True)}
     assert words[:2] == ["deltaw", "train"] and values == flat(expected)
     assert RunConfig.read(expected).train.max_grad_norm is None

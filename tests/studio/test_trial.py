@@ -161,7 +161,9 @@ def test_proxy_streams_chunks_as_they_come_and_adds_the_key(served) -> None:
 @pytest.mark.parametrize("token_seconds", [0.0, 0.2])
 def test_disconnected_browser_cancels_the_answer(served, token_seconds) -> None:
     http, server = served
-    server.hold_after, server.token_seconds = 3, token_seconds  # it disconnects while the server waits or sleeps
+    # The client disconnects while the server waits or sleeps.
+    server.hold_after = 3
+    server.token_seconds = token_seconds
     with http.stream("POST", "trial/page/v1/chat/completions", json=STREAMED) as response:
         lines = response.iter_lines()
         assert "low" in "".join(next(lines) for _ in range(5))  # the third token: the server waits
@@ -209,9 +211,11 @@ def test_page_starts_a_trial_and_offers_runs_of_the_same_model(client) -> None:
     assert response.headers["location"] == "/runs/try/runs/first"
     runs = client.studio.workspace.folder / "runs"
     assert started == [(runs / "first", [runs / "second"])]
-    trial.run, trial.state = runs / "first", "starting"
+    trial.run = runs / "first"
+    trial.state = "starting"
     assert client.get("/trial/part", params={"run": "runs/first"}).status_code == 202
-    trial.state, trial.error = "failed", UserError("too large", hint="smaller")
+    trial.state = "failed"
+    trial.error = UserError("too large", hint="smaller")
     assert "Too large." in client.get("/trial/part", params={"run": "runs/first"}).text
     trial.state = "ready"
     text = client.get("/trial/part", params={"run": "runs/first"}).text
@@ -229,7 +233,8 @@ def test_scores_and_predictions_are_jobs(client) -> None:
         data = {"run": "runs/first", "file": "--rows.csv", "verb": verb}
         assert client.post("/runs/score", data=data).headers["location"].startswith("/jobs/")
     score, predict = client.queue.added
-    run, rows = str(folder / "runs" / "first"), folder / "--rows.csv"
+    run = str(folder / "runs" / "first")
+    rows = folder / "--rows.csv"
     assert score["arguments"] == ["eval", run, f"--data={rows}", "--with-base", "--no-drift", "--json"]
     output = folder / "exports" / "first-predictions.csv"
     assert predict["arguments"] == ["predict", run, str(rows), f"--output={output}", "--json"]

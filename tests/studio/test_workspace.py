@@ -143,7 +143,8 @@ def test_interrupted_upload_leaves_no_file(workspace) -> None:
 
 
 def test_leftovers_are_removed_only_by_the_studio_that_locks_the_folder(workspace) -> None:
-    first, second = JobQueue(workspace), JobQueue(Workspace(workspace.folder))
+    first = JobQueue(workspace)
+    second = JobQueue(Workspace(workspace.folder))
     workspace.partial_file().touch()  # of a studio that was killed
     first.start()
     assert files(workspace) == []

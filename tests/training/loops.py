@@ -67,8 +67,11 @@ class Training:
         self.initial_weights = {name: weight.clone() for name, weight in self.weights().items()}
         with self.method.evaluating(self.model):
             self.objective = CausalObjective(self.model)
-        self.rows, self.batcher, self.settings = examples(rows), batcher, SETTINGS | more
-        self.steps, self.states = [], {}
+        self.rows = examples(rows)
+        self.batcher = batcher
+        self.settings = SETTINGS | more
+        self.steps = []
+        self.states = {}
 
     def run(self, checkpoint=None, save_steps=(), should_stop=lambda: False, on_step=lambda step: None):
         def on_begin(state):

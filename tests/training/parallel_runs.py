@@ -53,7 +53,8 @@ def train(
     """Train one run in several processes. ``env_by_rank`` adds environment variables to single processes."""
     path = Path(settings["output"]).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(settings))
-    port, arguments = free_port(), ["train", path, *flags]
+    port = free_port()
+    arguments = ["train", path, *flags]
     return wait_all([start(r, size, port, arguments, **extra, **(env_by_rank or {}).get(r, {})) for r in range(size)])
 
 
@@ -84,7 +85,8 @@ def distance(run: Path, other: Path, part: str = "") -> tuple[float, float]:
 
     ``part`` selects the tensors by their names.
     """
-    actual, expected = adapter(run), adapter(other)
+    actual = adapter(run)
+    expected = adapter(other)
     assert actual.keys() == expected.keys()
     ours, theirs = (torch.cat([t[n].double().flatten() for n in expected if part in n]) for t in (actual, expected))
     return float((ours - theirs).norm()), float(theirs.norm())
@@ -92,7 +94,8 @@ def distance(run: Path, other: Path, part: str = "") -> tuple[float, float]:
 
 def assert_same_run(run: Path, other: Path, counts: Sequence[str] = ("step", "rows", "tokens", "label_tokens")) -> None:
     """Check that losses, evaluations and factors agree up to fp32 summation order, and that ``counts`` are equal."""
-    ours, theirs = metrics(run), metrics(other)
+    ours = metrics(run)
+    theirs = metrics(other)
     assert [sorted(line) for line in ours] == [sorted(line) for line in theirs]
     for a, b in zip(ours, theirs, strict=True):
         for key in {"loss", "gradient_norm", "learning_rate", "eval"} & b.keys():

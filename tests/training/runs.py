@@ -84,7 +84,9 @@ class Snapshots(RecordingCallback):
 
     def __init__(self, run: Path, into: Path, moments: Sequence[str], fail_at: int | None = None) -> None:
         super().__init__()
-        self.run, self.into, self.fail_at = run, into, fail_at
+        self.run = run
+        self.into = into
+        self.fail_at = fail_at
         self.copies: dict[str, Path] = dict.fromkeys(moments, run)
 
     def on_step(self, step: Step) -> None:

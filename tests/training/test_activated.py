@@ -48,7 +48,8 @@ EXACT = ("gpt2 in float64", "neox in float64", "phi in float64")
 def rows(count: int = 9) -> list[Example]:
     """Return rows, some with a common prompt prefix and two with the same prompt."""
     generator = np.random.default_rng(0)
-    stem, examples = generator.integers(10, 97, 8), []
+    stem = generator.integers(10, 97, 8)
+    examples = []
     for n in range(count):
         prefix = stem[: generator.integers(3, 9)] if n % 3 else stem[:0]
         prompt = np.concatenate([prefix, generator.integers(10, 97, generator.integers(2, 9)), INVOCATION])
@@ -76,7 +77,8 @@ def choose_prompts(
     """Yield the stored prompts, or None, and the choice of how they are stored."""
     batcher, _ = choose_causal_batcher(model, examples, BatcherOptions("cpu", tokens_per_pass=tokens))
     with contextlib.nullcontext() if batcher.padded else packed_rows(model):
-        feed, location = Feed(CausalObjective(model), batcher), StoreLocation(**options)
+        feed = Feed(CausalObjective(model), batcher)
+        location = StoreLocation(**options)
         yield stored_prompts(model, feed, examples, location, store_keys=store_keys)
 
 
@@ -116,8 +118,10 @@ class Case:
     """A model and its rows. Checks loss and gradients of a feed against the reference."""
 
     def __init__(self, kind: str = "llama") -> None:
-        family, exact = kind.split()[0], kind in EXACT
-        self.model, self.examples = adapted(family, torch.float64 if exact else torch.float32), rows()
+        family = kind.split()[0]
+        exact = kind in EXACT
+        self.model = adapted(family, torch.float64 if exact else torch.float32)
+        self.examples = rows()
         self.answers = sum(len(row.tokens) - row.active_from for row in self.examples)
         self.loss, self.gradients = reference_gradients(self.model, self.examples)
         self.rounding = (1e-12, 1e-13) if exact else (1e-5, 5e-5)
@@ -171,7 +175,9 @@ def test_later_epochs_and_runs_reuse_stored_prompts(tmp_path):
 
 
 def test_prompts_store_no_activations(tmp_path):
-    model, examples, saved_lengths = adapted("llama"), rows(), []
+    model = adapted("llama")
+    examples = rows()
+    saved_lengths = []
 
     def record(tensor: Tensor) -> Tensor:
         saved_lengths.append(tensor.shape[:1].numel())
@@ -242,7 +248,8 @@ def test_activation_checkpointing_reuses_stored_keys_and_releases_pages(tmp_path
 
 
 def test_per_row_losses_of_groups_cover_completions(tmp_path):
-    model, examples = adapted("llama"), rows(8)
+    model = adapted("llama")
+    examples = rows(8)
     groups = [RowGroup((examples[n], examples[n + 1])) for n in range(0, 8, 2)]
     sums = {}
     with open_stored_prompts(model, groups, tmp_path) as prompts:
@@ -255,7 +262,8 @@ def test_per_row_losses_of_groups_cover_completions(tmp_path):
 
 
 def test_unknown_rows_run_without_stored_prompts(tmp_path):
-    model, examples = adapted("llama"), rows(12)
+    model = adapted("llama")
+    examples = rows(12)
     with open_stored_prompts(model, examples[:9], tmp_path) as prompts:
         actual = loss_and_gradients(model, prompts.objective, prompts, examples[9:])
         evaluated = evaluate_causal(prompts.objective, examples, prompts).metrics["loss"]
@@ -265,7 +273,8 @@ def test_unknown_rows_run_without_stored_prompts(tmp_path):
 
 
 def test_model_without_packing_uses_masked_padded_rows():
-    model, examples = adapted("bloom"), rows()
+    model = adapted("bloom")
+    examples = rows()
     batcher, _ = choose_causal_batcher(model, examples, BatcherOptions("cpu"))
     with choose_prompts(model, examples) as (prompts, choice):
         assert prompts is None and choice.value == "masked" and "padded" in choice.why
@@ -274,7 +283,8 @@ def test_model_without_packing_uses_masked_padded_rows():
 
 
 def test_model_with_different_split_outputs_runs_entire_rows(monkeypatch):
-    model, original = adapted("llama"), packing_checks._run
+    model = adapted("llama")
+    original = packing_checks._run
     assert packing_checks.can_run_separately(model).value
     monkeypatch.setattr(packing_checks, "_DIFFERENCES", {})
     # Simulates an adapter that also acts on the prompt.
@@ -342,7 +352,8 @@ def test_single_epoch_writes_no_store_and_equals_masked_training(make_config, tm
 
 def test_invocation_is_read_from_text_ids_or_prompt_ending(make_config, tmp_path):
     file = write_rows(tmp_path / "plain.jsonl", ({"prompt": f"{c}? Answer:", "completion": f" {c[0]}"} for c in COLORS))
-    tokenizer, data = byte_tokenizer(), {"train": str(file), "template": "plain"}
+    tokenizer = byte_tokenizer()
+    data = {"train": str(file), "template": "plain"}
     for invocation, expected in ((None, "? Answer:"), ("Answer:", "Answer:"), (tokenizer(":")["input_ids"], ":")):
         session = build_session(make_config(data=data, lora={"invocation_tokens": invocation}))
         tokens = session.chosen["lora.invocation_tokens"].value

@@ -136,13 +136,15 @@ def test_int8_gradients_are_used_if_they_add_little_error(factor, used, bf16_run
         rows = exact.data.train[:16]
         expected = gradient(exact, rows)
         session = build_session(bf16_run("bf16", factor=factor), candidates=[GRADIENTS])
+        chosen = session.approximations.names
         errors = {}
-        for names in ((), (GRADIENTS,), session.approximations.names):
-            session.approximations.names, chosen = names, session.approximations.names
+        for names in ((), (GRADIENTS,), chosen):
+            session.approximations.names = names
             errors[names] = float((gradient(session, rows) - expected).norm() / expected.norm())
-            session.approximations.names = chosen
-    assert (GRADIENTS in session.approximations.names) == used
-    bf16_error, used_error = errors[()], errors[session.approximations.names]
+        session.approximations.names = chosen
+    assert (GRADIENTS in chosen) == used
+    bf16_error = errors[()]
+    used_error = errors[chosen]
     assert used_error <= 1.5 * bf16_error + 0.01
     if factor == 128:
         assert errors[GRADIENTS,] > 10 * bf16_error  # otherwise the test is meaningless
@@ -242,7 +244,8 @@ def test_failing_approximation_is_disabled_during_the_run(bf16_run, monkeypatch)
                 rescale(models[-1], 64)
 
     monkeypatch.setattr("deltaw.runs.training_run.load_model", loading)
-    output, resumed_output = Changing(), RecordingCallback()
+    output = Changing()
+    resumed_output = RecordingCallback()
     result = fit(bf16_run("failing"), callback=output)
     assert [line for line in output.lines if line.startswith("approximation disabled from step 2: gradients")]
     assert result.approximations["off_since_step"] == 2 and GRADIENTS not in result.approximations["used"]
@@ -271,7 +274,8 @@ def test_repeated_comparison_changes_no_bit(approximate_run, bf16_run, monkeypat
 @pytest.mark.slow
 @compiled_only
 def test_resumed_run_uses_the_same_approximations_unless_disabled(approximate_run, bf16_run, tmp_path, monkeypatch):
-    stopped, folders = stopped_run(bf16_run("stopped"), 1), map(str, itertools.count())
+    stopped = stopped_run(bf16_run("stopped"), 1)
+    folders = map(str, itertools.count())
 
     def resumed(output=None, **changes):
         """Resume a fresh copy of the stopped run."""
@@ -298,7 +302,8 @@ def test_resumed_run_uses_the_same_approximations_unless_disabled(approximate_ru
 
 def test_memory_is_released_before_gradients_and_each_pass_are_compared(bf16_run, monkeypatch):
     """Loading, log-probabilities and fp32 blocks fragment memory, and later tensors do not fit into the holes."""
-    calls, trims = [], []
+    calls = []
+    trims = []
     monkeypatch.setattr(approximations, "trim_memory", lambda: trims.append(1))
 
     def recorded(name: str, run):
@@ -340,7 +345,8 @@ def test_comparison_supports_classification(bf16_run, tmp_path):
     config = BertConfig(vocab_size=259, max_position_embeddings=64, initializer_range=0.05, **shape)
     bert = save_model(BertModel(config).bfloat16(), tmp_path / "bert")
     rows = ({"text": f"{n} is {'odd' if n % 2 else 'even'}", "label": n % 2} for n in range(60))
-    data, lora = {"train": str(write_rows(tmp_path / "labels.jsonl", rows))}, {"target_modules": "all-linear"}
+    data = {"train": str(write_rows(tmp_path / "labels.jsonl", rows))}
+    lora = {"target_modules": "all-linear"}
     result = fit(bf16_run("labels", model=str(bert), task="sequence-classification", data=data, lora=lora))
     assert 0 < result.approximations["own"] <= result.approximations["error"] < 0.1
 
@@ -369,7 +375,8 @@ def test_margin_absorbs_noise_and_one_failing_block_suffices():
     # An error within the margin around the limit neither enables an approximation nor disables it.
     near = ApproximationErrors((), Errors(0.01, 0.0245, 1.0))
     assert near.failing(approximations.MARGIN) is not None and near.failing() is None
-    good, bad = Errors(0.01, 0.011, 1.0), Errors(0.01, 0.05, 1.0)
+    good = Errors(0.01, 0.011, 1.0)
+    bad = Errors(0.01, 0.05, 1.0)
     assert "model.layers.1" in ApproximationErrors((), good, {"model.layers.0": good, "model.layers.1": bad}).failing()
     assert block_of("model.layers.10.mlp.up_proj.lora_A") == "model.layers.10"
     assert block_of("score.weight") == "score.weight"
@@ -403,7 +410,8 @@ def test_summed_classes_need_a_peaked_head(spread, used, bf16_run, tmp_path):
 
 
 def test_gradient_comparison_reports_progress():
-    model, progress = torch.nn.Linear(2, 1), []
+    model = torch.nn.Linear(2, 1)
+    progress = []
     batches = [SimpleNamespace(tokens=3, inputs=torch.ones(3, 2)) for _ in range(2)]
     batcher = SimpleNamespace(batches=lambda rows: iter(batches))
     named = dict(model.named_parameters())

@@ -41,8 +41,10 @@ def relative_error(actual, expected):
 
 @pytest.mark.parametrize("precision", ["nf4", "int8"])
 def test_adapted_layer_equals_dequantized_layer(precision):
-    layer, x = bitsandbytes_linear(make_linear(), precision, "cpu"), torch.randn(3, 20, 128)
-    weight, bias = dequantized(layer), layer.bias.float()
+    layer = bitsandbytes_linear(make_linear(), precision, "cpu")
+    x = torch.randn(3, 20, 128)
+    weight = dequantized(layer)
+    bias = layer.bias.float()
     model = nn.ModuleDict({"q_proj": layer})
     attach(model, LoRAConfig(rank=4, alpha=8, target_modules=["q_proj"]))
     adapted = model["q_proj"]
@@ -51,7 +53,8 @@ def test_adapted_layer_equals_dequantized_layer(precision):
     inputs = [x.to(torch.bfloat16).requires_grad_(), x.clone().to(torch.bfloat16).float().requires_grad_()]
     factors = [f.detach().clone().requires_grad_() for f in (adapted.lora_A, adapted.lora_B)]
     expected = inputs[1] @ weight.t() + bias + 2 * inputs[1] @ factors[0] @ factors[1]
-    slopes, tolerance = torch.randn_like(expected), TOLERANCE[precision]
+    slopes = torch.randn_like(expected)
+    tolerance = TOLERANCE[precision]
     expected.backward(slopes)
     y = adapted(inputs[0])
     y.backward(slopes.to(y.dtype))
@@ -63,7 +66,8 @@ def test_adapted_layer_equals_dequantized_layer(precision):
 
 def test_nf4_values_equal_own_kernels():
     linear = make_linear()
-    ours, theirs = quantize_linear_nf4(linear).plain_weight(), dequantized(bitsandbytes_linear(linear, "nf4", "cpu"))
+    ours = quantize_linear_nf4(linear).plain_weight()
+    theirs = dequantized(bitsandbytes_linear(linear, "nf4", "cpu"))
     assert float((ours.float() != theirs.to(torch.bfloat16).float()).float().mean()) < 0.02
     torch.testing.assert_close(ours.float(), theirs, rtol=2**-6, atol=1e-6)
 
@@ -72,7 +76,8 @@ def test_nf4_values_equal_own_kernels():
 def test_quantized_model_keeps_fingerprint_head_and_parameter_count(precision):
     model = tiny_llama(hidden_size=64, intermediate_size=128).bfloat16().requires_grad_(False)
     model.lm_head.weight = model.model.embed_tokens.weight
-    before, count = base_fingerprint(model), count_logical_parameters(model)
+    before = base_fingerprint(model)
+    count = count_logical_parameters(model)
     message = quantize_with_bitsandbytes(model.base_model, precision, "cpu")
     assert message == f"14 of 14 layers are in {precision}, with bitsandbytes"
     assert base_fingerprint(model) == before and count_logical_parameters(model) == count

@@ -30,7 +30,8 @@ def synthetic_plan(config: RunConfig, *_: object, processes: int = 1) -> Plan:
     """
     if config.method == "prompt":
         raise UserError("images have no prompt")
-    tokens, checkpointing = int(config.train.tokens_per_pass), config.train.checkpointing
+    tokens = int(config.train.tokens_per_pass)
+    checkpointing = config.train.checkpointing
     rank = config.lora.rank if config.method == "lora" else {"bias": 2, "full": 200}[config.method]
     size = size_of(rank, tokens, checkpointing)
     header = {"method": config.method, "total_parameters": 10_000, "trained_parameters": rank, "precision": "fp32"}

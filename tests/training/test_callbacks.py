@@ -37,7 +37,8 @@ def test_on_end_is_called_after_a_failed_run(settings, tmp_path):
 
 
 def test_fit_from_python_prints_no_output(settings, tmp_path, capfd):
-    lines, short = [], {"train": {"max_steps": 1}}
+    lines = []
+    short = {"train": {"max_steps": 1}}
     deltaw.fit(settings(tmp_path / "run", **short))
     deltaw.plan(settings(tmp_path / "run"))
     deltaw.fit(settings(tmp_path / "other", **short), callback=LineCallback(lines.append))

@@ -65,7 +65,8 @@ KINDS |= {"apart": {}}
 @pytest.mark.parametrize("kind", KINDS)
 def test_step_synchronizes_once(kind, monkeypatch):
     parts = _, _, objective = build_on("cuda", **KINDS[kind])
-    rows, options = activated_rows() if kind == "activated" else examples(8), {"share": kind != "apart"}
+    rows = activated_rows() if kind == "activated" else examples(8)
+    options = {"share": kind != "apart"}
     if kind == "pairs":
         objective.loss = Preference()
         rows = [RowGroup((rows[n], rows[n + 1])) for n in range(0, 8, 2)]
@@ -74,7 +75,8 @@ def test_step_synchronizes_once(kind, monkeypatch):
         answers = examples(3, seed=1)
         base = base_log_probs(objective, batcher, answers)
         options["add_gradients"] = GeneralRehearsal(objective, batcher, answers, base, weight=0.5, seed=0)
-    read, reads = loop._read, []
+    read = loop._read
+    reads = []
 
     def allowed(*numbers):
         torch.cuda.set_sync_debug_mode("default")
@@ -148,7 +150,8 @@ def test_device_store_reads_from_device_and_writes_through(tmp_path, monkeypatch
 def test_existing_vectors_are_copied_to_device_once(monkeypatch):
     inner = MemoryStore(SHAPE)
     _, values = filled_store(inner)
-    store, read = DeviceStore(inner, torch.device("cpu")), mock.Mock(wraps=inner.read)
+    store = DeviceStore(inner, torch.device("cpu"))
+    read = mock.Mock(wraps=inner.read)
     monkeypatch.setattr(inner, "read", read)
     for _ in range(2):
         assert torch.equal(store.read(np.array([4, 0, 4])), values[[4, 0, 4]])

@@ -93,7 +93,8 @@ SOURCES = {
 def test_resumed_run_is_bit_identical(distill_run, source):
     uninterrupted = deltaw.fit(distill_run("whole", distill=SOURCES[source]))
     resumed = deltaw.fit(resume=stopped_run(distill_run("part", distill=SOURCES[source]), 2))
-    ours, theirs = losses(uninterrupted.output), losses(resumed.output)
+    ours = losses(uninterrupted.output)
+    theirs = losses(resumed.output)
     assert ours == theirs and len(ours) == 4
     assert (uninterrupted.output / ADAPTER).read_bytes() == (resumed.output / ADAPTER).read_bytes()
 
@@ -187,7 +188,8 @@ def test_plan_includes_teacher_and_its_longer_rows(distill_run, long_context_fol
         return plan(distill_run("run", distill=distill, train={"batch_size": 1}))
 
     weights = sum(file.stat().st_size for file in long_context_folder.glob("*.safetensors"))
-    short, long = planned(prompt="brief"), planned(prompt="at length " * 20)
+    short = planned(prompt="brief")
+    long = planned(prompt="at length " * 20)
     assert long.operations > 2 * short.operations and long.peak_bytes > short.peak_bytes
     other = planned(prompt="brief", teachers=[{"model": str(long_context_folder)}])
     assert other.peak_bytes > short.peak_bytes + 0.9 * weights
@@ -199,7 +201,8 @@ def test_teacher_with_different_tokenizer_is_rejected(distill_run, tmp_path, lon
     tokenizer = json.loads(file.read_text())
     vocabulary = tokenizer["model"]["vocab"]
     first, second = (next(token for token, number in vocabulary.items() if number == n) for n in (40, 41))
-    vocabulary[first], vocabulary[second] = 41, 40
+    vocabulary[first] = 41
+    vocabulary[second] = 40
     file.write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match=f"token 40 is '{second}', the student's is '{first}'"):
         deltaw.fit(distill_run("run", distill={"teachers": [{"model": str(other)}]}))

@@ -72,7 +72,8 @@ def build_drifted_model(model, scale):
 
 def reference_drift(model, rows, base):
     """Return losses, divergence and agreement, computed row by row from the model's own logits in float64."""
-    totals, labels = np.zeros(4), sum(row.label_count for row in rows)
+    totals = np.zeros(4)
+    labels = sum(row.label_count for row in rows)
     for row in rows:
         ids = torch.from_numpy(row.tokens).long()
         with torch.no_grad():
@@ -80,15 +81,18 @@ def reference_drift(model, rows, base):
             with base():
                 before = model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
         for position in np.flatnonzero(row.is_label):
-            p, q = before[position - 1], after[position - 1]
-            kl, agrees = (p.exp() * (p - q)).sum().item(), float(p.argmax() == q.argmax())
+            p = before[position - 1]
+            q = after[position - 1]
+            kl = (p.exp() * (p - q)).sum().item()
+            agrees = float(p.argmax() == q.argmax())
             totals += [-p[ids[position]].item(), -q[ids[position]].item(), kl, agrees]
     return totals / labels
 
 
 @pytest.mark.parametrize(("family", "scale"), [("llama", 0.0), ("gemma2", 0.3), ("cohere", 0.3), ("bloom", 0.3)])
 def test_drift_matches_reference(family, scale):
-    model, rows = build_drifted_model(causal_model(family), scale), random_answers(9, VOCABULARY)
+    model = build_drifted_model(causal_model(family), scale)
+    rows = random_answers(9, VOCABULARY)
     padded = family == "bloom"
     running = contextlib.nullcontext if padded else lambda: packed_rows(model)
     batcher = CausalMicroBatcher(40, True, padded, "cpu")
@@ -200,7 +204,8 @@ def test_model_identity_changes_with_a_single_value():
 
 def test_unmeasurable_drift_is_reported(settings, long_context_folder, tmp_path):
     for drift in (None, False):
-        output, options = RecordingCallback(), {} if drift is None else {"drift": drift}
+        output = RecordingCallback()
+        options = {} if drift is None else {"drift": drift}
         train = {"max_steps": 1, **options}
         result = fit(settings(tmp_path / str(drift), model=str(long_context_folder), train=train), callback=output)
         assert result.drift is None and result.as_dict()["drift"] is None
@@ -236,7 +241,8 @@ def test_rehearsal_and_drift_prompts_are_disjoint():
 def test_rehearsal_of_general_answers_limits_drift(settings, long_context_folder, tmp_path):
     runs = []
     for weight in (0, 2):
-        output, train = RecordingCallback(), {"drift": True, "epochs": 3, "learning_rate": 3e-2, "keep_general": weight}
+        output = RecordingCallback()
+        train = {"drift": True, "epochs": 3, "learning_rate": 3e-2, "keep_general": weight}
         runs.append(fit(settings(tmp_path / f"{weight}", model=str(long_context_folder), train=train), callback=output))
         assert "no memory plan" not in output and ("keep_general 2: " in output) == bool(weight)
     plain, rehearsed = runs
@@ -258,7 +264,8 @@ def mean_divergence(model, rows):
     """Return KL(base ‖ model) over all tokens at the labels of the rows, from the model's own logits in float64."""
     divergences = []
     for row in rows:
-        ids, positions = torch.from_numpy(row.tokens).long()[None], np.flatnonzero(row.is_label) - 1
+        ids = torch.from_numpy(row.tokens).long()[None]
+        positions = np.flatnonzero(row.is_label) - 1
         log_q = model(input_ids=ids).logits[0].double().log_softmax(-1)[positions]
         with torch.no_grad(), disabled(model):
             log_p = model(input_ids=ids).logits[0].double().log_softmax(-1)[positions]
@@ -267,7 +274,8 @@ def mean_divergence(model, rows):
 
 
 def build_rehearsal(model, rows, **options):
-    batcher, objective = CausalMicroBatcher(64, True, False, "cpu"), CausalObjective(model)
+    batcher = CausalMicroBatcher(64, True, False, "cpu")
+    objective = CausalObjective(model)
     with packed_rows(model), disabled(model):
         base = base_log_probs(objective, batcher, rows)
     return GeneralRehearsal(objective, batcher, rows, base, weight=0.7, seed=3, **options)
@@ -290,7 +298,8 @@ def test_rehearsal_gradients_match_weighted_mean_divergence(monkeypatch):
 
 def test_remaining_tokens_count_as_one_in_divergence(monkeypatch):
     model = build_drifted_model(causal_model("llama"), 0.3)
-    rows, values = random_answers(5, VOCABULARY), []
+    rows = random_answers(5, VOCABULARY)
+    values = []
     for count in (1, 4, VOCABULARY):
         monkeypatch.setattr(general, "TOP_TOKENS", count)
         rehearsal = build_rehearsal(model, rows, per_step=5)

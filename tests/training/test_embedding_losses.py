@@ -16,7 +16,8 @@ from deltaw.tasks.embedding.rows import TextGroup
 from deltaw.tasks.embedding.settings import EmbeddingSettings
 from tests.conftest import refusal
 
-WIDTH, ROWS = 8, 5
+WIDTH = 8
+ROWS = 5
 
 
 def group(number: int, texts: int, scores: tuple[float, ...] = (), label=None, passage_of=None) -> TextGroup:
@@ -62,7 +63,8 @@ def test_infonce_is_cross_entropy_over_all_passages(negatives):
 
 
 def test_symmetric_infonce_averages_both_directions():
-    rows, embeddings = [group(number, 2) for number in range(ROWS)], random_vectors(2 * ROWS)
+    rows = [group(number, 2) for number in range(ROWS)]
+    embeddings = random_vectors(2 * ROWS)
     split = normalized(embeddings).reshape(ROWS, 2, WIDTH)
     scores = split[:, 0] @ split[:, 1].T / 0.05
     expected = (cross_entropy(scores) + cross_entropy(scores.T)) / 2
@@ -94,7 +96,8 @@ def test_query_equal_to_a_passage_is_not_its_negative():
 
 
 def test_mask_above_excludes_only_negatives_of_other_rows():
-    rows, embeddings = [group(number, 3) for number in range(3)], random_vectors(9)
+    rows = [group(number, 3) for number in range(3)]
+    embeddings = random_vectors(9)
     split = normalized(embeddings).reshape(3, 3, WIDTH)
     candidates = np.concatenate([split[:, 1], split[:, 2]])
     similar = split[:, 0] @ candidates.T
@@ -107,7 +110,8 @@ def test_mask_above_excludes_only_negatives_of_other_rows():
 
 def test_cosent_ignores_ties():
     labels = [0.1, 0.9, 0.5, 0.5, 0.0]
-    rows, embeddings = [group(number, 2, (score,)) for number, score in enumerate(labels)], random_vectors(2 * ROWS)
+    rows = [group(number, 2, (score,)) for number, score in enumerate(labels)]
+    embeddings = random_vectors(2 * ROWS)
     split = normalized(embeddings).reshape(ROWS, 2, WIDTH)
     similar = (split[:, 0] * split[:, 1]).sum(1)
     ordered = [(i, j) for i in range(ROWS) for j in range(ROWS) if labels[i] < labels[j]]
@@ -118,7 +122,8 @@ def test_cosent_ignores_ties():
 
 def test_supcon_ignores_classes_of_a_single_row():
     classes = [0, 1, 0, 2, 1]
-    rows, embeddings = [group(number, 1, label=label) for number, label in enumerate(classes)], random_vectors(ROWS)
+    rows = [group(number, 1, label=label) for number, label in enumerate(classes)]
+    embeddings = random_vectors(ROWS)
     similar = normalized(embeddings) @ normalized(embeddings).T / 0.05
     np.fill_diagonal(similar, -np.inf)
     total = 0.0
@@ -132,7 +137,8 @@ def test_supcon_ignores_classes_of_a_single_row():
 
 
 def test_margin_mse_and_kl_match_closed_forms():
-    rows, embeddings = [group(number, 3, (1.5,)) for number in range(ROWS)], random_vectors(3 * ROWS)
+    rows = [group(number, 3, (1.5,)) for number in range(ROWS)]
+    embeddings = random_vectors(3 * ROWS)
     split = embeddings.detach().numpy().reshape(ROWS, 3, WIDTH)
     margins = ((split[:, 0] * split[:, 1]) - (split[:, 0] * split[:, 2])).sum(1)
     expected = pytest.approx(np.mean((margins - 1.5) ** 2), rel=1e-12)
@@ -147,7 +153,8 @@ def test_margin_mse_and_kl_match_closed_forms():
 
 
 def test_matryoshka_sums_losses_of_renormalized_prefixes():
-    rows, embeddings = [group(number, 2) for number in range(ROWS)], random_vectors(2 * ROWS)
+    rows = [group(number, 2) for number in range(ROWS)]
+    embeddings = random_vectors(2 * ROWS)
     parts = sum(compute_loss(rows, embeddings[:, :count]).item() for count in (8, 4))
     assert compute_loss(rows, embeddings, dimensions=[8, 4]).item() == pytest.approx(parts, rel=1e-12)
 

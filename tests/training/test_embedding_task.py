@@ -53,7 +53,8 @@ def triplets(count: int = 16) -> list[dict]:
     """Return rows of mixed lengths. Two rows share a passage and two share a query."""
     texts = texts_of(3 * count)
     rows = [{"anchor": a, "positive": b, "negative": c} for a, b, c in zip(*[iter(texts)] * 3, strict=True)]
-    rows[3]["positive"], rows[5]["anchor"] = rows[1]["positive"], rows[2]["anchor"]
+    rows[3]["positive"] = rows[1]["positive"]
+    rows[5]["anchor"] = rows[2]["anchor"]
     rows[7]["negative"] = rows[0]["positive"]
     return rows
 
@@ -118,22 +119,26 @@ def gradients(session) -> torch.Tensor:
 def step(session, rows=None, **settings) -> tuple[float, torch.Tensor, int]:
     """Return loss and gradient of one step, and the number of microbatches."""
     rows = session.data.train if rows is None else rows
-    objective, batcher = copy.copy(session.objective), session.batcher
+    objective = copy.copy(session.objective)
+    batcher = session.batcher
     objective.settings = objective.settings.model_copy(update=settings)
     session.model.zero_grad()
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     with session.running():
         objective.start_step(rows, batcher)
         for batch in batcher.batches(rows):
             loss = objective(batch) / objective.units(rows)
             loss.backward()
-            total, count = total + float(loss.detach()), count + 1
+            total += float(loss.detach())
+            count += 1
     return total, gradients(session), count
 
 
 def reference_step(session, pooling: str) -> tuple[float, torch.Tensor]:
     """Return the reference loss and gradient: float64, one graph, each text separately in the model's own forward."""
-    exact, vectors = copy.deepcopy(session.model).double(), []
+    exact = copy.deepcopy(session.model).double()
+    vectors = []
     for text in (text for row in session.data.train for text in row.rows):
         (hidden,) = exact(input_ids=torch.from_numpy(text.tokens).long()[None]).last_hidden_state
         weights = torch.arange(1.0, len(hidden) + 1, dtype=torch.float64)
@@ -274,11 +279,13 @@ def test_memory_grows_with_batch_only_by_its_vectors(make_config, family):
     rows = [{"anchor": f"query {n:04} {'x' * 30}", "positive": f"passage {n:04} {'y' * 28}"} for n in range(96)]
 
     def planned(size: int, kept_tokens: int) -> int:
-        train, embedding = {"batch_size": size, "tokens_per_pass": 384}, {"kept_tokens": kept_tokens}
+        train = {"batch_size": size, "tokens_per_pass": 384}
+        embedding = {"kept_tokens": kept_tokens}
         config = RunConfig.read(make_config(family, rows, embedding=embedding, train=train))
         return plan_run(config, *read_data(config)).peak_bytes
 
-    small, large = planned(24, 0), planned(96, 0)
+    small = planned(24, 0)
+    large = planned(96, 0)
     texts = 2 * (96 - 24)
     # 32 fp32 values per text, in three forms (separate, concatenated, normalized), each with a gradient.
     vectors = 6 * texts * 32 * 4

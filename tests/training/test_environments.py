@@ -76,7 +76,11 @@ class Script:
     """Sampler with scripted texts and a log-probability of -1 per token. Records the prompts."""
 
     def __init__(self, tokenizer, *turns, end):
-        self.tokenizer, self.turns, self.end, self.prompts, self.seeds = tokenizer, list(turns), end, [], []
+        self.tokenizer = tokenizer
+        self.turns = list(turns)
+        self.end = end
+        self.prompts = []
+        self.seeds = []
 
     def __call__(self, prompts, params):
         self.prompts.append([list(map(int, prompt)) for prompt in prompts])
@@ -196,7 +200,8 @@ def test_environment_errors_name_the_row(play, name, message):
 def test_encoded_reply_matches_the_template(family):
     tokenizer = tokenizer_of(family)
     encoder = Encoder(tokenizer, date="2026-01-31")
-    question, reply = [{"role": "user", "content": "first"}], {"role": "user", "content": "second"}
+    question = [{"role": "user", "content": "first"}]
+    reply = {"role": "user", "content": "second"}
     full_prompt = encoder.prompt([*question, {"role": "assistant", "content": "yes"}, reply])
     suffix = encoder.encode_reply(question, reply)
     assert suffix == full_prompt[-len(suffix) :] and "second" in texts(tokenizer, suffix)

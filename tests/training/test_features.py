@@ -69,7 +69,8 @@ def build_causal_model(trained, family="llama"):
 
 def run(model, objective, batcher, rows, *, steps=6):
     """Train and return the loss of each step and the final parameters."""
-    reports, parameters = [], [p for p in model.parameters() if p.requires_grad]
+    reports = []
+    parameters = [p for p in model.parameters() if p.requires_grad]
     options = {"learning_rate": 5e-3, "total_steps": steps, "batch_size": 4}
     train(objective, parameters, rows, batcher, on_step=reports.append, **options)
     return [step.loss for step in reports], [p.detach().clone() for p in parameters]
@@ -148,7 +149,8 @@ def test_classifiers_and_regression_train_identically(trained, tmp_path):
     kind, *modules = trained.split()
     family, _, number = kind.partition("-")
     model = train_head(model_of(family, outputs=1 if number else 3, pad=0), *modules)
-    task, rows = number or "sequence-classification", examples_of(LENGTHS, number=bool(number))
+    task = number or "sequence-classification"
+    rows = examples_of(LENGTHS, number=bool(number))
     batcher = LabelMicroBatcher(64)
     cached, _ = train_both_ways(model, lambda m: LabelObjective(m, task), batcher, rows, tmp_path)
     assert cached.store.shape.units == (12 if trained in HEADS else sum(LENGTHS))
@@ -167,7 +169,8 @@ def test_image_classifier_trains_identically(modules, tmp_path):
 
 
 def test_bf16_features_are_exact_and_unknown_rows_are_not_cached(tmp_path):
-    model, rows = lora_above(causal_model("llama").to(torch.bfloat16)), causal_rows()
+    model = lora_above(causal_model("llama").to(torch.bfloat16))
+    rows = causal_rows()
     with open_cache(model, rows[:8], tmp_path) as cached:
         assert cached.store.shape.dtype == "bfloat16"
         losses = [[cached.objective(batch).item() for batch in cached.batches(rows)] for _ in range(2)]
@@ -177,7 +180,9 @@ def test_bf16_features_are_exact_and_unknown_rows_are_not_cached(tmp_path):
 
 @pytest.mark.parametrize("trained", ["head", "upper block"])
 def test_later_epochs_and_runs_reuse_features(trained, tmp_path):
-    model, rows, calls = build_causal_model(trained), causal_rows(), []
+    model = build_causal_model(trained)
+    rows = causal_rows()
+    calls = []
     with open_cache(model, rows, tmp_path) as cached:
         assert "already stored" not in cached.choice.why
         run(model, cached.objective, cached, rows, steps=3)
@@ -194,7 +199,8 @@ def test_later_epochs_and_runs_reuse_features(trained, tmp_path):
 
 
 def test_unmarked_rows_are_recomputed_after_a_kill(tmp_path):
-    model, rows = build_causal_model("head"), causal_rows()
+    model = build_causal_model("head")
+    rows = causal_rows()
     with open_cache(model, rows, tmp_path) as cached:
         for batch in cached.batches(rows):
             assert not cached.store.done.any()  # vectors are computed on first use
@@ -215,7 +221,9 @@ def test_unmarked_rows_are_recomputed_after_a_kill(tmp_path):
 
 
 def test_store_depends_on_weights_rows_depth_and_arithmetic(tmp_path, monkeypatch):
-    model, rows, other = build_causal_model("upper block"), causal_rows(), causal_model("llama")
+    model = build_causal_model("upper block")
+    rows = causal_rows()
+    other = causal_model("llama")
     other.model.embed_tokens.weight.data[5, 3] += 1e-3
     arithmetic = dataclasses.replace(loader.arithmetic(), fp32="wide")
     cases = [
@@ -243,7 +251,8 @@ def test_trained_first_block_disables_the_cache(tmp_path):
 
 def test_block_with_hidden_inputs_disables_the_cache(tmp_path):
     model = lora_above(causal_model("llama"))
-    (first, second), captured = model.model.layers, {}
+    first, second = model.model.layers
+    captured = {}
     first.register_forward_pre_hook(lambda m, args: captured.update(it=args[0]))
     first.mlp.register_forward_hook(lambda m, args, out: captured.update(it=out))
     second.register_forward_pre_hook(lambda m, args: (args[0] + captured.pop("it"), *args[1:]))
@@ -251,7 +260,8 @@ def test_block_with_hidden_inputs_disables_the_cache(tmp_path):
 
 
 def test_without_disk_space_only_small_features_are_cached(tmp_path, monkeypatch):
-    model, rows = lora_above(causal_model("llama")), causal_rows()
+    model = lora_above(causal_model("llama"))
+    rows = causal_rows()
     with open_cache(model, rows, tmp_path, limit=100) as cached:
         assert "in memory" in cached.choice.why
     monkeypatch.setattr("deltaw.training.features.prefix_cache.MEMORY_BYTES", 100)

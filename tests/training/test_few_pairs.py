@@ -37,7 +37,8 @@ def rate_of(run):
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_few_rows_train_at_lower_default_rate(make_config, loss):
-    few, many = RecordingCallback(), RecordingCallback()
+    few = RecordingCallback()
+    many = RecordingCallback()
     few_run = fit(make_config("few", MANY_ROWS - 1, loss), callback=few).output
     many_run = fit(make_config("many", MANY_ROWS, loss), callback=many).output
     assert rate_of(few_run) == pytest.approx(FEW_ROWS_RATE * rate_of(many_run), rel=0.06)

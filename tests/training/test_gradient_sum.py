@@ -76,7 +76,8 @@ def gradients(size, *, early, dtype, recomputed, microbatches=2, steps=3):
 
     def work(rank, group):
         model = Blocks(dtype)
-        sources, early_counts = list(model.parameters()), []
+        sources = list(model.parameters())
+        early_counts = []
         with MasterWeights(sources) as masters:
             reducer = GradientSum(masters.trained, sources, lambda flat: group.allreduce([flat]), size=size)
             generator = torch.Generator().manual_seed(rank)

@@ -63,7 +63,8 @@ def unpadded_losses(model, rows: list[LabeledExample], loss_of=F.cross_entropy) 
 @pytest.mark.parametrize("family", [*ENCODERS, *DECODERS])
 @pytest.mark.parametrize("budget", [1, 1000])
 def test_loss_equals_sum_over_unpadded_rows(family: str, budget: int):
-    model, rows = model_of(family), examples_of()
+    model = model_of(family)
+    rows = examples_of()
     objective = LabelObjective(model, "sequence-classification")
     assert objective.pooled == (family in DECODERS)
     loss = sum(objective(batch) for batch in LabelMicroBatcher(budget).batches(rows))
@@ -177,7 +178,8 @@ def test_images_of_wrong_size_are_rejected(tmp_path):
 
 
 def test_evaluation_preserves_row_order_and_rejects_nonfinite_outputs():
-    model, rows = model_of("bert"), examples_of()
+    model = model_of("bert")
+    rows = examples_of()
     objective = LabelObjective(model, "sequence-classification")
     evaluation = evaluate_labels(objective, rows, LabelMicroBatcher(20), ("a", "b", "c"))
     expected = torch.stack([unpadded_logits(model, row) for row in rows]).detach()
@@ -192,7 +194,8 @@ def test_evaluation_preserves_row_order_and_rejects_nonfinite_outputs():
 
 
 def test_regression_loss_is_summed_squared_error():
-    model, rows = model_of("bert", outputs=1), examples_of(number=True)
+    model = model_of("bert", outputs=1)
+    rows = examples_of(number=True)
     objective = LabelObjective(model, "regression")
     loss = sum(objective(batch) for batch in LabelMicroBatcher(30).batches(rows))
     torch.testing.assert_close(loss, unpadded_losses(model, rows, lambda output, label: (output[0] - label) ** 2).sum())

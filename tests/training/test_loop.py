@@ -84,7 +84,8 @@ def test_gradients_are_clipped_to_max_norm():
 
 @pytest.mark.parametrize("last_step", [1, 4])  # after four steps, only the device detects it in time
 def test_nonfinite_step_raises_without_update(last_step):
-    run, saved = training(total_steps=6), {}
+    run = training(total_steps=6)
+    saved = {}
 
     def spoil(step):
         if step.step == last_step:

@@ -21,7 +21,8 @@ class Product(Objective):
     """Loss whose gradient, ``factor`` times the scale, is computed in fp16. Four units per step."""
 
     def __init__(self, factor):
-        self.weight, self.factor = nn.Parameter(torch.tensor([1.0])), factor
+        self.weight = nn.Parameter(torch.tensor([1.0]))
+        self.factor = factor
 
     def __call__(self, batch):
         return (self.weight.half() * self.factor).float().sum()
@@ -32,7 +33,8 @@ class Product(Objective):
 
 def run(objective, **options):
     """Train the weight of ``objective`` for eight steps. Return the outcome, the steps and the repetitions."""
-    steps, repeated = [], []
+    steps = []
+    repeated = []
     defaults = {"learning_rate": 0.1, "total_steps": 8, "batch_size": 2, "loss_scaling": True}
     events = {"on_step": steps.append, "on_skip": repeated.append}
     outcome = train(objective, [objective.weight], examples(2), SPLIT, **{**defaults, **events, **options})
@@ -68,7 +70,8 @@ def test_overflow_halves_the_scale_and_repeats_the_step():
 
 
 def test_gradients_are_clipped_without_the_scale():
-    scaled, plain = Product(0.5), Product(0.5)
+    scaled = Product(0.5)
+    plain = Product(0.5)
     norms = [[step.gradient_norm for step in run(scaled, max_grad_norm=0.1)[1]]]
     norms += [[step.gradient_norm for step in run(plain, max_grad_norm=0.1, loss_scaling=False)[1]]]
     assert norms[0] == norms[1] == [0.125] * 8

@@ -30,7 +30,8 @@ def pairs(count=6, seed=0):
     """Return pairs of answers to a prompt each. All prompts share a beginning."""
     random = np.random.default_rng(seed)
     random_tokens = lambda n: random.integers(3, VOCABULARY, n)  # noqa: E731
-    stem, groups = random_tokens(6), []
+    stem = random_tokens(6)
+    groups = []
     for number in range(count):
         prompt = [*stem, *random_tokens(5)]
         rows = (example(number + 1, [*prompt, *random_tokens(2 + number % 3)], 11) for _ in ("chosen", "rejected"))
@@ -95,7 +96,9 @@ def test_pair_gradients_match_separate_float64_forwards(family, method, layout):
 
 
 def test_public_loop_trains_pairs():
-    groups, trained, first_losses = pairs(), {}, {}
+    groups = pairs()
+    trained = {}
+    first_losses = {}
     for budget in (60, 10_000):
         model = adapted("llama", METHODS["frozen head"]())
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -104,14 +107,16 @@ def test_public_loop_trains_pairs():
         expected = gradients(exact, before / len(groups))
         batcher = CausalMicroBatcher(budget, True, False, "cpu")
         options = {"learning_rate": 1e-2, "total_steps": 10, "batch_size": len(groups), "max_grad_norm": None}
-        steps, objective = [], CausalObjective(model, Preference())
+        steps = []
+        objective = CausalObjective(model, Preference())
         with packed_rows(model):
             deltaw.train(objective, [*named.values()], groups, batcher, names=[*named], on_step=steps.append, **options)
         assert len(steps) == 10 and steps[0].label_tokens == steps[0].rows == len(groups)
         norm = torch.stack([g.norm() for g in expected.values()]).norm()
         assert steps[0].gradient_norm == pytest.approx(float(norm), rel=1e-5)
         assert reference_loss(copy.deepcopy(model).double(), groups) < 0.5 * before
-        first_losses[budget], trained[budget] = steps[0].loss, named
+        first_losses[budget] = steps[0].loss
+        trained[budget] = named
     assert first_losses[60] == pytest.approx(first_losses[10_000], rel=1e-6)
     for name, parameter in trained[60].items():
         assert (parameter - trained[10_000][name]).norm() <= 2e-3 * parameter.norm(), name
@@ -137,7 +142,8 @@ def test_groups_are_not_split_and_every_row_occurs_once(budget, share, padded):
 @pytest.mark.parametrize("lay_out", [pack, pad])
 def test_log_probs_are_returned_per_row_for_shared_labels(lay_out):
     random = np.random.default_rng(0)
-    stem, lengths = random.integers(3, VOCABULARY, 12), ((2, 5), (4, 9), (3, 13))
+    stem = random.integers(3, VOCABULARY, 12)
+    lengths = ((2, 5), (4, 9), (3, 13))
     rows = [example(end, [*stem, *random.integers(3, VOCABULARY, end)], first) for end, first in lengths]
     rows.append(Example(9, rows[0].tokens, rows[0].is_label, 0, None))  # equal to the first
     model = causal_model("llama")
@@ -164,7 +170,8 @@ class GenericCrossEntropy:
 def test_fast_cross_entropy_matches_generic_path(family, method):
     model = adapted(family, METHODS[method]())
     rows = [row for group in pairs() for row in group.rows]
-    fast, generic = CausalObjective(model), CausalObjective(model, GenericCrossEntropy())
+    fast = CausalObjective(model)
+    generic = CausalObjective(model, GenericCrossEntropy())
     results = []
     with packed_rows(model):
         for objective in (fast, generic):
@@ -179,7 +186,8 @@ def test_head_log_probs_match_log_softmax(rows_at_once, monkeypatch):
     monkeypatch.setitem(causal_objective.FROZEN_CHUNK_BYTES, "cpu", 8 * 11 * rows_at_once)
     monkeypatch.setattr(causal_objective, "FROZEN_CHUNK_ROWS", 1)
     torch.manual_seed(0)
-    head, targets = torch.nn.Linear(6, 11).double(), torch.randint(0, 11, (7,))
+    head = torch.nn.Linear(6, 11).double()
+    targets = torch.randint(0, 11, (7,))
     hidden = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
     fixed, weight, bias = (t.detach() for t in (hidden, head.weight, head.bias))
 

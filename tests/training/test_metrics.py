@@ -35,8 +35,11 @@ def test_classification_metrics_match_counts_by_row(rows):
     assert metrics["accuracy"] == pytest.approx(sum(t == p for t, p in rows) / len(rows))
     scores = []
     for c in set(truth) | set(predicted):
-        hits, num_predicted, num_true = sum(t == p == c for t, p in rows), predicted.count(c), truth.count(c)
-        precision, recall = hits / max(1, num_predicted), hits / max(1, num_true)
+        hits = sum(t == p == c for t, p in rows)
+        num_predicted = predicted.count(c)
+        num_true = truth.count(c)
+        precision = hits / max(1, num_predicted)
+        recall = hits / max(1, num_true)
         scores.append(2 * precision * recall / (precision + recall) if hits else 0.0)
     assert metrics["macro_f1"] == pytest.approx(sum(scores) / len(scores)) and "f1" not in metrics
 
@@ -57,7 +60,10 @@ def test_matthews_equals_correlation_of_indicators(rows):
 
 
 def test_binary_f1_and_matthews_match_closed_forms():
-    tn, fp, fn, tp = 50, 10, 5, 35
+    tn = 50
+    fp = 10
+    fn = 5
+    tp = 35
     metrics = classification_metrics(np.array([[tn, fp], [fn, tp]]))
     assert metrics["f1"] == pytest.approx(2 * tp / (2 * tp + fp + fn))
     denominator = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
@@ -81,7 +87,9 @@ def test_correlations_match_sums_over_row_pairs(rows):
     def slow(points):
         top = left = right = 0.0
         for (a, b), (c, d) in itertools.combinations(points, 2):
-            top, left, right = top + (a - c) * (b - d), left + (a - c) ** 2, right + (b - d) ** 2
+            top += (a - c) * (b - d)
+            left += (a - c) ** 2
+            right += (b - d) ** 2
         return top / math.sqrt(left * right) if left * right else math.nan
 
     truth, predicted = map(np.array, zip(*rows, strict=True))
@@ -127,7 +135,8 @@ def test_share_uses_wilson_interval(hits, rows):
 @pytest.mark.parametrize("count", [3, 12, 40])
 def test_wilson_interval_has_nominal_coverage(count):
     """Averages over all true shares, because integer counts have no interval of exactly 95 % at a single share."""
-    hits, share = np.arange(count + 1), np.linspace(0, 1, 101)[:, None]
+    hits = np.arange(count + 1)
+    share = np.linspace(0, 1, 101)[:, None]
     probabilities = np.array([math.comb(count, hit) for hit in hits]) * share**hits * (1 - share) ** (count - hits)
     low, high = np.array([wilson_interval(hit / count, count) for hit in hits]).T
     assert 0.94 < (probabilities * ((low <= share) & (share <= high))).sum(1).mean() < 0.98

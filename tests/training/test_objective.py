@@ -50,7 +50,8 @@ def in_passes(model, examples, tokens_per_pass, *, share, padded=False):
 
 @pytest.mark.parametrize("family", [*CAUSAL, *PADDED])
 def test_all_layouts_match_single_rows(family):
-    model, examples = causal_model(family), rows()
+    model = causal_model(family)
+    examples = rows()
     choice = can_pack(model)
     assert choice.value == (family in CAUSAL) and (choice.value or type(model).__name__ in choice.why)
     expected = row_by_row(model, examples)
@@ -65,7 +66,8 @@ def test_chunked_head_matches_unchunked_head(chunk):
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 11).double()
     hidden = torch.randn(7, 8, dtype=torch.float64, requires_grad=True)
-    targets, weights = torch.randint(0, 11, (7,)), torch.rand(7, dtype=torch.float64)
+    targets = torch.randint(0, 11, (7,))
+    weights = torch.rand(7, dtype=torch.float64)
     expected = (torch.nn.functional.cross_entropy(head(hidden), targets, reduction="none") * weights).sum()
     inputs = [hidden, *head.parameters()]
     expected_grads = torch.autograd.grad(expected * 3, inputs)

@@ -32,7 +32,8 @@ def test_learning_rate_matches_closed_form():
 def test_rate_is_positive_rises_in_warmup_then_never_rises(total, warmup, schedule):
     rates = [learning_rate_factor(step, total, warmup, schedule) for step in range(total)]
     assert all(0 < rate <= 1 for rate in rates)
-    rising, after = rates[:warmup], rates[warmup:]
+    rising = rates[:warmup]
+    after = rates[warmup:]
     assert rising == sorted(rising) and after == sorted(after, reverse=True)
     assert not after or after[0] == 1
 
@@ -41,8 +42,14 @@ def test_two_steps_match_reference_adamw():
     torch.manual_seed(0)
     parameter = torch.nn.Parameter(torch.randn(3, 2))
     expected = parameter.detach().double()
-    rate, decay, (first, second), epsilon = 0.1, 0.2, (0.8, 0.95), 1e-8
-    optimizer, mean, square = adamw([parameter], rate, weight_decay=decay, betas=(first, second)), 0.0, 0.0
+    rate = 0.1
+    decay = 0.2
+    first = 0.8
+    second = 0.95
+    epsilon = 1e-8
+    optimizer = adamw([parameter], rate, weight_decay=decay, betas=(first, second))
+    mean = 0.0
+    square = 0.0
     for step in (1, 2):
         parameter.grad = gradient = torch.randn(3, 2)
         optimizer.step()

@@ -96,7 +96,8 @@ def test_losses_and_gradients_match_single_rows(family, budget):
 
 
 def test_rows_of_a_group_are_consecutive():
-    model, groups = build_model("llama"), make_groups(segments=False)
+    model = build_model("llama")
+    groups = make_groups(segments=False)
     order = [row for batch in build_batcher(model, groups).batches(groups) for row in batch.examples]
     positions = {id(row): number for number, row in enumerate(order)}
     for group in groups:

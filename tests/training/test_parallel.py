@@ -209,7 +209,8 @@ def test_different_rows_between_processes_are_rejected(settings, tmp_path, task)
     """Each node may read a different file."""
     config = settings(tmp_path / "run", task=task) | {"data": {"train": "rows.jsonl"}}
     (tmp_path / "run.yaml").write_text(json.dumps(config))
-    port, processes = free_port(), []
+    port = free_port()
+    processes = []
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
         answers = {"completion": str(rank)} if task == "causal-lm" else {"chosen": "a" * (rank + 1), "rejected": "b"}
@@ -255,7 +256,8 @@ def test_signal_to_one_process_stops_all_after_same_step(make_config, tmp_path):
     run = tmp_path / "run"
     config = make_config(run, train={"epochs": 5000, "eval_every": None, "checkpoint_every": None, "samples": 0})
     (tmp_path / "run.yaml").write_text(json.dumps(config))
-    port, start_time = free_port(), time.monotonic()
+    port = free_port()
+    start_time = time.monotonic()
     processes = [start(rank, 2, port, ["train", tmp_path / "run.yaml"]) for rank in range(2)]
     while not ((run / "metrics.jsonl").exists() and metrics(run, "loss")) and time.monotonic() < start_time + 60:
         time.sleep(0.1)

@@ -60,8 +60,10 @@ class SharedTextGroup(Group):
 
 
 def test_processes_read_features_stored_by_each_other(tmp_path):
-    shape, texts = Shape.of(4, 8, 3, torch.float32), {}
-    lead, follower = Sharing(SharedTextGroup(0, texts)), Sharing(SharedTextGroup(1, texts))
+    shape = Shape.of(4, 8, 3, torch.float32)
+    texts = {}
+    lead = Sharing(SharedTextGroup(0, texts))
+    follower = Sharing(SharedTextGroup(1, texts))
     assert lead.is_leader and not follower.is_leader
     assert not lead.exchange(has_store=False) and not follower.exchange(has_store=False)
     first = open_store("a", shape, folder=tmp_path)

@@ -41,7 +41,9 @@ KINDS["reward"] = {"task": "sequence-classification"}
 def files(tmp_path_factory):
     """Return (train, eval) files of 11 and 4 rows by kind, with answers of 10 to 90 tokens."""
     folder = tmp_path_factory.mktemp("answers")
-    pairs, answers, rewards = [], [], []
+    pairs = []
+    answers = []
+    rewards = []
     for n in range(15):
         texts = {"chosen": "word " * (1 + 5 * n % 9), "rejected": "no " * (1 + 3 * n % 4) + str(n)}
         prompt = {"prompt": f"say {'very ' * (7 * n % 11)}{n}"}
@@ -133,7 +135,8 @@ def make_groups(count: int, seed: int = 0) -> list[RowGroup]:
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_each_reference_is_computed_once_and_bit_identical(loss, size):
-    model, groups = tiny_llama(initializer_range=0.3), make_groups(9)
+    model = tiny_llama(initializer_range=0.3)
+    groups = make_groups(9)
     task = PreferenceTask(byte_tokenizer(), settings=PreferenceSettings(loss=loss))
     batcher = (UnpairedMicroBatcher if loss == "kto" else CausalMicroBatcher)(70, True, False, "cpu")
     processes = [IsolatedGroup(rank, size) for rank in range(size)]
@@ -147,11 +150,13 @@ def test_each_reference_is_computed_once_and_bit_identical(loss, size):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_kto_divergence_covers_entire_step(size):
-    policy, groups = tiny_llama(initializer_range=0.3), make_groups(5)
+    policy = tiny_llama(initializer_range=0.3)
+    groups = make_groups(5)
     base = perturbed_copy(policy)
     task = PreferenceTask(byte_tokenizer(), settings=PreferenceSettings(loss="kto"))
     batcher = UnpairedMicroBatcher(70, True, False, "cpu")
-    answers, objective = task.add_reference_log_probs(base, groups, batcher), task.objective(policy)
+    answers = task.add_reference_log_probs(base, groups, batcher)
+    objective = task.objective(policy)
     sums = []
     with packed_rows(policy):
         for rank in range(size):

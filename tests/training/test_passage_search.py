@@ -75,7 +75,8 @@ def ranks_by_hand(session, rows, file) -> list[int]:
 def test_queries_are_ranked_among_all_passages_of_file(make_settings, monkeypatch, groups):
     monkeypatch.setattr(embedding, "_GROUPS_AT_ONCE", groups)
     session = build_session(make_settings(rows_of(60)))
-    eval_rows, train = list(session.data.held_out), list(session.data.train)
+    eval_rows = list(session.data.held_out)
+    train = list(session.data.train)
     evaluation = evaluate(session)
     ranks = np.array(ranks_by_hand(session, eval_rows, [*eval_rows, *train]))
     assert evaluation.metrics["passages_searched"] == 60 and "passages_in_file" not in evaluation.metrics
@@ -116,7 +117,8 @@ def test_passage_equal_to_query_is_not_ranked(make_settings):
 
 def test_limited_search_contains_correct_passages_and_reports_size(make_settings):
     session = build_session(make_settings(rows_of(60)))
-    limited, full = evaluate(session, max_passages=20), evaluate(session)
+    limited = evaluate(session, max_passages=20)
+    full = evaluate(session)
     assert (limited.metrics["passages_searched"], limited.metrics["passages_in_file"]) == (20, 60)
     assert limited.metrics["mrr@10"] >= full.metrics["mrr@10"]
     first, second = (list(searched_passages(session.data.held_out, 20)) for _ in range(2))

@@ -166,7 +166,8 @@ def test_plan_matches_peak_of_other_tasks(family, task, method, config_of, tmp_p
 def test_plan_includes_int8_weights(family, layers, config_of, folders):
     changes = {"model": str(folders / family), "data": {"train": str(folders / "llama.jsonl")}}
     config = config_of("llama", "lora", "int8", **changes)
-    plan, session = make_plan(config), build_session(config)
+    plan = make_plan(config)
+    session = build_session(config)
     frozen = [p for p in session.model.parameters() if not p.requires_grad]
     session.close()
     assert sum(weight_scales(module) is not None for module in session.model.modules()) == layers
@@ -180,7 +181,8 @@ def test_plan_includes_int8_weights(family, layers, config_of, folders):
 def test_plan_includes_separate_prompt_pass_of_activated_adapter(epochs, config_of, tmp_path, monkeypatch):
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
     rows = ({"prompt": f"{n:02}" * 25, "completion": f"{n:03}" * 3} for n in range(26))
-    data, lora = {"train": str(write_rows(tmp_path / "rows.jsonl", rows))}, {"active": "completion"}
+    data = {"train": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    lora = {"active": "completion"}
     train = {"max_steps": 3 * epochs, "keep_features": epochs > 1}
     plan = run_and_check_plan(config_of("llama", "lora", lora=lora, data=data, train=train))
     stored = [file.stat().st_size for file in (tmp_path / "cache").rglob("values.bin")]
@@ -233,7 +235,8 @@ def test_plan_uses_largest_pass_of_all_steps(config_of, tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", rows)
     train = {"batch_size": 2, "max_steps": None, "epochs": 1}
     config = config_of("llama", "bias", data={"train": str(file), "eval": None}, train=train)
-    plan, session = make_plan(config), build_session(config)
+    plan = make_plan(config)
+    session = build_session(config)
     steps = [rows_of_step(session.data.train, n, 2, config.train.seed) for n in range(session.total_steps)]
     assert len(steps) == 20
     passes = [batch.inputs["input_ids"].numel() for step in steps for batch in session.batcher.batches(step)]
@@ -270,7 +273,8 @@ def test_plan_reads_no_weights(case, config_of, folders, tmp_path, monkeypatch):
             monkeypatch.setattr(module, "safe_open", open_header)
     monkeypatch.setattr(safetensors, "safe_open", open_header)
     shutil.copytree(folders / case[0], tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-    without, full = make_plan(config_of(*case, model=str(tmp_path / "model"))), make_plan(config_of(*case))
+    without = make_plan(config_of(*case, model=str(tmp_path / "model")))
+    full = make_plan(config_of(*case))
     assert (without.peak_bytes, without.trained_parameters) == (full.peak_bytes, full.trained_parameters)
 
 
@@ -358,7 +362,8 @@ def test_rare_long_rows_are_reported_with_their_memory(config_of, tmp_path):
         task, data = read_data(config)
         return plan_run(config, task, replace(data, read_peak_bytes=0), process_bytes=60 << 20)
 
-    plan, without = plan_with(800), plan_with(800, max_length=512, long_rows="drop")
+    plan = plan_with(800)
+    without = plan_with(800, max_length=512, long_rows="drop")
     saves = plan.long_rows["saves"]
     assert plan.long_rows == {"max_length": 512, "rows": 1, "of": 60, "saves": saves}
     assert plan.peak_bytes - without.peak_bytes == pytest.approx(saves, rel=0.25)
@@ -396,7 +401,8 @@ def test_plan_excludes_garbage_of_reading(config_of):
 @pytest.mark.parametrize("method", slow_except("lora", "full", names=METHODS))
 def test_plan_compares_all_gradients_of_method(method, config_of, monkeypatch):
     """A plan ignores errors of a model's code in fp32, but deltaw's code must not raise any."""
-    candidates, choices = SimpleNamespace(approximations=("int8_gradients",)), []
+    candidates = SimpleNamespace(approximations=("int8_gradients",))
+    choices = []
     monkeypatch.setattr("deltaw.training.planning.fake_model.activate_kernels", lambda *_: candidates)
     choose = GradientCheck.choose
     monkeypatch.setattr(GradientCheck, "choose", lambda *args: choices.append(choose(*args)) or choices[-1])

@@ -29,11 +29,14 @@ def make_rollouts(seed: int = 0, *, old: bool = True) -> tuple[torch.Tensor, lis
     The old log-probabilities differ enough for clipping.
     """
     random = np.random.default_rng(seed)
-    values, rows = [], []
+    values = []
+    rows = []
     for number, length in enumerate(LENGTHS):
         current = -random.gamma(1.0, 1.0, length)
-        base, old_values = current + random.normal(0, 0.3, length), current + random.normal(0, 0.5, length)
-        tokens, is_label = np.arange(length + 2, dtype=np.int32), np.arange(length + 2) >= 2
+        base = current + random.normal(0, 0.3, length)
+        old_values = current + random.normal(0, 0.5, length)
+        tokens = np.arange(length + 2, dtype=np.int32)
+        is_label = np.arange(length + 2) >= 2
         log_probs = {"old_logprobs": old_values if old else None, "base_logprobs": base}
         rows.append(Rollout(number, tokens, is_label, 2, "", advantage=float(random.normal()), **log_probs))
         values.append(current)
@@ -52,19 +55,25 @@ def mean_loss(loss: PolicyLoss, values: torch.Tensor, rows: list[Rollout]) -> to
 
 def reference_loss(settings: RewardSettings, values: torch.Tensor, rows: list[Rollout]) -> torch.Tensor:
     """Evaluate the formulas in the docstring of ``deltaw.tasks.reward.losses``, one token at a time."""
-    start, sums, tokens = 0, [], 0
+    start = 0
+    sums = []
+    tokens = 0
     for row in rows:
         count = row.label_count
-        current, old_values = values[start : start + count], torch.tensor(row.old_logprobs)
-        start, tokens = start + count, tokens + count
-        log_ratios, token_losses = current - old_values, []
+        current = values[start : start + count]
+        old_values = torch.tensor(row.old_logprobs)
+        start += count
+        tokens += count
+        log_ratios = current - old_values
+        token_losses = []
         for index in range(count):
             log_ratio = log_ratios[index]
             if settings.loss == "gspo":
                 log_ratio = log_ratios.mean()
             if settings.loss == "rloo":
                 log_ratio = log_ratios.sum()
-            ratio, advantage = log_ratio.exp(), row.advantage
+            ratio = log_ratio.exp()
+            advantage = row.advantage
             if settings.loss == "cispo":
                 token_losses.append(-min(float(ratio.detach()), settings.upper_epsilon) * advantage * current[index])
                 continue
@@ -112,7 +121,9 @@ def test_without_old_log_probs_gradient_matches_reinforce(loss: str):
 def test_loss_is_independent_of_microbatches(loss: str):
     values, rows = make_rollouts()
     full = mean_loss(PolicyLoss(settings_of(loss)), values, rows)
-    policy_loss, parts, start = PolicyLoss(settings_of(loss)), [], 0
+    policy_loss = PolicyLoss(settings_of(loss))
+    parts = []
+    start = 0
     for row in rows:
         parts.append(policy_loss(row_log_probs(values[start : start + row.label_count], [row])))
         start += row.label_count
@@ -155,7 +166,9 @@ def test_loss_and_gradient_match_trl(loss: str, beta: float):
     ours = mean_loss(PolicyLoss(settings), values, rows)
     (gradient,) = torch.autograd.grad(ours, values)
     padded = torch.zeros(len(rows), max(LENGTHS), dtype=torch.float64)
-    mask, old, base = torch.zeros_like(padded), torch.zeros_like(padded), torch.zeros_like(padded)
+    mask = torch.zeros_like(padded)
+    old = torch.zeros_like(padded)
+    base = torch.zeros_like(padded)
     start = 0
     for number, row in enumerate(rows):
         count = row.label_count

@@ -49,8 +49,10 @@ def make_sums(count=7, seed=0):
 
 def reference_losses(name, sums, counts, references):
     """Evaluate the definitions of the losses, one pair at a time."""
-    kind, options = name.split()[0], LOSSES[name]
-    smooth, losses = options.get("label_smoothing", 0.0), []
+    kind = name.split()[0]
+    options = LOSSES[name]
+    smooth = options.get("label_smoothing", 0.0)
+    losses = []
     for (sc, sr), (nc, nr), (rc, rr) in zip(sums, counts, references, strict=True):
         if kind == "ipo":
             losses.append((((sc - rc) / nc - (sr - rr) / nr) - 1 / (2 * BETA)) ** 2)
@@ -73,12 +75,14 @@ def test_reference_free_losses_match_trl(name):
     from trl.experimental.orpo import ORPOTrainer
 
     sums, counts, _ = make_sums()
-    sums, counts = sums.float(), counts.float()
+    sums = sums.float()
+    counts = counts.float()
     options = LOSSES[name]
     trainer_options = {"beta": BETA, "alpha": 0.0, "loss_type": "simpo", "accelerator": SimpleNamespace(device="cpu")}
     trainer_options |= {"simpo_gamma": options.get("gamma"), "label_smoothing": options.get("label_smoothing", 0.0)}
     trainer = SimpleNamespace(**trainer_options)
-    ours_sums, expected = sums.clone().requires_grad_(), sums.clone().requires_grad_()
+    ours_sums = sums.clone().requires_grad_()
+    expected = sums.clone().requires_grad_()
     ours = make_loss(name).pair_losses(ours_sums, counts)
     means = expected / counts
     if name == "orpo":
@@ -88,7 +92,8 @@ def test_reference_free_losses_match_trl(name):
         theirs, chosen, rejected = CPOTrainer.cpo_loss(trainer, means[:, 0], means[:, 1])
     torch.testing.assert_close(ours.losses, theirs)
     torch.testing.assert_close(ours.rewards, torch.stack([chosen, rejected], 1))
-    gradient, reference = torch.autograd.grad(ours.losses.sum(), ours_sums), torch.autograd.grad(theirs.sum(), expected)
+    gradient = torch.autograd.grad(ours.losses.sum(), ours_sums)
+    reference = torch.autograd.grad(theirs.sum(), expected)
     torch.testing.assert_close(gradient, reference)
 
 
@@ -131,7 +136,8 @@ def trl_rows(batch, prefix=""):
     rows = []
     keys = [prefix + key for key in ("input_ids", "completion_mask", "attention_mask")]
     for ids, mask, attended in zip(*(batch[key] for key in keys), strict=True):
-        tokens, is_label = ids[attended.bool()].numpy().astype(np.int32), mask[attended.bool()].bool().numpy()
+        tokens = ids[attended.bool()].numpy().astype(np.int32)
+        is_label = mask[attended.bool()].bool().numpy()
         desired = bool(batch["label"][len(rows)]) if "label" in batch else None
         rows.append(Example(len(rows), tokens, is_label, int((~is_label).sum()), None, desired=desired))
     return rows
@@ -220,16 +226,19 @@ def make_config(settings, pairs_file):
 @pytest.fixture(scope="module")
 def trained_run(make_config, tmp_path_factory):
     """Return a cached function that trains a run with a loss and returns its result."""
-    folder, train = tmp_path_factory.mktemp("preferred"), {"epochs": 8, "eval_every": 2}
+    folder = tmp_path_factory.mktemp("preferred")
+    train = {"epochs": 8, "eval_every": 2}
     return functools.cache(lambda loss: fit(make_config(folder / loss, preference={"loss": loss}, train=train)))
 
 
 @pytest.mark.parametrize("loss", slow_except("dpo", names=("dpo", "ipo", "orpo", "simpo")))
 def test_run_increases_margin_of_eval_pairs(trained_run, loss):
     result = trained_run(loss)
-    evals, steps = [line["eval"] for line in metrics(result.output, "eval")], metrics(result.output, "learning_rate")
+    evals = [line["eval"] for line in metrics(result.output, "eval")]
+    steps = metrics(result.output, "learning_rate")
     assert evals[-1]["margin"] > evals[0]["margin"] + 0.05 and evals[-1]["loss"] < evals[0]["loss"]
-    accuracy, (low, high) = result.evaluation.metrics["accuracy"], result.evaluation.interval
+    accuracy = result.evaluation.metrics["accuracy"]
+    low, high = result.evaluation.interval
     assert result.evaluation.main == "accuracy" and low <= accuracy <= high and accuracy > 0.6
     assert {"loss", "accuracy", "margin", "chosen_reward", "rejected_reward"} <= steps[0].keys()
     assert steps[-1]["margin"] > steps[0]["margin"] and steps[0]["label_tokens"] == steps[0]["rows"]
@@ -275,7 +284,8 @@ def test_run_is_independent_of_prefix_sharing_microbatches_and_resuming(make_con
 
 
 def test_early_stopping_works_and_unsupported_options_are_rejected(make_config, tmp_path):
-    answers, active = {"train": {"eval_answers": 2}}, {"lora": {"active": "completion"}}
+    answers = {"train": {"eval_answers": 2}}
+    active = {"lora": {"active": "completion"}}
     for message, changes in {"generated answers": answers, "pairs": active}.items():
         refusal(fit, make_config(tmp_path / "a", **changes), match=message)
     early = {"early_stopping": 2, "eval_every": 1, "saved_adapter": "best", "epochs": 10, "learning_rate": 0.3}

@@ -46,7 +46,8 @@ def _unfreeze_heap(monkeypatch):
 @pytest.fixture
 def custom_state():
     """Change the process state to values that a run does not use."""
-    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
+    threads = torch.get_num_threads()
+    handler = signal.getsignal(signal.SIGTERM)
     torch.set_num_threads(2)
     signal.signal(signal.SIGTERM, lambda *_: None)
     torch.manual_seed(1234)

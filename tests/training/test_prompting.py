@@ -39,7 +39,8 @@ def turns(system: str | None, *texts: str) -> list[dict[str, str]]:
 
 def rows_of_form(form: str, system: str | None = SYSTEM) -> list[dict[str, Any]]:
     """Return rows with one question and answer each in one of the formats."""
-    pairs, column = [(f"paint it {c}", c) for c in COLORS], {"system": system} if system else {}
+    pairs = [(f"paint it {c}", c) for c in COLORS]
+    column = {"system": system} if system else {}
     rows = {"messages": [{"messages": turns(system, *pair)} for pair in pairs]}
     rows["evals"] = [{"input": turns(system, question), "ideal": answer} for question, answer in pairs]
     rows["pairs"] = [{"prompt": question, "completion": answer, **column} for question, answer in pairs]

@@ -84,7 +84,8 @@ def test_gguf_weights_equal_dequantized_weights(gguf_file):
 
 def test_gguf_run_trains_resumes_and_merges(gguf_file, settings, tmp_path):
     result, plain = (fit(short_run(settings, tmp_path / p, gguf_file, p)) for p in ("gguf", "bf16"))
-    run, (ours, plain_losses) = result.output, (losses(outcome.output) for outcome in (result, plain))
+    run = result.output
+    ours, plain_losses = (losses(outcome.output) for outcome in (result, plain))
     assert ours[-1] < 0.98 * ours[0] and ours == pytest.approx(plain_losses, rel=1e-2)
 
     resumed = fit({"train": {"epochs": 4}}, resume=run).output
@@ -145,7 +146,8 @@ def test_nf4_run_matches_run_on_rounded_weights(wide_folder, settings, tmp_path)
     plain_result = fit(short_run(settings, tmp_path / "bf16", tmp_path / "rounded", "bf16"))
     assert result.plan.total_parameters == plain_result.plan.total_parameters
     assert result.plan.parts["weights"] < plain_result.plan.parts["weights"]
-    ours, theirs = result.output, plain_result.output
+    ours = result.output
+    theirs = plain_result.output
     assert losses(ours) == pytest.approx(losses(theirs), rel=1e-2) and losses(ours)[-1] < losses(ours)[0]
     opened = open_run(str(ours), device="cpu", log=str)
     assert block_weight(opened.model.model.layers[0].mlp.up_proj).format == "NF4"
@@ -237,9 +239,11 @@ def make_torchao_model(config):
 
 def test_torchao_layer_is_adapted_with_its_product():
     model = make_torchao_model("Int8WeightOnlyConfig")
-    before, numbers = copy.deepcopy(model["q_proj"]), model["q_proj"].weight.dequantize().detach()
+    before = copy.deepcopy(model["q_proj"])
+    numbers = model["q_proj"].weight.dequantize().detach()
     check_foreign(model, torch.randn(5, 64), "torchao")
-    layer, x = model["q_proj"], torch.randn(3, 64, requires_grad=True)
+    layer = model["q_proj"]
+    x = torch.randn(3, 64, requires_grad=True)
     layer(x).sum().backward()
     full_weight = numbers + layer.delta_weight()
     torch.testing.assert_close(x.grad, full_weight.detach().sum(0).expand(3, 64), rtol=1e-4, atol=1e-4)

@@ -140,8 +140,10 @@ def test_run_starts_from_adapter_with_other_labels(train, scale, mean):
 
 def test_head_is_equal_after_standardizing_and_in_saved_form():
     torch.manual_seed(0)
-    linear, rows = nn.Linear(5, 2), torch.randn(3, 5)
-    expected, state = linear(rows), {name: value.clone() for name, value in linear.state_dict().items()}
+    linear = nn.Linear(5, 2)
+    rows = torch.randn(3, 5)
+    expected = linear(rows)
+    state = {name: value.clone() for name, value in linear.state_dict().items()}
     head = RegressionHead.convert(linear)
     head.standardize(LabelUnits((3.0, -40.0), (0.5, 100.0)))
     torch.testing.assert_close(head(rows), expected)

@@ -134,7 +134,8 @@ def test_cached_plan_is_printed_without_importing_torch(settings, tmp_path, cach
     config = RunConfig.read(settings(tmp_path / "run"))
     task, data = read_data(config)
     plan = planning.plan_run(config, task, data)
-    workload, rates = Workload.from_dict(plan.workload), StepRates((MicrobatchTime(1000, 10, 1.0, 0.4, 1.0, 0.1),))
+    workload = Workload.from_dict(plan.workload)
+    rates = StepRates((MicrobatchTime(1000, 10, 1.0, 0.4, 1.0, 0.1),))
     store_rates(workload, rates)
     plan = timed_plan(plan, workload, rates, config)
     (tmp_path / "run.json").write_text(json.dumps(settings(tmp_path / "run")))
@@ -162,7 +163,8 @@ def test_unsupported_memory_limit_raises():
 @compiled_only
 def test_second_start_reuses_calibration_comparison_and_base_answers(settings, tmp_path, cache_folder, monkeypatch):
     """They are computed again if the rows or the initial adapter differ."""
-    rounded, stored = mock.Mock(wraps=quantized_weights._choose_columns), mock.Mock(wraps=general.store_result)
+    rounded = mock.Mock(wraps=quantized_weights._choose_columns)
+    stored = mock.Mock(wraps=general.store_result)
     monkeypatch.setattr(quantized_weights, "_choose_columns", rounded)
     monkeypatch.setattr(general, "store_result", stored)
     # The kernel does not support a vocabulary of this size, so no approximation would be considered.

@@ -124,12 +124,15 @@ def test_group_losses_match_formulas_for_any_microbatch_size(kind, scorer, tmp_p
     rows = passage_lists()
     task, data = read(scorer, write_rows(tmp_path / "rows.jsonl", rows), loss=kind)
     model = AutoModelForSequenceClassification.from_pretrained(scorer).eval()
-    tokenizer, expected, units = word_tokenizer(), 0.0, 0
+    tokenizer = word_tokenizer()
+    expected = 0.0
+    units = 0
     for row in rows:
         pairs = ([row["query"]] * len(row["passages"]), row["passages"])
         separate = [tokenizer(query, passage, return_tensors="pt") for query, passage in zip(*pairs, strict=True)]
         scores = [float(model(**inputs).logits.detach()) for inputs in separate]
-        labels, graded = row["labels"], list(zip(scores, row["labels"], strict=True))
+        labels = row["labels"]
+        graded = list(zip(scores, row["labels"], strict=True))
         if kind == "binary":
             parts = [np.log1p(np.exp(-s)) * y + np.log1p(np.exp(s)) * (1 - y) for s, y in graded]
         elif kind == "pairwise":
@@ -138,7 +141,8 @@ def test_group_losses_match_formulas_for_any_microbatch_size(kind, scorer, tmp_p
             target, likely = (np.exp(v) / np.exp(v).sum() for v in (np.array(labels), np.array(scores)))
             target = target if kind == "listwise" else np.array(labels) / sum(labels)
             parts = [-(target * np.log(likely)).sum()]
-        expected, units = expected + sum(parts), units + len(parts)
+        expected += sum(parts)
+        units += len(parts)
     objective = task.objective(model)
     assert objective.units(data.train) == units
     for budget in (16, 64, 10_000):
@@ -154,7 +158,8 @@ def test_scores_of_other_range_are_scaled_to_unit_interval(scorer, tmp_path):
         rows = [{"query": "a", "passage": text, "label": y} for text, y in zip(WORDS[:3], labels, strict=True)]
         task, data = read(scorer, write_rows(tmp_path / "rows.jsonl", rows), score_range=(0.0, high))
         model = AutoModelForSequenceClassification.from_pretrained(scorer).eval()
-        objective, (batcher, _) = task.objective(model), task.batcher(model, data.train, BatcherOptions("cpu"))
+        objective = task.objective(model)
+        batcher, _ = task.batcher(model, data.train, BatcherOptions("cpu"))
         with torch.no_grad(), task.model_context(model, batcher):
             totals.append(sum(float(objective(batch)) for batch in batcher.batches(data.train)))
     assert totals[0] == pytest.approx(totals[1]) and totals[0] > 0
@@ -185,7 +190,8 @@ def test_invalid_rows_are_reported(encoder, tmp_path):
 def test_auto_selects_loss_by_row_format(encoder, tmp_path):
     triplets = [{"anchor": f"{w} film", "positive": "good", "negative_1": "bad", "negative_2": "so"} for w in WORDS]
     pairs = [{"sentence1": w, "sentence2": "good", "score": 0.5} for w in WORDS]
-    graded_case, pairs_case = (passage_lists(), "listwise", passage_lists()[0]["labels"]), (pairs, "binary", [0.5])
+    graded_case = (passage_lists(), "listwise", passage_lists()[0]["labels"])
+    pairs_case = (pairs, "binary", [0.5])
     for rows, kind, labels in (triplets, "contrastive", [1, 0, 0]), graded_case, pairs_case:
         task, data = read(encoder, write_rows(tmp_path / "rows.jsonl", rows))
         assert task.loss == kind and [row.label for row in data.train[0].rows] == labels
@@ -224,7 +230,8 @@ def test_accuracy_of_single_pairs_is_sign_of_score(scorer, tmp_path):
     rows = [{"query": w, "passage": "film", "label": n % 2} for n, w in enumerate(WORDS)]
     task, data = read(scorer, write_rows(tmp_path / "rows.jsonl", rows))
     model = AutoModelForSequenceClassification.from_pretrained(scorer).eval()
-    objective, (batcher, _) = task.objective(model), task.batcher(model, data.train, BatcherOptions("cpu"))
+    objective = task.objective(model)
+    batcher, _ = task.batcher(model, data.train, BatcherOptions("cpu"))
     with task.model_context(model, batcher):
         evaluation = task.evaluate(objective, data.train, batcher)
     tokenizer = word_tokenizer()
@@ -307,7 +314,9 @@ def test_language_model_run_starts_from_its_answer_scores(settings, tmp_path):
     changes = {"model": str(folder), "task": "reranking", "reranking": {"template": PROMPT, **ANSWERS}}
     changes["data"] = {"train": str(path), "eval": None}
     result = fit(settings(tmp_path / "run", **changes, train={"epochs": 4, "batch_size": 8, "learning_rate": 1e-3}))
-    causal, tokenizer, expected = tiny_llama(), byte_tokenizer(), []
+    causal = tiny_llama()
+    tokenizer = byte_tokenizer()
+    expected = []
     for row in rows:
         texts = [PROMPT.replace("{query}", row["query"]).replace("{passage}", p) for p in row["passages"]]
         scores = torch.tensor([answer_score(causal, tokenizer, text) for text in texts])

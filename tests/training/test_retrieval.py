@@ -38,7 +38,8 @@ def brute_force(queries: torch.Tensor, passages: torch.Tensor, count: int) -> tu
 @pytest.mark.parametrize("block", [1, 7, 64, 4096])
 def test_nearest_matches_float64_products(block, monkeypatch):
     monkeypatch.setattr(retrieval, "MAX_SCORES", 5 * block)  # several parts of the queries, too
-    queries, passages = random_vectors(23, 12, seed=1), random_vectors(211, 12, seed=2)
+    queries = random_vectors(23, 12, seed=1)
+    passages = random_vectors(211, 12, seed=2)
     scores, indices = nearest(queries, passages, 17, block=block)
     expected, expected_indices = brute_force(queries, passages, 17)
     assert (indices.numpy() == expected_indices).all()
@@ -69,7 +70,8 @@ def test_metrics_match_manual_values():
     """Two relevant passages at ranks 2 and 5, one at rank 1, and one that is not ranked."""
     indices = np.array([[9, 3, 8, 7, 4], [5, 1, 2, 3, 4], [1, 2, 3, 4, 5]])
     metrics = ranking_metrics(indices, [{3, 4}, [5], {77}], cutoffs=(1, 3, 5))
-    second, fifth = 1 / math.log2(3), 1 / math.log2(6)
+    second = 1 / math.log2(3)
+    fifth = 1 / math.log2(6)
     first_row = {"ndcg@1": 0, "ndcg@3": second / (1 + second), "ndcg@5": (second + fifth) / (1 + second)}
     first_row |= {"mrr@1": 0, "mrr@3": 0.5, "mrr@5": 0.5, "recall@1": 0, "recall@3": 0.5, "recall@5": 1}
     expected = {name: [value, 1, 0] for name, value in first_row.items()}
@@ -114,7 +116,8 @@ def test_metrics_match_ranx():
 
 def test_evaluation_has_means_and_intervals_over_queries():
     indices, grades = rankings()
-    evaluation, rows = retrieval_evaluation(indices, grades, cutoffs=(1, 5)), ranking_metrics(indices, grades)
+    evaluation = retrieval_evaluation(indices, grades, cutoffs=(1, 5))
+    rows = ranking_metrics(indices, grades)
     assert evaluation.main == "ndcg@10"
     assert evaluation.metrics.keys() == rows.keys() == evaluation.named_intervals().keys()
     for name, (low, high) in evaluation.named_intervals().items():

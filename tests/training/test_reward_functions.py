@@ -59,7 +59,8 @@ class _JudgeHandler(BaseHTTPRequestHandler):
 @pytest.fixture
 def judge_server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), _JudgeHandler)
-    server.requests, server.reply = [], None
+    server.requests = []
+    server.reply = None
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def score(reply, completions, **options):

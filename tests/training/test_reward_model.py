@@ -140,7 +140,8 @@ def test_encoder_texts_have_segments_and_margins_are_numbers(tmp_path):
     tokenizer.chat_template = None
     path = write_rows(tmp_path / "pairs.jsonl", rows_with(margin=0.5))
     prepared = RewardReader(DataSettings(train=str(path), eval=None), tokenizer).prepare()
-    (first, second), margin = prepared.train[0].rows, prepared.train[0].margin
+    first, second = prepared.train[0].rows
+    margin = prepared.train[0].margin
     assert margin == first.label == second.label == 0.5
     texts = [tokenizer.decode(first.tokens[first.segments == side]) for side in (0, 1)]
     assert texts == [f"paint it {COLORS[0]}", COLORS[0][0] * 3] and prepared.report.unused_columns == ()

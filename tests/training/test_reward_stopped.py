@@ -63,7 +63,8 @@ def test_run_killed_at_twelve_moments_matches_uninterrupted_run(make_settings, t
     uninterrupted = deltaw.fit(make_settings("whole", max_steps=60))
     config = make_settings("killed", max_steps=60)
     (tmp_path / "killed.yaml").write_text(yaml.safe_dump(config))
-    moments, metrics = random.Random(7), tmp_path / "killed" / "metrics.jsonl"
+    moments = random.Random(7)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
 
     def lines() -> int:
         return metrics.read_text().count("\n") if metrics.exists() else 0

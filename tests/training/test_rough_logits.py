@@ -15,7 +15,9 @@ from deltaw.training import causal_objective
 from deltaw.training.causal_objective import frozen_head_log_probs
 
 compiled_only = pytest.mark.skipif(loader.library() is None, reason="needs compiled kernels")
-ROWS, WIDTH, HEAD = 160, 192, MIN_CLASSES + 300
+ROWS = 160
+WIDTH = 192
+HEAD = MIN_CLASSES + 300
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +60,10 @@ def test_large_columns_are_not_rounded():
 @pytest.mark.parametrize("count", [0, OUTLIER_COLUMNS, 3 * OUTLIER_COLUMNS])
 def test_error_matches_estimated_variance(count):
     hidden, weight = rows_with_outliers(count)
-    logits, error = rough(hidden, weight), errors(hidden, weight)  # rounding to bf16 adds less than 0.02
-    estimated, measured = logits.variance(), float(error[error != 0].square().mean())
+    logits = rough(hidden, weight)
+    error = errors(hidden, weight)  # rounding to bf16 adds less than 0.02
+    estimated = logits.variance()
+    measured = float(error[error != 0].square().mean())
     assert 0.5 * measured - 1e-4 < estimated < 2 * measured + 1e-4
     assert logits.accurate(1.0) == (count <= OUTLIER_COLUMNS)
     assert not logits.accurate(20.0)  # scaling the logits scales their error
@@ -90,7 +94,8 @@ def test_head_uses_rough_logits_if_accurate(monkeypatch):
 
     If columns are too large, the exact logits of the head are computed and the result is bit-identical.
     """
-    parts, compute_part = [], RoughLogits.of
+    parts = []
+    compute_part = RoughLogits.of
     monkeypatch.setattr(RoughLogits, "of", lambda self, part: parts.append(part) or compute_part(self, part))
     for count, uses_rough in ((OUTLIER_COLUMNS, True), (3 * OUTLIER_COLUMNS, False)):
         hidden, weight = rows_with_outliers(count)

@@ -88,7 +88,8 @@ def test_phases_follow_from_workload():
     assert phases["preparing"] - base["preparing"] == pytest.approx(rates.evaluation_seconds(evaluated.reference))
     assert seconds_by_phase(WORK, rates, 10**10)["loading"] > base["loading"] + 1
     rollouts = replace(WORK, generations=(Generation(32, 50, 10, "training"),))
-    updates, generated = 10 * 0.125, 10 * 50 * 0.01 * 32 / rates.decode_tokens
+    updates = 10 * 0.125
+    generated = 10 * 50 * 0.01 * 32 / rates.decode_tokens
     expected = EXPECTED_LENGTH * (base["training"] - updates + generated) + updates
     assert seconds_by_phase(rollouts, rates)["training"] == pytest.approx(expected)
 

@@ -49,8 +49,10 @@ def shares(shares_file):
 
 def test_two_processes_with_half_of_base_match_one(make_config, sharded, tmp_path):
     """Small microbatches give one process more of them than the other."""
-    small_passes, shares_file = {"train": {"tokens_per_pass": 60}}, tmp_path / "held"
-    single, several = make_config(tmp_path / "one", **small_passes), sharded(tmp_path / "two", **small_passes)
+    small_passes = {"train": {"tokens_per_pass": 60}}
+    shares_file = tmp_path / "held"
+    single = make_config(tmp_path / "one", **small_passes)
+    several = sharded(tmp_path / "two", **small_passes)
     assert_same_as_one_process(single, several, HELD=str(shares_file))
     assert shares(shares_file) == [True] * (2 * 6)  # six steps, without those of the dry run
 
@@ -174,7 +176,8 @@ def test_peak_memory_is_base_share_plus_one_block(tmp_path, monkeypatch):
     (single,) = run_processes(tmp_path, "fp32", 1)
     for processes in (2, 4):
         results = run_processes(tmp_path, "fp32", processes)
-        peak, vector = max(result["peak"] for result in results), 4 * results[0]["trained"] / 1e6
+        peak = max(result["peak"] for result in results)
+        vector = 4 * results[0]["trained"] / 1e6
         expected = single["peak"] - blocks + blocks / processes + largest + vector
         assert peak == pytest.approx(expected, abs=largest / 2)
         assert results[0]["planned"] == pytest.approx(peak, rel=0.07)

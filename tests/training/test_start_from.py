@@ -119,7 +119,8 @@ def test_continued_training_matches_peft(make, model_folder, gpt2_folder, tmp_pa
     optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.0)
     expected = []
     for step in range(20):
-        batch, total = rows_of_step(rows, step, 3, 0), torch.zeros(())
+        batch = rows_of_step(rows, step, 3, 0)
+        total = torch.zeros(())
         for row in batch:
             ids = torch.from_numpy(row.tokens).long()[None]
             labels = torch.from_numpy(np.where(row.is_label, row.tokens, -100)).long()
@@ -212,7 +213,8 @@ def test_stacked_adapter_is_sum_and_loads_in_peft(make, sft, model_folder, tmp_p
     before = start_logits(config)
     torch.testing.assert_close(before, logits(open_on_cpu(sft).model), atol=1e-5, rtol=1e-5)
     run = deltaw.fit(config).output
-    saved, old = adapter(run), adapter(sft)
+    saved = adapter(run)
+    old = adapter(sft)
     for name, tensor in old.items():
         if "lora_A" in name:
             assert saved[name].shape[0] == 6 and torch.equal(saved[name][:4], tensor)
@@ -322,7 +324,8 @@ def test_default_teacher_is_start(make, sft, tmp_path):
 def test_scores_before_training_are_those_of_start_and_base(make, sft, model_folder, tmp_path):
     options = {"train": {"epochs": 2, "max_steps": 12}, "data": {"eval": 2}}
     run = deltaw.fit(make(tmp_path / "run", **options, start_from=str(sft))).output
-    (of_start,), (of_base,) = metrics(run, "base"), metrics(run, "base_model")
+    (of_start,) = metrics(run, "base")
+    (of_base,) = metrics(run, "base_model")
     plain = deltaw.fit(make(tmp_path / "plain", **options)).output
     assert of_base["base_model"]["loss"] == pytest.approx(metrics(plain, "base")[0]["base"]["loss"], rel=1e-6)
     assert of_start["base"]["loss"] < of_base["base_model"]["loss"] - 0.1
@@ -478,7 +481,8 @@ def first(tensors: dict, ending: str) -> str:
 
 
 def resize(tensors: dict, rank_A: int, rank_B: int) -> None:
-    name_A, name_B = first(tensors, "lora_A.weight"), first(tensors, "lora_B.weight")
+    name_A = first(tensors, "lora_A.weight")
+    name_B = first(tensors, "lora_B.weight")
     tensors[name_A] = torch.randn(rank_A, tensors[name_A].shape[1])
     tensors[name_B] = torch.randn(tensors[name_B].shape[0], rank_B)
 

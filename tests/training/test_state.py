@@ -64,7 +64,8 @@ def test_resume_from_any_step_ignores_global_random_state(full_run):
 
 
 def test_aborted_step_leaves_state_of_previous_step(full_run):
-    run, step_counts = Training(), []
+    run = Training()
+    step_counts = []
     # The stop is requested after the first microbatch of the fourth step.
     run.run(should_stop=lambda: step_counts.append(len(run.steps)) or step_counts.count(3) == 2)
     assert run.outcome.interrupted and run.outcome.steps == 3
@@ -91,7 +92,8 @@ def test_changed_arithmetic_warns_on_resume(full_run):
         with context, pytest.warns(ArithmeticChangedWarning, match="not bitwise equal"):
             resumed = Training().run(state)
     assert [step.step for step in resumed.steps] == [6, 7, 8, 9, 10]
-    actual, expected = resumed.weights(), full_run.weights()
+    actual = resumed.weights()
+    expected = full_run.weights()
     assert all(torch.allclose(actual[name], expected[name], rtol=1e-3, atol=1e-4) for name in expected)
 
 

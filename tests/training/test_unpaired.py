@@ -100,7 +100,8 @@ def trained_run(make_config, tmp_path_factory):
 def test_run_increases_reward_margin_of_eval_rows(trained_run):
     evals = [line["eval"] for line in metrics(trained_run.output, "eval")]
     assert evals[-1]["margin"] > evals[0]["margin"] + 0.05 and evals[-1]["loss"] < evals[0]["loss"]
-    eval_metrics, (low, high) = trained_run.evaluation.metrics, trained_run.evaluation.interval
+    eval_metrics = trained_run.evaluation.metrics
+    low, high = trained_run.evaluation.interval
     assert low <= eval_metrics["accuracy"] <= high and eval_metrics["accuracy"] > 0.6 and eval_metrics["kl"] >= 0
     steps = metrics(trained_run.output, "learning_rate")
     assert steps[0]["loss"] == pytest.approx(0.5, rel=1e-5)  # the initial policy equals the reference
@@ -108,7 +109,8 @@ def test_run_increases_reward_margin_of_eval_rows(trained_run):
 
 
 def test_evaluation_uses_base_model_as_reference_and_all_rows(trained_run, model_folder):
-    run, exact = open_on_cpu(trained_run.output), open_on_cpu(model_folder).model
+    run = open_on_cpu(trained_run.output)
+    exact = open_on_cpu(model_folder).model
     eval_rows = load_eval_rows(run)
     with torch.no_grad():
         ratios = [[float(log_prob(run.model, r) - log_prob(exact, r)) for r in group.rows] for group in eval_rows]

@@ -9,7 +9,8 @@ from deltaw.training.planning.unread_rows import MIN_REGION_BYTES
 from tests.byte_models import save_model, tiny_llama
 from tests.conftest import write_rows
 
-ENTRIES, WIDTH = 40_000, 32
+ENTRIES = 40_000
+WIDTH = 32
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,8 @@ def _joined(family: str, images: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_loss_and_gradients_match_peft(family):
-    complete, count = vision_model(family), FAMILIES[family].tokens
+    complete = vision_model(family)
+    count = FAMILIES[family].tokens
     images = [_image(family, seed) for seed in (3, 4)]
     parts = text_view(copy.deepcopy(complete))
     features = [torch.cat(parts.features(image)) for image in images]
@@ -77,7 +78,8 @@ def test_loss_and_gradients_match_peft(family):
         examples = [_example(number, row, first_id, count) for number, row in enumerate(ROWS, start=1)]
         batcher, _ = choose_causal_batcher(parts.view, examples, BatcherOptions("cpu"))
         assert batcher.padded == (family in PADDED)
-        objective, loss = CausalObjective(parts.view), torch.zeros(())
+        objective = CausalObjective(parts.view)
+        loss = torch.zeros(())
         with padded_rows(parts.view) if batcher.padded else packed_rows(parts.view):
             batches = list(batcher.batches(examples))
             for batch in batches:

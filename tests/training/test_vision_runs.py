@@ -43,7 +43,8 @@ def folder(tmp_path_factory):
     """A folder with a tiny LLaVA, images, and two questions about each image."""
     folder = tmp_path_factory.mktemp("vision")
     save_vision_model("llava", folder / "model")
-    random, rows = np.random.default_rng(0), []
+    random = np.random.default_rng(0)
+    rows = []
     for number in range(16):
         name, color = list(COLORS.items())[number % 2]
         pixels = (np.array(color) + random.integers(-20, 20, (28, 28, 3))).astype(np.uint8)
@@ -117,7 +118,8 @@ def test_features_are_computed_once_for_all_runs(settings, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("method", [{"method": "lora"}, {"method": "input"}, {"lora": {"vision_tower": True}}], ids=str)
 def test_killed_run_resumes_bit_identically(settings, tmp_path, method):
-    run, train = tmp_path / "run", {"learning_rate": 0.01, "batch_size": 8, "epochs": 4, "drift": False}
+    run = tmp_path / "run"
+    train = {"learning_rate": 0.01, "batch_size": 8, "epochs": 4, "drift": False}
     changes = {**method, "train": {**train, "checkpoint_every": 2, "checkpoint_minutes": None}}
     snapshots = Snapshots(run, tmp_path, ["step 5"])
     deltaw.fit(settings(run, **changes), callback=snapshots)
@@ -144,7 +146,8 @@ def test_trained_tower_is_loaded_and_merged(settings, folder, tmp_path):
         ids = tokens.where(tokens < images.first_id, torch.tensor(images.token_id))
         pixels = images._processor.encode(picture)[1]["pixel_values"]
         with torch.no_grad():
-            trained, expected = session.model(input_ids=tokens).logits, base(ids, pixels).logits
+            trained = session.model(input_ids=tokens).logits
+            expected = base(ids, pixels).logits
             assert (trained - expected).norm() > 0.1 * expected.norm()
             with session.base():
                 torch.testing.assert_close(session.model(input_ids=tokens).logits, expected, rtol=1e-4, atol=1e-4)
@@ -195,7 +198,9 @@ def test_soft_prompt_is_rejected(settings, tmp_path):
 
 
 def test_rows_with_deleted_images_are_not_resumed(settings, folder, tmp_path):
-    run, rows, image = tmp_path / "run", (folder / "rows.jsonl").read_text(), (folder / "2.png").read_bytes()
+    run = tmp_path / "run"
+    rows = (folder / "rows.jsonl").read_text()
+    image = (folder / "2.png").read_bytes()
     snapshots = Snapshots(run, tmp_path, ["step 5"])
     train = {"batch_size": 8, "epochs": 4, "drift": False, "checkpoint_every": 2, "checkpoint_minutes": None}
     deltaw.fit(settings(run, train=train), callback=snapshots)
@@ -284,7 +289,8 @@ def test_default_rate_of_a_connector_that_is_trained_already_is_a_tenth(settings
         deltaw.fit(settings(tmp_path / name, train=train, **changes))
         return json.loads((tmp_path / name / "run.json").read_text())["chosen"]["train.learning_rate"]
 
-    new, started = chosen("new", model=parts), chosen("started", model=parts, start_from=str(tmp_path / "new"))
+    new = chosen("new", model=parts)
+    started = chosen("started", model=parts, start_from=str(tmp_path / "new"))
     assert started["value"] == pytest.approx(new["value"] / 10) and "connector is trained already" in started["why"]
     assert chosen("complete")["value"] == new["value"], "its connector is frozen"
     both = chosen("both", lora={"train_modules": ["multi_modal_projector"]})
@@ -299,7 +305,8 @@ def test_new_connector_without_images_is_rejected(settings, folder, parts, tmp_p
 
 
 def test_only_the_connector_is_loaded_if_features_are_stored(settings, tmp_path, monkeypatch):
-    train, loaded = {"max_steps": 2, "batch_size": 8, "drift": False}, []
+    train = {"max_steps": 2, "batch_size": 8, "drift": False}
+    loaded = []
     deltaw.fit(settings(tmp_path / "first", method="input", train=train))
     load = vision.Tower.load
     monkeypatch.setattr(
@@ -313,7 +320,8 @@ def test_only_the_connector_is_loaded_if_features_are_stored(settings, tmp_path,
 @pytest.fixture
 def images(folder, settings):
     """The images of the model, with an empty cache."""
-    config, tokenizer = AutoConfig.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
+    config = AutoConfig.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     return RowImages(folder / "model", config, tokenizer, "fp32")
 
 
@@ -345,7 +353,8 @@ def test_files_of_other_features_are_computed_again(images, folder):
 
 
 def _same_images(images: RowImages, folder: Path) -> RowImages:
-    config, tokenizer = AutoConfig.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
+    config = AutoConfig.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     again = RowImages(folder / "model", config, tokenizer, "fp32")
     again.place(RowImage(folder / "0.png", "row 1"))
     return again
@@ -353,8 +362,10 @@ def _same_images(images: RowImages, folder: Path) -> RowImages:
 
 def test_folded_connector_ignores_constant_features():
     random = torch.Generator().manual_seed(0)
-    features, weight = torch.randn(200, 4, generator=random), torch.randn(3, 4, generator=random)
-    features[:, 1], features[:, 2] = 5.3, 20 + features[:, 2] / 100
+    features = torch.randn(200, 4, generator=random)
+    weight = torch.randn(3, 4, generator=random)
+    features[:, 1] = 5.3
+    features[:, 2] = 20 + features[:, 2] / 100
     table = features_module._Table()
     table.append(features)
     mean, std = table.statistics()
@@ -396,5 +407,6 @@ def test_only_image_processors_are_created(folder, tmp_path):
     (copy / "preprocessor_config.json").unlink()
     settings = {"image_processor": {"image_processor_type": "pipeline", "task": "text-generation", "model": "x"}}
     (copy / "processor_config.json").write_text(json.dumps({"processor_class": "LlavaProcessor", **settings}))
-    config, tokenizer = AutoConfig.from_pretrained(copy), AutoTokenizer.from_pretrained(copy)
+    config = AutoConfig.from_pretrained(copy)
+    tokenizer = AutoTokenizer.from_pretrained(copy)
     assert "pipeline is not an image processor" in refusal(RowImages, copy, config, tokenizer, "fp32").message

@@ -74,9 +74,11 @@ class _Model:
     def their_loss(self) -> Tensor:
         total = torch.zeros(())
         for before, image, after, labels in [*ROWS, ([], None, TEXT, 3)]:
-            inputs, count = {}, 0
+            inputs = {}
+            count = 0
             if image is not None:
-                inputs, count = self.images._processor.encode(RowImage(PICTURES[image], "").decoded())[1], 1
+                inputs = self.images._processor.encode(RowImage(PICTURES[image], "").decoded())[1]
+                count = 1
             ids = [*before, *[IMAGE_TOKEN] * (count and len(self.ids[image])), *after]
             inputs.pop("attention_mask", None)
             logits = self.theirs(input_ids=torch.tensor([ids]), **inputs).logits[0]
@@ -86,7 +88,8 @@ class _Model:
 
     def check_gradients(self) -> set[str]:
         """Compare loss and gradients. Return the names of the trained parameters in the complete model."""
-        ours, theirs = self.our_loss(), self.their_loss()
+        ours = self.our_loss()
+        theirs = self.their_loss()
         ours.backward()
         theirs.backward()
         assert relative_error(ours.detach(), theirs.detach()) <= 1e-5

@@ -65,8 +65,10 @@ class LetterFeed(RolloutFeed):
 
     def __init__(self, session, settings):
         super().__init__(session.objective, session.batcher, session.processes)
-        self.settings, self.steps_per_round = settings, settings.updates
-        self.sampler, self.seed = session.sampler(), session.config.train.seed
+        self.settings = settings
+        self.steps_per_round = settings.updates
+        self.sampler = session.sampler()
+        self.seed = session.config.train.seed
 
     def generate(self, rows, round_index):
         count = self.settings.group
@@ -117,8 +119,10 @@ class LetterTask(CausalTask):
 
     def generation_limits(self, data, batch_size):
         settings = self.settings
-        length, held_out = max(map(len, data.all_rows)) + settings.max_new_tokens, len(data.held_out)
-        rows, tokens = max(batch_size * settings.group, held_out), held_out * settings.max_new_tokens
+        length = max(map(len, data.all_rows)) + settings.max_new_tokens
+        held_out = len(data.held_out)
+        rows = max(batch_size * settings.group, held_out)
+        tokens = held_out * settings.max_new_tokens
         return TaskGeneration(rows, length, tokens, settings.group, settings.max_new_tokens)
 
     def objective(self, model):

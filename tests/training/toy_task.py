@@ -49,7 +49,8 @@ class PreferenceTask(CausalTask):
         return CausalObjective(model, Preference())
 
     def evaluate(self, objective, examples, batcher, classes=None):
-        right, total = [], 0.0
+        right = []
+        total = 0.0
         with torch.no_grad():
             for batch in batcher.batches(examples):
                 logprobs = RowLogProbs.of(batch, objective.token_log_probs(batch))

@@ -33,8 +33,10 @@ def check_type(dtype: torch.dtype) -> None:
     """Compare a product with its update, an int8 product, a norm and attention with float64 results."""
     bound = TOLERANCE[dtype]
     x, weight, grad = (numbers(*shape, dtype=dtype) for shape in ((70, 96), (64, 96), (70, 64)))
-    A, B = numbers(96, 8), numbers(8, 64)
-    product, exact = linear.LinearProduct(weight, lora_A=A, lora_B=B), weight.double() + (A.double() @ B.double()).t()
+    A = numbers(96, 8)
+    B = numbers(8, 64)
+    product = linear.LinearProduct(weight, lora_A=A, lora_B=B)
+    exact = weight.double() + (A.double() @ B.double()).t()
     if not linear.can_multiply(x, product):
         raise SystemExit("the kernels do not support a plain product")
     check("a product", linear.linear(x, product)[0], x.double() @ exact.t(), 2 * bound)
@@ -42,12 +44,14 @@ def check_type(dtype: torch.dtype) -> None:
     signed, scale = quantize.quantize_rows(weight)
     exact, _ = linear.linear_reference(x.double(), linear.LinearProduct(signed, scale=scale.double()))
     check("an int8 product", linear.linear(x, linear.LinearProduct(signed, scale=scale))[0], exact, max(bound, 2e-4))
-    norm_options, gain = {"offset": 0.0, "eps": 1e-5, "centered": False}, numbers(96, dtype=dtype)
+    norm_options = {"offset": 0.0, "eps": 1e-5, "centered": False}
+    gain = numbers(96, dtype=dtype)
     exact, _ = rows.norm_reference(x.double(), gain.double(), None, **norm_options)
     check("a norm", rows.norm(x, gain, None, **norm_options)[0], exact, bound)
     q, k, v = (numbers(70, 2, 32, dtype=dtype) + n for n in range(3))
     out, _ = torch.ops.deltaw.attention(q, k, v, Layout.of_lengths([40, 30]).segments(), 0, True, 0.2, 0.0, None)
-    attend, expected = torch.nn.functional.scaled_dot_product_attention, []
+    attend = torch.nn.functional.scaled_dot_product_attention
+    expected = []
     for part in (slice(0, 40), slice(40, 70)):
         heads = (t[part].double().transpose(0, 1) for t in (q, k, v))
         expected.append(attend(*heads, is_causal=True, scale=0.2).transpose(0, 1))

@@ -48,7 +48,8 @@ class Tree:
     """Copy of the files that a build needs."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.kernels = folder, folder / "src/deltaw/kernels"
+        self.folder = folder
+        self.kernels = folder / "src/deltaw/kernels"
         self.csrc = self.kernels / "csrc"
         shutil.copytree(variants.LIST.parent, self.csrc)
         for name in ("setup.py", "src/deltaw/kernels/variants.py", "src/deltaw/kernels/processor.py"):

@@ -25,7 +25,8 @@ pytestmark += [pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no 
 
 
 def run(*command: object, cwd: Path = ROOT, **environment: str) -> str:
-    arguments, full_environment = [str(part) for part in command], {**os.environ, **environment}
+    arguments = [str(part) for part in command]
+    full_environment = {**os.environ, **environment}
     process = subprocess.run(arguments, cwd=cwd, env=full_environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout

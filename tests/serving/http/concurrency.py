@@ -9,7 +9,8 @@ from typing import TypeVar
 
 # Time limit in seconds. Only a failing test waits that long.
 SECONDS = 30.0
-Item, Result = TypeVar("Given"), TypeVar("Made")
+Item = TypeVar("Given")
+Result = TypeVar("Made")
 
 
 def wait_until(condition: Callable[[], bool]) -> bool:

@@ -33,7 +33,9 @@ from tests.byte_models import TEMPLATE, byte_tokenizer
 
 POSITIONS = 4096
 # Last lines of prompts that select a special behavior.
-SLOW, FAIL, LONG = "be slow", "fail", "go on"
+SLOW = "be slow"
+FAIL = "fail"
+LONG = "go on"
 TOOLS = "{{ tools | tojson }}\nUse <tool_call></tool_call>"
 TOOLS_TEMPLATE = f"{{% if tools %}}<|im_start|>system\n{TOOLS}<|im_end|>\n{{% endif %}}{TEMPLATE}"
 
@@ -42,8 +44,10 @@ class FakeGeneration:
     """A generation that produces each chunk when it is read."""
 
     def __init__(self, engine: FakeEngine, request: Request) -> None:
-        self._engine, self._request = engine, request
-        self._cancelled, self._started = threading.Event(), time.monotonic()
+        self._engine = engine
+        self._request = request
+        self._cancelled = threading.Event()
+        self._started = time.monotonic()
 
     def cancel(self) -> None:
         self._engine.cancelled += not self._cancelled.is_set()
@@ -88,7 +92,8 @@ class FakeGeneration:
                 break
             logprobs = first + (self._logprobs([token]) if has_logprobs else ())
             yield TextChunk(decoder.decode(bytes([_BYTE.get(token, 0x3F)])), (token,), logprobs, reused=reused)
-            reused, first = 0, ()
+            reused = 0
+            first = ()
             if line == SLOW:
                 self._cancelled.wait(0.05)
         yield TextChunk("", (), first, finish="length" if is_longer else "stop", reused=reused)
@@ -102,7 +107,8 @@ class FakeGeneration:
     def _text(self, line: str) -> str:
         request = self._request
         if request.constraint is not None:
-            kind, value = request.constraint.kind, request.constraint.value
+            kind = request.constraint.kind
+            value = request.constraint.value
             return json.dumps(_instance(json.loads(value or "{}"))) if kind.startswith("json") else "matched"
         if line.startswith("say "):
             return line.removeprefix("say ").replace("\\n", "\n")
@@ -180,7 +186,8 @@ class FakeAdapterStore:
 
 def fake_served(*names: str, **changes: object) -> Served:
     """Return a fake base model "base" with adapters of these names."""
-    engine, with_tools = FakeEngine(names), byte_tokenizer()
+    engine = FakeEngine(names)
+    with_tools = byte_tokenizer()
     with_tools.chat_template = TOOLS_TEMPLATE
     prompts = {True: TokenizerPrompts(with_tools), False: _PLAIN}
     values = {"name": "base", "engine": engine, "positions": POSITIONS, "adapter_store": FakeAdapterStore(engine)}

@@ -30,7 +30,9 @@ def slow_to_match_grammar(number: int, after: int = 5) -> str:
     """Return a grammar that compiles quickly, but takes minutes for token number ``after``."""
 
     def expression(seed: int) -> str:
-        chance, choices, all_letters = random.Random(seed), [], string.ascii_lowercase[1:]
+        chance = random.Random(seed)
+        choices = []
+        all_letters = string.ascii_lowercase[1:]
         for length in range(3, 28):
             letters = "".join(chance.sample(all_letters, 6))
             choices.append(f"[a{letters}][a{letters[:-3:-1]}]{{1,{length}}}[{all_letters[length % 25]}a]+")
@@ -54,7 +56,8 @@ class HostileClient:
     """
 
     def __init__(self, url: str, model: str, x: int, headers: dict[str, str]) -> None:
-        self.url, self.headers = url, headers
+        self.url = url
+        self.headers = headers
         self._x = x
         self._chat = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 200}
         self._completion = {"model": model, "prompt": "hi", "max_tokens": 200}
@@ -176,7 +179,8 @@ class HostileClient:
 
 def memory(process: int) -> int:
     """Return the resident memory of a process and its descendants in bytes."""
-    total, parent = 0, psutil.Process(process)
+    total = 0
+    parent = psutil.Process(process)
     for member in [parent, *parent.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             total += member.memory_info().rss

@@ -112,7 +112,8 @@ class PageServer:
         model = body["model"]
         all_tokens = ANSWERS.get(model, ANSWERS[BASE])
         tokens = all_tokens[: body["max_tokens"]]
-        raw, sent = b"", ""
+        raw = b""
+        sent = ""
         for position, token in enumerate(tokens):
             while self.hold_after == position and not self.gate.is_set():
                 await asyncio.sleep(0.01)
@@ -121,7 +122,8 @@ class PageServer:
                 return
             raw += token if isinstance(token, bytes) else token.encode()
             text = raw.decode(errors="ignore")
-            delta, sent = text[len(sent) :], text
+            delta = text[len(sent) :]
+            sent = text
             yield event({"content": delta}, None, with_alternatives(token, position))
             await asyncio.sleep(self.token_seconds)
         yield event({}, "length" if len(tokens) < len(all_tokens) else "stop", None)

@@ -35,7 +35,8 @@ class RunningServer:
 
     def __post_init__(self) -> None:
         self.http = self.client()
-        self.get, self.post = self.http.get, self.http.post
+        self.get = self.http.get
+        self.post = self.http.post
 
     @property
     def engine(self) -> FakeEngine:

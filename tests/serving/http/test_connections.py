@@ -51,7 +51,8 @@ def connections(server) -> set:
 
 def test_disconnect_during_stream_cancels_generation(shared):
     engine = shared.engine
-    before, completed = engine.cancelled, engine.completed
+    before = engine.cancelled
+    completed = engine.completed
     with open_client(shared, chat("be slow", stream=True)) as client:
         content = b""
         while b"BE" not in content and b'"content":"b"' not in content:
@@ -62,7 +63,9 @@ def test_disconnect_during_stream_cancels_generation(shared):
 
 
 def test_disconnect_before_response_cancels_all_choices(shared):
-    engine, count, before = shared.engine, len(shared.engine.submitted), shared.engine.completed
+    engine = shared.engine
+    count = len(shared.engine.submitted)
+    before = shared.engine.completed
     with open_client(shared, chat("be slow", n=3)):
         assert wait_until(lambda: len(engine.submitted) == count + 3 and engine.running == 3)
     assert wait_until(lambda: engine.completed == before + 3 and not shared.request_queue.pending)
@@ -130,7 +133,8 @@ def test_client_with_small_unread_remainder_is_disconnected(start):
 def test_shutdown_does_not_wait_for_slow_clients(start):
     """An incomplete body, an incomplete header and an unread response do not delay shutdown."""
     server = start(limits=Limits(body_seconds=600, write_seconds=600))
-    header, body = open_client(server, chat("hello")[:30]), open_client(server, chat("hello")[:-10])
+    header = open_client(server, chat("hello")[:30])
+    body = open_client(server, chat("hello")[:-10])
     long = chat("go on", stream=True, logprobs=True, top_logprobs=20, max_tokens=4000)
     with open_client(server, long):
         assert wait_until(lambda: len(server.server.server_state.tasks) == 2 and server.engine.completed == 1)

@@ -11,7 +11,8 @@ from deltaw.errors import UserError
 from deltaw.serving.http.settings import ServerSettings
 from tests.serving.http.api_requests import CHAT, COMPLETIONS, GOOD, expect_error, load, unload
 
-KEY, OTHER = "correct-horse-1", "correct-horse-2"
+KEY = "correct-horse-1"
+OTHER = "correct-horse-2"
 PAGE = "https://page.example"
 
 
@@ -65,7 +66,8 @@ def test_unknown_host_names_are_rejected(start):
 
 
 def test_cross_origin_requests_require_configuration(shared, start):
-    allowed, method = "access-control-allow-origin", "Access-Control-Request-Method"
+    allowed = "access-control-allow-origin"
+    method = "Access-Control-Request-Method"
     preflight = {"Origin": PAGE, method: "POST", "Access-Control-Request-Headers": "content-type"}
     assert shared.http.options(CHAT, headers=preflight).status_code == 405
     assert allowed not in shared.get("/v1/models", headers={"Origin": PAGE}).headers

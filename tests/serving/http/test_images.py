@@ -20,7 +20,8 @@ from tests.serving.http.api_requests import CHAT, COMPLETIONS, chat_body, expect
 from tests.serving.http.concurrency import run_in_threads, wait_until
 from tests.vision_models import chat_prompt, png, reference_text, save_vision_model
 
-RED, BLUE = png((220, 10, 10)), png((10, 10, 220))
+RED = png((220, 10, 10))
+BLUE = png((10, 10, 220))
 
 
 def data_url(image: bytes) -> str:
@@ -159,7 +160,8 @@ def test_removed_images_do_not_change_answers(server: Any, monkeypatch: pytest.M
 
 
 def test_images_above_the_limit_are_refused_while_others_run(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    images, prompts = server.served.images, server.served.prompts(None)
+    images = server.served.images
+    prompts = server.served.prompts(None)
     monkeypatch.setattr(images, "limit_bytes", 2 * 4 * 32 * 4)
     running = prompts.chat(question(RED, BLUE)["messages"], [])
     expect_error(server.post(CHAT, json=question(png((10, 220, 10)))), 429)
@@ -173,7 +175,8 @@ def test_waiting_images_count_as_pending(server: Any, monkeypatch: pytest.Monkey
     from deltaw.serving.http import prompts
     from deltaw.serving.http.settings import Limits
 
-    finish, decode = threading.Event(), prompts.decoded_images
+    finish = threading.Event()
+    decode = prompts.decoded_images
     monkeypatch.setattr(prompts, "decoded_images", lambda images: finish.wait(60) and decode(images))
     monkeypatch.setattr(server.request_queue, "_limits", Limits(queue=2))
     with ThreadPoolExecutor(2) as pool:

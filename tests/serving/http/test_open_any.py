@@ -80,14 +80,17 @@ def test_system_prompt_of_run_is_added_to_chats_without_one(finished_run, tmp_pa
         monkeypatch.setattr(opening, "build_decodable", raise_not_decodable)
     run = shutil.copytree(finished_run, tmp_path / "mine")
     write_prompting(run, Prompting("Be brief."))
-    question, system = {"role": "user", "content": "hi"}, {"role": "system", "content": "Be brief."}
+    question = {"role": "user", "content": "hi"}
+    system = {"role": "system", "content": "Be brief."}
 
     def prompt_tokens(client: Any, *messages: dict[str, str], **fields: Any) -> int:
         body = {"model": "mine", "messages": list(messages), "max_tokens": 1, **fields}
         return client.post("/v1/chat/completions", json=body).json()["usage"]["prompt_tokens"]
 
-    client, unchanged = serve(run, name="base"), serve(run, name="base", system=False)
-    with_system, without = prompt_tokens(client, system, question), prompt_tokens(unchanged, question)
+    client = serve(run, name="base")
+    unchanged = serve(run, name="base", system=False)
+    with_system = prompt_tokens(client, system, question)
+    without = prompt_tokens(unchanged, question)
     assert with_system > without + len("Be brief.")
     assert prompt_tokens(client, question) == with_system
     assert prompt_tokens(client, question, model="base") == without, "the base model has no rows"
@@ -99,7 +102,8 @@ def test_system_prompt_of_run_is_added_to_chats_without_one(finished_run, tmp_pa
 def test_text_run_is_served_in_its_precision(finished_run, tmp_path, serve, monkeypatch, precision, expected):
     from deltaw.serving.http import opening
 
-    run, opened = shutil.copytree(finished_run, tmp_path / "mine"), []
+    run = shutil.copytree(finished_run, tmp_path / "mine")
+    opened = []
     settings = yaml.safe_load((run / "run.yaml").read_text())
     (run / "run.yaml").write_text(yaml.safe_dump(settings | {"precision": precision}))
 

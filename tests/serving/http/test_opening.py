@@ -152,7 +152,9 @@ def test_run_is_served_under_folder_name(folders, packages):
 
 
 def test_invalid_combinations_are_rejected(folders, packages):
-    base, clerk, broken = folders / "base", folders / "adapters" / "clerk", folders / "adapters" / "broken"
+    base = folders / "base"
+    clerk = folders / "adapters" / "clerk"
+    broken = folders / "adapters" / "broken"
     for reference, adapters, changes, match in (
         (base, {"a": clerk}, {"name": "a"}, "base model's name"),
         (clerk, {"clerk": clerk}, {"model": str(base)}, "two adapters"),

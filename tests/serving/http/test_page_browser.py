@@ -121,7 +121,8 @@ def test_page_shows_name_prompt_and_examples_of_run(page, server):
     expect(page.get_by_role("heading", level=1)).to_have_text("Chat with legal")
     expect(page).to_have_title("Chat with legal · deltaw")
     expect(page.locator("#model-list label").first).to_have_text("SmolLM2 base model")
-    system, examples = page.get_by_label("System prompt"), page.locator("#example-list button")
+    system = page.get_by_label("System prompt")
+    examples = page.locator("#example-list button")
     expect(system).to_have_value("You are a lawyer.")
     assert examples.all_inner_texts() == ["Is it legal?", "<b>May</b> I?"]
     page.get_by_label("pirate").check()
@@ -262,11 +263,9 @@ def test_page_is_usable_with_keyboard(page, server, width):
     page.set_viewport_size({"width": width, "height": SIZES[width]})
     page.goto(server.url)
     wait_for_models(page)
-    press, alternatives, message = (
-        page.keyboard.press,
-        page.locator("#alternatives"),
-        page.get_by_label("Message", exact=True),
-    )
+    press = page.keyboard.press
+    alternatives = page.locator("#alternatives")
+    message = page.get_by_label("Message", exact=True)
 
     def reach(key: str, stop: sync_api.Locator) -> None:
         press(key)
@@ -369,7 +368,8 @@ def test_images_are_attached_removed_and_sent(browser, packages, tmp_path, schem
         bodies: list[dict] = []
         new_page.on("request", lambda r: r.method == "POST" and bodies.append(json.loads(r.post_data or "")))
         new_page.goto(live_server.url)
-        button, attached = new_page.get_by_role("button", name="Add image"), new_page.locator("#image-list img")
+        button = new_page.get_by_role("button", name="Add image")
+        attached = new_page.locator("#image-list img")
         with new_page.expect_file_chooser() as chooser:
             button.press("Enter")
         chooser.value.set_files([tmp_path / name for name in ("red.png", "large.png", "no.png")])
@@ -425,7 +425,8 @@ def test_axe_reports_no_violations(browser, server, scheme, width):
     if width == 390:
         new_page.locator("summary").click()
         violations += check_state("settings")
-    server.hold_after, server.fail = 13, {"pirate"}
+    server.hold_after = 13
+    server.fail = {"pirate"}
     new_page.get_by_label("pirate").check()
     send(new_page, "Go")
     expect(answer(new_page, "legal").locator(".token")).to_have_count(13)
@@ -464,7 +465,8 @@ def test_adapter_is_first_on_narrow_screen_with_sticky_name(page):
     tops = {name: page.locator(".answer", has_text=name).first.bounding_box() for name in (BASE, "legal")}
     assert tops[BASE]["x"] < tops["legal"]["x"] and tops[BASE]["y"] == tops["legal"]["y"]
     page.set_viewport_size({"width": 390, "height": 500})
-    adapter, base = (page.locator(".answer.adapter"), page.locator(".answer:not(.adapter)"))
+    adapter = page.locator(".answer.adapter")
+    base = page.locator(".answer:not(.adapter)")
     assert adapter.bounding_box()["y"] < base.bounding_box()["y"]
     adapter.locator(".text").evaluate("text => { text.style.minHeight = '2000px' }")
     adapter.evaluate("one => window.scrollTo(0, one.getBoundingClientRect().top + window.scrollY + 900)")

@@ -21,7 +21,8 @@ from tests.data.label_models import WORDS, word_tokenizer
 from tests.serving.encoder_models import bert_config, train_classifier
 from tests.serving.http.server_thread import run_server
 
-QUERY, DOCUMENTS = "good film", ["bad plot", "very good", "so it is the film", "bad plot"]
+QUERY = "good film"
+DOCUMENTS = ["bad plot", "very good", "so it is the film", "bad plot"]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,9 @@ def send_rerank(server, **changes: object):
 
 def test_scores_match_model_and_are_sorted_stably(run, server):
     session = open_run(str(run), precision="fp32", device="cpu", log=lambda line: None)
-    tokenizer, expected, tokens = word_tokenizer(), [], 0
+    tokenizer = word_tokenizer()
+    expected = []
+    tokens = 0
     for document in DOCUMENTS:
         inputs = tokenizer(QUERY, document, return_tensors="pt")
         with torch.no_grad():

@@ -69,13 +69,15 @@ def test_broken_text_is_worse_and_reason_is_reported(kind):
 
 
 def test_lost_exact_answers_are_worse():
-    correct, incorrect = completion("the right answer"), completion("a wrong reply")
+    correct = completion("the right answer")
+    incorrect = completion("a wrong reply")
     report = compare([correct] * 5 + [incorrect] * 15, [correct] * 15 + [incorrect] * 5)
     assert report["verdict"] == WORSE and "exact match" in report["line"] and "75% to 25%" in report["line"]
 
 
 def test_insignificant_decline_is_unclear():
-    correct, incorrect = completion("the right answer"), completion("a wrong reply")
+    correct = completion("the right answer")
+    incorrect = completion("a wrong reply")
     report = compare([correct] * 9 + [incorrect] * 11, [correct] * 10 + [incorrect] * 10)
     assert report["verdict"] == UNCLEAR and "may be chance" in report["line"]
 

@@ -51,7 +51,8 @@ def test_improving_run_is_not_stopped_and_last_adapter_is_best(settings, tmp_pat
     train = {"learning_rate": 1e-3, "eval_every": 1, "early_stopping": 1, "epochs": 2, "saved_adapter": "best"}
     result = fit(settings(tmp_path / "run", train=train))
     assert result.outcome.steps == 6 and result.stopped_early is None
-    top, last = adapter(result.output), adapter(result.output / "last")
+    top = adapter(result.output)
+    last = adapter(result.output / "last")
     assert result.best["step"] == 6 and all(torch.equal(top[name], last[name]) for name in top)
 
 
@@ -82,7 +83,8 @@ def test_interrupted_run_saves_best_adapter(settings, tmp_path, worst):
     train = {**OVERFITTING, "saved_adapter": "best"}
     result = fit(settings(tmp_path / "run", train=train), callback=StoppingCallback())
     assert result.interrupted and result.best["step"] < result.outcome.steps
-    top, last = adapter(result.output), adapter(result.output / "last")
+    top = adapter(result.output)
+    last = adapter(result.output / "last")
     assert not all(torch.equal(top[name], last[name]) for name in top)
     assert (result.output / "best").is_dir(), "a resumed run needs it"
 
@@ -174,7 +176,8 @@ def test_samples_contain_answers_of_base_model_and_adapter(settings, tmp_path, m
         assert sample.keys() == {"row", "prompt", "expected", "answer"}
         assert sample["prompt"].startswith("paint it ") and samples[0].as_dict() == sample
         assert sample["prompt"].removeprefix("paint it ").startswith(sample["expected"])
-    model, folder = settings(tmp_path)["model"], result.output
+    model = settings(tmp_path)["model"]
+    folder = result.output
     for model_reference, line in [(model, lines[0]), (str(folder), lines[-1])]:
         run = open_on_cpu(model_reference)
         rows = run.task.read(RunConfig.read(folder / "run.yaml").data, seed=0).held_out

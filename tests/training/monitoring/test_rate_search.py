@@ -50,7 +50,8 @@ def test_run_with_search_equals_run_with_selected_rate(settings, tmp_path):
     assert f"learning_rate: search  # {search.chosen}: " in (result.output / "run.yaml").read_text()
     assert f"learning rate {search.chosen:g}: " in callback
     run_with_rate = fit(settings(tmp_path / "same", train={"learning_rate": search.chosen}))
-    ours, theirs = adapter(result.output), adapter(run_with_rate.output)
+    ours = adapter(result.output)
+    theirs = adapter(run_with_rate.output)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert [line["step"] for line in metrics(result.output, "loss")] == [1, 2, 3]
 

@@ -28,7 +28,9 @@ def test_killed_run_resumes_with_best_adapter_and_samples(settings, tmp_path, wo
     config = settings(run, train={**TRAIN, "saved_adapter": "best"})
     snapshots = Snapshots(run, tmp_path, ["step 5", "evaluation 9", "evaluation 15"])
     full = fit(config, callback=snapshots)
-    expected, best, last = outcome(run), full.as_dict()["best"], (run / "last" / ADAPTER).read_bytes()
+    expected = outcome(run)
+    best = full.as_dict()["best"]
+    last = (run / "last" / ADAPTER).read_bytes()
     assert best["step"] < 9
     for copy in snapshots.copies.values():
         restore_copy(copy, run)
@@ -63,7 +65,8 @@ def test_killed_run_does_not_repeat_rate_search(settings, tmp_path, monkeypatch)
     config = settings(run, train={**TRAIN, "learning_rate": "search"})
     snapshots = Snapshots(run, tmp_path, ["step 2", "step 6"])
     fit(config, callback=snapshots)
-    expected, rate = outcome(run), json.loads((run / "learning_rate.json").read_text())["chosen"]
+    expected = outcome(run)
+    rate = json.loads((run / "learning_rate.json").read_text())["chosen"]
     monkeypatch.setattr(rates, "search_rate", lambda *args, **kwargs: pytest.fail("searched again"))
     for copy in snapshots.copies.values():
         restore_copy(copy, run)
@@ -74,7 +77,8 @@ def test_killed_run_does_not_repeat_rate_search(settings, tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_missing_best_file_starts_new_search_and_is_reported(settings, tmp_path):
-    run, callback = tmp_path / "run", RecordingCallback()
+    run = tmp_path / "run"
+    callback = RecordingCallback()
     config = settings(run, train={**TRAIN, "saved_adapter": "best"})
     fit(config, callback=RecordingCallback(stop_after=8))
     shutil.rmtree(run / "best")
@@ -86,11 +90,13 @@ def test_missing_best_file_starts_new_search_and_is_reported(settings, tmp_path)
 def test_killed_run_resumes_its_time_budget(settings, tmp_path, clock):
     class StateCallback(Snapshots):
         def on_begin(self, state):
-            self.state, self.initial_steps = state, state.total_steps
+            self.state = state
+            self.initial_steps = state.total_steps
 
     run = tmp_path / "run"
     train = {**TRAIN, "epochs": 1000, "time": "60s", "eval_every": None, "eval_answers": 0, "samples": 0}
-    first, second = StateCallback(run, tmp_path, ["step 25"]), StateCallback(run, tmp_path, [])
+    first = StateCallback(run, tmp_path, ["step 25"])
+    second = StateCallback(run, tmp_path, [])
     full = fit(settings(run, train=train), callback=first)
     restore_copy(first.copies["step 25"], run)
     result = fit(settings(run, train=train), callback=second)

@@ -19,7 +19,8 @@ def step(number, loss=1.0, norm=0.5):
 
 
 def warnings(losses, norms, limit=1.0):
-    monitor, steps = StepMonitor(limit), map(step, itertools.count(1), losses, norms)
+    monitor = StepMonitor(limit)
+    steps = map(step, itertools.count(1), losses, norms)
     return [(current.step, warning) for current in steps for warning in monitor.check(current)]
 
 
@@ -93,11 +94,15 @@ def test_restored_monitor_reports_same_warnings():
     losses, norms = make_training(8, steps=900)
     norms[600:] *= 1 + np.arange(300)  # jumps, then is clipped
     losses[500:] += np.linspace(0, 5, 400)
-    losses[300], norms[300] = math.nan, math.inf  # is ignored
+    # A step that is not finite is ignored.
+    losses[300] = math.nan
+    norms[300] = math.inf
     expected = warnings(losses, norms)
     assert {warning.kind for _, warning in expected} == {"gradient_norm", "clipped", "rising_loss"} or len(expected)
     for cut in (10, 555, 620, 800):
-        first, second, warnings_found = StepMonitor(1.0), StepMonitor(1.0), []
+        first = StepMonitor(1.0)
+        second = StepMonitor(1.0)
+        warnings_found = []
         for number in range(1, 901):
             monitor = first if number <= cut else second
             if number == cut + 1:

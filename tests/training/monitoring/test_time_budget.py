@@ -59,7 +59,8 @@ def budget_of(seconds, clock, max_steps=100_000, **overhead):
 
 
 def test_run_fills_budget_and_rate_decays_to_zero():
-    clock, state = Clock(), State(100_000)
+    clock = Clock()
+    state = State(100_000)
     lines = run(budget_of(600, clock, after=30, evaluation=10), clock, state, lambda n: 2.0)
     assert clock.now - 1000 <= 600 - 40 and clock.now - 1000 >= 600 - 40 - MARGIN * 600 - 2 * 2.0
     assert len(lines) == 1 and f"{state.total_steps} steps planned" in lines[0] and "2 s a step" in lines[0]
@@ -67,7 +68,8 @@ def test_run_fills_budget_and_rate_decays_to_zero():
 
 
 def test_steps_of_one_rollout_are_measured_together():
-    clock, state = Clock(), State(100_000)
+    clock = Clock()
+    state = State(100_000)
     budget = budget_of(1200, clock)
     budget.cycle = 8
     lines = run(budget, clock, state, lambda n: 57.0 if n % 8 == 0 else 1.0)
@@ -76,13 +78,15 @@ def test_steps_of_one_rollout_are_measured_together():
 
 
 def test_slow_first_step_does_not_determine_speed():
-    clock, state = Clock(), State(100_000)
+    clock = Clock()
+    state = State(100_000)
     run(budget_of(300, clock), clock, state, lambda n: 60.0 if n == 0 else 1.0)
     assert 0.9 * 300 < clock.now - 1000 <= 300 and state.step > 200
 
 
 def test_step_limit_below_budget_is_respected():
-    clock, state = Clock(), State(50)
+    clock = Clock()
+    state = State(50)
     lines = run(budget_of(3600, clock, max_steps=50), clock, state, lambda n: 1.0)
     assert state.step == 50 and "50 steps planned (all steps)" in lines[0]
 
@@ -90,7 +94,8 @@ def test_step_limit_below_budget_is_respected():
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize(("before", "after"), [(1.0, 3.0), (3.0, 1.0)])
 def test_changed_speed_is_replanned_without_rate_jump(schedule, before, after):
-    clock, state = Clock(), State(100_000, schedule)
+    clock = Clock()
+    state = State(100_000, schedule)
     lines = run(budget_of(1000, clock), clock, state, lambda n: before if clock.now < 1400 else after)
     assert 0.93 * 1000 < clock.now - 1000 <= 1000
     assert len(lines) > 1 and all("planned again" in line for line in lines[1:])
@@ -100,27 +105,31 @@ def test_changed_speed_is_replanned_without_rate_jump(schedule, before, after):
 
 
 def test_measured_evaluations_count_towards_budget():
-    clock, state = Clock(), State(100_000)
+    clock = Clock()
+    state = State(100_000)
     run(budget_of(1000, clock), clock, state, lambda n: 1.0, eval_every=50, evaluation=25.0)
     assert clock.now - 1000 + 25 <= 1000, "the last evaluation must fit too"
     assert clock.now - 1000 > 900
 
 
 def test_run_that_slows_down_stops_in_time():
-    clock, state = Clock(), State(100_000)
+    clock = Clock()
+    state = State(100_000)
     run(budget_of(100, clock, after=5), clock, state, lambda n: 1.0 if clock.now < 1080 else 6.0)
     assert clock.now - 1000 <= 100
 
 
 def test_noise_rarely_triggers_replanning():
     random = np.random.default_rng(0)
-    clock, state = Clock(), State(100_000)
+    clock = Clock()
+    state = State(100_000)
     lines = run(budget_of(1000, clock), clock, state, lambda n: 1.0 + 0.1 * random.standard_normal())
     assert len(lines) <= 3 and 950 < clock.now - 1000 <= 1000
 
 
 def test_time_of_earlier_processes_counts():
-    clock, state = Clock(), State(100_000)
+    clock = Clock()
+    state = State(100_000)
     first = budget_of(1000, clock)
     first.start()
     for _ in range(100):
