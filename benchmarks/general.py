@@ -36,7 +36,7 @@ from deltaw.hub.packages import member
 from deltaw.runs.load_model import load_model
 from deltaw.runs.process_agreement import assemble_session
 from deltaw.settings.config import RunConfig
-from deltaw.training.drift import DriftMeter
+from deltaw.training.drift_meter import DriftMeter
 from deltaw.training.evaluation.general import GeneralRehearsal
 from deltaw.training.losses import detach_wide
 from deltaw.training.reducer import SINGLE_PROCESS

@@ -98,7 +98,7 @@ def write_tasks(folder: Path, rows: int, *, seed: int = 0) -> Path:
 
 def write_model(folder: Path) -> None:
     """Save the model as a checkpoint for the hf backend, because the package contains a GGUF file."""
-    from deltaw.training.open_run import open_run
+    from deltaw.inference.open_run import open_run
 
     session = open_run(SMOLLM2, precision="fp32", log=lambda line: None)
     session.model.save_pretrained(folder / "model")
@@ -108,7 +108,7 @@ def write_model(folder: Path) -> None:
 def load_deltaw_side(folder: Path, precision: str, limit: int | None = None) -> Side:
     """Return a function that computes the metrics of a task with deltaw's model class."""
     from deltaw.evaluation.harness import evaluate_tasks
-    from deltaw.training.open_run import open_run
+    from deltaw.inference.open_run import open_run
 
     session = open_run(SMOLLM2, precision=precision, log=lambda line: None)
 

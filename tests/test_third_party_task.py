@@ -16,13 +16,13 @@ import deltaw
 from deltaw.cli import main
 from deltaw.errors import UserError
 from deltaw.experiments.compare import compare
+from deltaw.inference.open_run import open_run
 from deltaw.runs.checks import check_data, preview_rows, with_refusal
 from deltaw.runs.folder import Run
 from deltaw.settings import task_registry
 from deltaw.settings.config import RunConfig
 from deltaw.settings.schema import run_schema
 from deltaw.training.callbacks import Callback, LineCallback
-from deltaw.training.open_run import open_run
 from deltaw.training.session import read_data
 from tests.conftest import deep_merge, write_rows
 from tests.experiments.conftest import use_local_worker

@@ -15,7 +15,7 @@ from deltaw.runs import trained_rows
 from deltaw.runs.fit import fit
 from deltaw.runs.trained_rows import count_trained_rows, write_trained_rows
 from deltaw.studio.live import scores
-from deltaw.training.answers import EvaluatedAnswer, exact_match_warning
+from deltaw.training.evaluation.answers import EvaluatedAnswer, exact_match_warning
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.session import Session
 from tests.byte_models import byte_tokenizer

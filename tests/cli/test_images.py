@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deltaw.evaluation import predicting
+from deltaw.inference import predicting
 from tests.cli.conftest import Call, assert_refused
 from tests.conftest import write_rows
 from tests.vision_models import chat_prompt, png, reference_text, save_vision_model
@@ -89,7 +89,7 @@ def test_text_models_refuse_images(call: Call, finished_run: Path, vision_folder
 
 
 def test_content_parts_and_separate_images_are_encoded_alike(vision_folder: Path) -> None:
-    from deltaw.training.open_run import open_run
+    from deltaw.inference.open_run import open_run
 
     session = open_run(str(vision_folder / "model"), precision="fp32", log=lambda line: None)
     path = vision_folder / "red.png"

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from deltaw.training.answers import Prompting, read_prompting, write_prompting
+from deltaw.inference.prompting import Prompting, read_prompting, write_prompting
 from tests.cli.conftest import assert_refused
 
 

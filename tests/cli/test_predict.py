@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
-from deltaw.evaluation import predicting
-from deltaw.evaluation.predicting import PredictionFile
+from deltaw.inference import predicting
+from deltaw.inference.predicting import PredictionFile
 from deltaw.runs.fit import fit
 from tests.byte_models import save_model
 from tests.cli.conftest import assert_refused
@@ -150,7 +150,7 @@ def test_missing_file_is_reported_before_model_load(predict, classifier, monkeyp
     def load(*args, **options):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("deltaw.training.open_run.open_run", load)
+    monkeypatch.setattr("deltaw.inference.open_run.open_run", load)
     assert_refused(predict(classifier, tmp_path / "rwos.jsonl", status=2), "rwos.jsonl")
 
 

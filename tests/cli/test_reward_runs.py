@@ -18,6 +18,7 @@ from deltaw.decoding.generation import SampledCompletion, SamplingParams
 from deltaw.decoding.opening import SessionSampler
 from deltaw.errors import UserError
 from deltaw.hub.tokenizers import load_tokenizer
+from deltaw.inference.scores import ScoreOptions
 from deltaw.reports.live_line import LiveLine
 from deltaw.reports.live_table import progress_values
 from deltaw.reports.page.write import comparison_page, run_page
@@ -30,7 +31,6 @@ from deltaw.tasks.reward.feed import SingleTurnSampler
 from deltaw.tasks.reward.scoring import Scorer, interval_of, pass_at
 from deltaw.tasks.reward.settings import RewardSettings
 from deltaw.tasks.reward.task import RewardTask
-from deltaw.training.answers import ScoreOptions
 from deltaw.training.evaluation.base import mean_interval
 from deltaw.training.monitoring.best import EVALUATED_COST, GENERATED_COST, CostEstimates, OverheadSeconds
 from deltaw.training.planning.plan_run import plan

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from deltaw.training.open_run import open_run
+from deltaw.inference.open_run import open_run
 from tests import processes
 from tests.cli.conftest import start
 

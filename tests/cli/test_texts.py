@@ -13,9 +13,9 @@ import torch
 
 from deltaw.decoding import opening
 from deltaw.decoding.probes import NotDecodable
+from deltaw.inference.open_run import open_run
+from deltaw.inference.scores import ScoreOptions
 from deltaw.runs.fit import fit
-from deltaw.training.answers import ScoreOptions
-from deltaw.training.open_run import open_run
 from tests.byte_models import byte_tokenizer
 from tests.cli.conftest import Call, CommandResult, assert_refused
 from tests.conftest import write_rows
@@ -52,7 +52,7 @@ def transformers_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
 def generate_naively(folder: Path, prompts: tuple[str, ...], count: int, *, base: bool = False) -> list[str]:
     """Generate greedily with a full forward pass per token, without a cache."""
     from deltaw.data.prepare import encode_prompt
-    from deltaw.training.open_run import open_run
+    from deltaw.inference.open_run import open_run
 
     session = open_run(str(folder), precision="fp32", log=lambda line: None)
     texts = []

@@ -10,7 +10,7 @@ import pytest
 
 from deltaw.export.deploy import DeploymentResult, deploy
 from deltaw.export.programs import LMStudio, Ollama
-from deltaw.training.answers import Prompting, write_prompting
+from deltaw.inference.prompting import Prompting, write_prompting
 from tests.cli.conftest import assert_refused, call
 from tests.data.conftest import refusal
 from tests.export import models, ollama_server
@@ -105,8 +105,8 @@ def chatml_template() -> str:
 
 def test_held_out_prompts_are_selected_first(settings, ollama: Models, tmp_path: Path) -> None:
     from deltaw.export.deploy import select_questions
+    from deltaw.inference.open_run import open_run
     from deltaw.runs.fit import fit
-    from deltaw.training.open_run import open_run
 
     output = fit(settings(tmp_path / "run")).output
     session = open_run(str(output), log=lambda line: None)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deltaw.cli import main
-from deltaw.training.answers import Prompting, write_prompting
+from deltaw.inference.prompting import Prompting, write_prompting
 from tests.export import models
 
 

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from deltaw.cli import main
 from deltaw.decoding.opening import open_engine
 from deltaw.hub.loading import load
+from deltaw.inference.open_run import open_run
+from deltaw.inference.opened_run import OpenedRun
 from deltaw.lora.layers_quantized import BlockLinear
 from deltaw.runtime.nf4 import quantize_nf4, round_to_nf4
-from deltaw.training.open_run import open_run
-from deltaw.training.task import OpenedRun
 from tests.byte_models import save_model, tiny_llama
 from tests.conftest import write_rows
 from tests.export import llama_cpp

@@ -13,10 +13,10 @@ from deltaw.decoding.generation import generate
 from deltaw.decoding.opening import open_engine
 from deltaw.decoding.request import Request, Sampling
 from deltaw.errors import UserError
+from deltaw.inference.open_run import open_run
 from deltaw.lora import LoRAConfig
 from deltaw.methods.lora import LoRA
 from deltaw.serving.http.opening import OpenOptions, open_served
-from deltaw.training.open_run import open_run
 from tests.byte_models import byte_tokenizer, tiny_gpt2, tiny_llama
 from tests.fake_cuda.device import recorded
 from tests.tiny_models import causal_model

@@ -17,6 +17,7 @@ from deltaw.decoding.request import Request
 from deltaw.export.base import MergeOptions, prepare_merge
 from deltaw.export.merged import assemble
 from deltaw.hub.loading import load
+from deltaw.inference.open_run import open_run
 from deltaw.kernels import operators
 from deltaw.machine.choices import UNTESTED_GPU
 from deltaw.runs.fit import fit
@@ -25,7 +26,6 @@ from deltaw.runtime.packed import packed_rows
 from deltaw.serving.http.opening import OpenOptions, open_served
 from deltaw.training.batchers import CausalMicroBatcher
 from deltaw.training.drift import measure_drift
-from deltaw.training.open_run import open_run
 from tests.byte_models import save_model, tiny_llama
 from tests.fake_cuda.device import configured
 from tests.fake_cuda.test_training import TASKS, SynchronizationCounter, inputs, run_on  # noqa: F401

@@ -19,13 +19,13 @@ from deltaw.decoding.model import AdaptedModel
 from deltaw.decoding.opening import SessionSampler, open_engine
 from deltaw.decoding.request import Constraint, Request, Sampling
 from deltaw.errors import UserError
+from deltaw.inference.open_run import open_run
 from deltaw.lora import LoRAConfig
 from deltaw.methods.base import Method
 from deltaw.methods.lora import LoRA
 from deltaw.methods.prompt import SoftPrompt
 from deltaw.methods.settings import PromptSettings
 from deltaw.serving.http.opening import OpenOptions, open_served
-from deltaw.training.open_run import open_run
 from tests.fake_cuda import vllm_stub
 
 PROMPTS = [np.random.default_rng(2).integers(3, 259, count) for count in (5, 12, 30)]

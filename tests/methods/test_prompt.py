@@ -27,9 +27,9 @@ from deltaw.methods.prompt import SoftPrompt
 from deltaw.methods.settings import PromptSettings
 from deltaw.runtime.packed import packed_rows
 from deltaw.runtime.virtual_tokens import attached
-from deltaw.training.answers import answers
 from deltaw.training.batchers import CausalMicroBatcher
 from deltaw.training.causal_objective import CausalObjective
+from deltaw.training.evaluation.answers import answers
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import refusal
 from tests.methods.rows import classifier

@@ -18,11 +18,11 @@ from deltaw.cli.options import settings_flags
 from deltaw.experiments.compare import check_methods
 from deltaw.experiments.folder import result_settings
 from deltaw.experiments.search_space import CategoricalValues, Range, default_space
+from deltaw.inference.open_run import open_run
 from deltaw.settings import method_registry
 from deltaw.settings.config import RunConfig
 from deltaw.settings.config import settings as all_settings
 from deltaw.settings.method_registry import MethodEntry
-from deltaw.training.open_run import open_run
 from deltaw.training.planning.plan_arguments import parse_methods
 from tests.conftest import refusal
 from tests.methods.toy_method import ENTRY, Norms

@@ -10,12 +10,12 @@ import pytest
 import deltaw
 from deltaw.decoding import opening
 from deltaw.errors import UserError
+from deltaw.inference.open_run import open_run
+from deltaw.inference.run_drift import measure_run_drift
+from deltaw.inference.scores import ScoreOptions
 from deltaw.reports import run as reports_run
 from deltaw.runs.folder import read_run
-from deltaw.training.answers import ScoreOptions
 from deltaw.training.callbacks import Callback, LineCallback
-from deltaw.training.drift import measure_run_drift
-from deltaw.training.open_run import open_run
 from tests.reports.html_pages import Page
 from tests.training.runs import load_eval_rows
 

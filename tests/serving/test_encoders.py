@@ -13,9 +13,9 @@ from peft import PeftModel
 from transformers import AutoModel, AutoModelForSequenceClassification, BertForSequenceClassification
 
 from deltaw.errors import UserError
+from deltaw.inference.open_run import open_run
+from deltaw.inference.pooling import is_bidirectional, pool
 from deltaw.serving.encoders import Encoders, detect_output_kind, open_classifiers, read_embedder
-from deltaw.training.open_run import open_run
-from deltaw.training.pooling import is_bidirectional, pool
 from tests.byte_models import byte_tokenizer, save_model
 from tests.serving.encoder_models import TEXTS, bert_config, train_classifier, write_bert
 from tests.serving.http.concurrency import run_in_threads

@@ -16,8 +16,8 @@ from lm_eval.models.huggingface import HFLM
 
 from deltaw.evaluation import harness
 from deltaw.evaluation.harness import FILE, SessionLM, evaluate_tasks
+from deltaw.inference.open_run import open_run
 from deltaw.training.causal_objective import CausalObjective
-from deltaw.training.open_run import open_run
 from tests.cli.conftest import assert_refused, call, start  # noqa: F401
 from tests.conftest import COLORS, write_rows
 

@@ -13,12 +13,12 @@ from deltaw.decoding.generation import GeneratedCompletion, generate
 from deltaw.decoding.opening import SESSION_ADAPTER, SessionGenerator, open_engine, verified_generator
 from deltaw.decoding.request import Constraint, Request, Sampling
 from deltaw.errors import UserError
+from deltaw.inference.open_run import open_run
+from deltaw.inference.opened_run import OpenedRun
 from deltaw.lora import LoRAConfig
 from deltaw.methods.files import choose_method
 from deltaw.methods.lora import LoRA
 from deltaw.settings.config import RunConfig
-from deltaw.training.open_run import open_run
-from deltaw.training.task import OpenedRun
 from tests.byte_models import save_model
 from tests.tiny_models import causal_model
 

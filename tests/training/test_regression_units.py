@@ -16,10 +16,10 @@ from transformers import AutoModelForSequenceClassification
 
 from deltaw.data.bad_rows import BadRowError
 from deltaw.export.merge import merge_run
+from deltaw.inference.open_run import open_run
 from deltaw.runs.fit import fit
 from deltaw.tasks.classification.regression_head import LabelUnits, RegressionHead
 from deltaw.tasks.classification.rows import regression_label
-from deltaw.training.open_run import open_run
 from tests.conftest import refusal, write_rows
 from tests.serving.encoder_models import write_bert
 from tests.training.runs import METHODS, load_eval_rows, open_on_cpu, slow_except

@@ -15,6 +15,7 @@ from deltaw.errors import UserError
 from deltaw.export.merge import merge_run
 from deltaw.export.push import push
 from deltaw.hub.loading import load
+from deltaw.inference.open_run import open_run
 from deltaw.runs.fit import fit
 from deltaw.settings.data import DataSettings
 from deltaw.tasks.classification.task import predict_rows
@@ -22,7 +23,6 @@ from deltaw.tasks.reranking.rows import PairEncoder, as_chat_template, prompt_of
 from deltaw.tasks.reranking.settings import RerankingSettings
 from deltaw.tasks.reranking.task import evaluate_scores
 from deltaw.training.batchers import BatcherOptions
-from deltaw.training.open_run import open_run
 from deltaw.training.task import task_of
 from tests.byte_models import byte_tokenizer, save_model, tiny_gpt2, tiny_llama
 from tests.conftest import refusal, write_rows

@@ -11,10 +11,10 @@ from deltaw.data.bad_rows import SKIPPED_ROWS
 from deltaw.data.prepare import encode_prompt
 from deltaw.decoding.generation import generate
 from deltaw.errors import UserError
+from deltaw.inference.open_run import open_run
 from deltaw.methods.trust import read_run_settings
 from deltaw.runs.checks import preview_rows
 from deltaw.runs.fit import fit
-from deltaw.training.open_run import open_run
 from tests.byte_models import tiny_llama
 from tests.conftest import COLORS, write_rows
 from tests.data.chat_templates import tokenizer_of

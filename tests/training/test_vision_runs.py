@@ -21,11 +21,11 @@ from deltaw.data.row_images import RowImage
 from deltaw.export.merge import merge_run
 from deltaw.hub import vision
 from deltaw.hub.vision_parts import fold_statistics
+from deltaw.inference.open_run import open_run
 from deltaw.progress import ignore_line
 from deltaw.settings.config import RunConfig
 from deltaw.training.features import images as features_module
 from deltaw.training.features.images import RowImages
-from deltaw.training.open_run import open_run
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.session import read_data
 from tests.byte_models import save_model, tiny_llama

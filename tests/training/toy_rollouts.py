@@ -15,12 +15,12 @@ from deltaw.data.prompts import PromptReader
 from deltaw.decoding.generation import SampledCompletion, SamplingParams, derive_seed
 from deltaw.decoding.opening import SessionGenerator
 from deltaw.errors import UserError
+from deltaw.inference.scores import EvaluationScore
 from deltaw.progress import ignore_line
 from deltaw.settings.fields import TaskSettings, setting
 from deltaw.settings.row_kinds import PROMPTED_FORMATS, PROMPTS
 from deltaw.settings.task_registry import TaskEntry
 from deltaw.tasks.language.task import CausalTask
-from deltaw.training.answers import EvaluationScore
 from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.rollouts import RolloutFeed
@@ -134,14 +134,16 @@ class LetterTask(CausalTask):
     def evaluate(self, objective, rows, batcher, classes=None):
         return self.score_completions(rows, batcher.sampler)
 
-    def score(self, opened, examples, options, generator=None):
-        generator = generator or SessionGenerator(opened, ignore_line)
-        return EvaluationScore(self.score_completions(examples, generator.sample))
-
     def score_completions(self, rows, sampler):
         completions = sampler([row.tokens for row in rows], SamplingParams(self.settings.max_new_tokens))
         rewards = np.array([self.settings.reward(completion.text) for completion in completions])
         return Evaluation.of_rows({"reward": float(rewards.mean())}, "reward", rewards)
+
+
+def score_letters(opened, examples, options, generator=None):
+    """Evaluate a loaded model by the reward of greedy completions."""
+    generator = generator or SessionGenerator(opened, ignore_line)
+    return EvaluationScore(opened.task.score_completions(examples, generator.sample))
 
 
 ENTRY = TaskEntry(
@@ -154,5 +156,6 @@ ENTRY = TaskEntry(
     description="letters that are rewarded, for task: toy-letters",
     row_kinds=(*PROMPTED_FORMATS, PROMPTS),
     supports_range_test=False,
+    scorer=score_letters,
     goal="write some letters",
 )

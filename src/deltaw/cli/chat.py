@@ -42,7 +42,7 @@ def command(run: str, system: str | None, with_base: bool, text_settings: TextSe
         from deltaw.data.image_files import decode
         from deltaw.data.row_images import MARKER, without_markers
         from deltaw.decoding.opening import base_engine
-        from deltaw.training.open_run import open_run
+        from deltaw.inference.open_run import open_run
     session = open_run(run, log=notes.print_line, **opening)
     session.require_generation()
 

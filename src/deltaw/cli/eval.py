@@ -19,10 +19,11 @@ from deltaw.settings import task_registry
 
 if TYPE_CHECKING:
     from deltaw.decoding.generation import TextGenerator
+    from deltaw.inference.opened_run import OpenedRun
+    from deltaw.inference.scores import EvaluationScore
     from deltaw.reports.tables import TerminalOutput
-    from deltaw.training.answers import EvaluatedAnswer, EvaluationScore
     from deltaw.training.drift import Drift
-    from deltaw.training.task import OpenedRun
+    from deltaw.training.evaluation.answers import EvaluatedAnswer
 
 
 # Parameters for tasks of lm-evaluation-harness, and flags that apply only to rows.
@@ -81,9 +82,9 @@ def command(
     out = console(as_json)
     with track_progress("starting"):
         from deltaw.decoding.opening import SessionGenerator
+        from deltaw.inference.open_run import open_run
+        from deltaw.inference.scores import ScoreOptions
         from deltaw.runs.trained_rows import count_trained_rows
-        from deltaw.training.answers import ScoreOptions
-        from deltaw.training.open_run import open_run
     if data is not None and names:
         raise UserError("--set selects sets of the run, not of --data", location="--data", hint="remove one of the two")
     if data is None and system is not None:
@@ -146,8 +147,8 @@ def _evaluate_tasks(run: str, benchmarks: str, with_base: bool, as_json: bool, h
     out = console(as_json)
     with track_progress("starting"):
         from deltaw.evaluation.harness import evaluate_tasks, save_scores
+        from deltaw.inference.open_run import open_run
         from deltaw.reports.comparison import task_table
-        from deltaw.training.open_run import open_run
     options = {**harness, "folder": harness["include_path"], "trust_remote_code": opening["trust_remote_code"]}
     del options["include_path"]
     session = open_run(run, log=out.print_line, **opening)
@@ -272,8 +273,8 @@ def _as_json(by_model: Mapping[str, Mapping[str, EvaluationScore]], rows: Mappin
 
 def _drift(session: OpenedRun, out: TerminalOutput, general: int, writer: TextGenerator) -> Drift | None:
     """Measure and print the drift of general answers, with ``general`` answers of both models side by side."""
+    from deltaw.inference.run_drift import compare_answers, measure_run_drift
     from deltaw.reports.comparison import general_table
-    from deltaw.training.drift import compare_answers, measure_run_drift
     from deltaw.training.evaluation.general import NoGeneralAnswers
 
     try:

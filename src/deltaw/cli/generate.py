@@ -57,8 +57,8 @@ def command(
     with track_progress("starting"):
         from deltaw.data.image_files import decode
         from deltaw.decoding.opening import base_engine
-        from deltaw.training.answers import with_system
-        from deltaw.training.open_run import open_run
+        from deltaw.inference.open_run import open_run
+        from deltaw.inference.prompting import with_system
     prompt_texts = [*filter(None, [text]), *prompts] or [line for line in sys.stdin.read().splitlines() if line.strip()]
     prompt_texts = [require_utf8(prompt, "the prompt") for prompt in prompt_texts]
     if not prompt_texts:

@@ -61,7 +61,9 @@ def command(
     with track_progress("starting"):
         from deltaw.data.report import count_of
         from deltaw.data.sources import open_source
-        from deltaw.evaluation.predicting import (
+        from deltaw.hub.packages import local_path
+        from deltaw.inference.open_run import open_run
+        from deltaw.inference.predicting import (
             InputRows,
             PredictionFile,
             PredictionProgress,
@@ -70,9 +72,7 @@ def command(
             identity_of_run,
             input_settings,
         )
-        from deltaw.hub.packages import local_path
         from deltaw.settings.data import MAX_ROW_BYTES
-        from deltaw.training.open_run import open_run
     if output is not None:
         check_output(output, file, force=force)
     if not local_path(file).is_dir():  # a folder may contain rows or images, depending on the model

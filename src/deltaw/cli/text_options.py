@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from deltaw.decoding.engine import Engine
     from deltaw.decoding.request import Constraint, Request, Sampling
-    from deltaw.training.task import OpenedRun
+    from deltaw.inference.opened_run import OpenedRun
 
 PENALTY = click.FloatRange(-2, 2)
 FACTOR = click.FloatRange(0, 100, min_open=True)

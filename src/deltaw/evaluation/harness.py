@@ -47,10 +47,10 @@ from deltaw.decoding.opening import open_engine
 from deltaw.decoding.request import Request, Sampling
 from deltaw.errors import UserError
 from deltaw.hub.transformers_private import quiet
+from deltaw.inference.opened_run import OpenedRun
 from deltaw.kernels.rows import cross_entropy_
 from deltaw.progress import LogFunction, track_progress
 from deltaw.training.causal_objective import CausalObjective
-from deltaw.training.task import OpenedRun
 
 # File with the task scores in a run's folder.
 FILE = "tasks.json"

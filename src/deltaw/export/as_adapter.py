@@ -27,6 +27,7 @@ from deltaw.export.combine import (
     truncate_dense,
 )
 from deltaw.export.merged import RUN_TOKENIZER_FILES
+from deltaw.inference.prompting import copy_system
 from deltaw.lora import LoRAConfig, load_adapter, read_adapter, save_adapter
 from deltaw.lora.adapt import attach_selected
 from deltaw.lora.attachment import require_attachment
@@ -38,7 +39,6 @@ from deltaw.lora.select import Selection, Target
 from deltaw.progress import LogFunction, ignore_line, track_progress
 from deltaw.settings.config import SETTINGS
 from deltaw.tensor_files import row_blocks
-from deltaw.training.answers import copy_system
 
 
 @dataclass(frozen=True)

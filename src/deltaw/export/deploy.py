@@ -16,11 +16,12 @@ from deltaw.export.formats import export, ollama_template
 from deltaw.export.programs import Program, ServerUnreachable
 from deltaw.hub.folders import adapter_folder, short_name
 from deltaw.hub.terminators import terminators_in
+from deltaw.inference.open_run import open_run
+from deltaw.inference.opened_run import OpenedRun
+from deltaw.inference.prompting import prompt_of, read_prompting, with_system
 from deltaw.progress import LogFunction, ignore_line, track_progress
-from deltaw.training.answers import prompt_of, read_prompting, with_system
 from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
-from deltaw.training.open_run import open_run
-from deltaw.training.task import OpenedRun, read_run_data
+from deltaw.training.task import read_run_data
 
 DEFAULT_QUESTIONS = 20
 MAX_ANSWER_TOKENS = 64

@@ -22,9 +22,9 @@ from deltaw.export.gguf_vision import mmproj_path
 from deltaw.export.portable import export_folder, file_names
 from deltaw.hub.folders import adapter_folder, short_name
 from deltaw.hub.terminators import terminators_in
+from deltaw.inference.prompting import read_prompting
 from deltaw.platforms import shell_word
 from deltaw.progress import LogFunction, ignore_line
-from deltaw.training.answers import read_prompting
 
 # Ollama uses Go templates instead of Jinja. Three published formats are supported: ChatML, Llama 3 and Gemma. A chat
 # template is recognized by rendering conversations and comparing the texts. Otherwise, TEMPLATE is omitted.

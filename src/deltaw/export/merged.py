@@ -36,11 +36,11 @@ from deltaw.hub.sentence_layout import LAYOUT_FILES, copy_layout
 from deltaw.hub.terminators import terminators_in
 from deltaw.hub.tokenizers import CONFIG_FILES, TOKENIZER_FILES, tokenizer_in
 from deltaw.hub.transformers_private import FOLLOWS_MODEL
+from deltaw.inference.prompting import copy_system
 from deltaw.methods.parameters import parameters_by_name
 from deltaw.progress import track_progress
 from deltaw.settings.task_registry import entry_of
 from deltaw.tensor_files import StoredTensor, TensorEntry, TensorWriter, row_blocks
-from deltaw.training.answers import copy_system
 from deltaw.version import __version__
 
 # The merge changes config.json only if required: untied weights, added biases, a classification head with its classes,

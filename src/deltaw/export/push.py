@@ -23,6 +23,8 @@ from deltaw.hub.hub_errors import LOGIN, push_error
 from deltaw.hub.outside_references import read_json_object, require_own_files
 from deltaw.hub.sentence_layout import layout_files
 from deltaw.hub.tokenizers import CONFIG_FILES, TOKENIZER_FILES
+from deltaw.inference.prompting import FILE as PROMPTS
+from deltaw.inference.prompting import copy_system, read_prompting
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
 from deltaw.lora.peft_format import base_settings
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -31,8 +33,6 @@ from deltaw.methods.trust import CHAT_TEMPLATE, read_folder
 from deltaw.progress import LogFunction, ignore_line, track_progress
 from deltaw.runs.folder import FINISHED, Run, mapping, read_run, settings_text
 from deltaw.settings.config import SETTINGS, RunConfig
-from deltaw.training.answers import FILE as PROMPTS
-from deltaw.training.answers import copy_system, read_prompting
 from deltaw.untrusted_paths import require_contained
 from deltaw.version import __version__
 

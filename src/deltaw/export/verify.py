@@ -37,6 +37,9 @@ from deltaw.export.base import MergePlan
 from deltaw.export.merge import apply_changes
 from deltaw.export.merged import dominant_dtype
 from deltaw.hub.checkpoint import read_checkpoint
+from deltaw.inference.open_run import open_run
+from deltaw.inference.opened_run import OpenedRun
+from deltaw.inference.pooling import text_encoder
 from deltaw.lora import merge
 from deltaw.lora.complete_names import complete_names
 from deltaw.machine.memory import free_memory_bytes, release_free_memory
@@ -46,10 +49,8 @@ from deltaw.runtime.nf4 import round_to_nf4
 from deltaw.tensor_files import CODES
 from deltaw.training.batchers import BatcherOptions
 from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
-from deltaw.training.open_run import open_run
-from deltaw.training.pooling import text_encoder
 from deltaw.training.process import isolated_random_state
-from deltaw.training.task import OpenedRun, read_run_data
+from deltaw.training.task import read_run_data
 
 MEAN_FACTOR = 2.0
 MAX_FACTOR = 4.0

@@ -8,9 +8,9 @@ from pathlib import Path
 from deltaw.hub.folders import resolve
 from deltaw.hub.packages import is_package_reference
 from deltaw.hub.sentence_layout import layout_files
+from deltaw.inference.prompting import Prompting, prompting_of, write_prompting
 from deltaw.methods.base import CLASSES_KEY
 from deltaw.runtime.image_tokens import statistics_folded
-from deltaw.training.answers import Prompting, prompting_of, write_prompting
 from deltaw.training.preparation import save_calibration
 from deltaw.training.session import Session
 

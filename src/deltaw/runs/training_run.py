@@ -47,7 +47,8 @@ from deltaw.runs.summary import write_card
 from deltaw.runs.trained_rows import write_trained_rows
 from deltaw.runs.translate_errors import translate_errors
 from deltaw.training.callbacks import Callback, RunStart
-from deltaw.training.drift import Drift, DriftMeter
+from deltaw.training.drift import Drift
+from deltaw.training.drift_meter import DriftMeter
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.monitoring.best import now

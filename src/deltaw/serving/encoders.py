@@ -28,15 +28,15 @@ from deltaw.hub.empty_models import head_outputs, read_config
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import load
 from deltaw.hub.sentence_layout import SentenceLayout, detect_use, parse_pooling, read_layout
+from deltaw.inference.open_run import open_run
+from deltaw.inference.opened_run import OpenedRun
+from deltaw.inference.pooling import choose_layout, vectors_of
 from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.methods.trust import is_adapter, read_folder
 from deltaw.progress import LogFunction
 from deltaw.runtime.padded import padded_rows
 from deltaw.settings import task_registry
 from deltaw.training.batchers import BatcherOptions, choose_label_batcher, text_positions
-from deltaw.training.open_run import open_run
-from deltaw.training.pooling import choose_layout, vectors_of
-from deltaw.training.task import OpenedRun
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

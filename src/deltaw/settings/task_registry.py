@@ -48,6 +48,9 @@ class TaskEntry:
         trains_on_answers: True if the labels are the expected answer, so that a generated answer is right or wrong.
         starter: Subclass of :class:`deltaw.data.starter.TaskStarter`, which writes the parts of a settings file that
             depend on the task, or ``"package.module:Class"``. None derives them from the row kinds.
+        scorer: Function that evaluates a loaded model, called with the arguments of
+            :meth:`deltaw.inference.opened_run.OpenedRun.score`, or ``"package.module:function"``. None evaluates rows
+            with the task's ``evaluate``.
         goal: Goal of the training as a verb phrase, for the comments of a new settings file.
     """
 
@@ -72,6 +75,7 @@ class TaskEntry:
     scores_against_base: bool = False
     trains_on_answers: bool = False
     starter: Any = None
+    scorer: Any = None
     goal: str = ""
 
     @property
@@ -92,6 +96,10 @@ class TaskEntry:
     def load(self) -> Any:
         """Return the task's class."""
         return import_object(self.implementation)
+
+    def load_scorer(self) -> Any:
+        """Return the function that evaluates a loaded model, or None for the default."""
+        return None if self.scorer is None else import_object(self.scorer)
 
 
 def _check(entry: TaskEntry) -> None:

@@ -66,6 +66,7 @@ for _entry in (
         supports_range_test=False,
         goal="maximize reward functions",
         starter="deltaw.tasks.reward.task:RewardStarter",
+        scorer="deltaw.tasks.reward.task:score_rewards",
     ),
     _text_task(
         "distill",

@@ -7,12 +7,11 @@ measurement takes two forward passes over about 1,300 label tokens.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import asdict, dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -20,25 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaw.data.example import Example
-from deltaw.data.prepare import encode_prompt
-from deltaw.decoding.generation import GeneratedCompletion, TextGenerator
 from deltaw.hub.skeletons import has_values
 from deltaw.progress import track_progress
 from deltaw.training.batcher import Batcher
 from deltaw.training.causal_objective import CausalObjective
-from deltaw.training.evaluation.general import (
-    MAX_ANSWER_TOKENS,
-    NUM_STORED_ANSWERS,
-    GreedyDecoder,
-    NoGeneralAnswers,
-    check_size,
-    general_answers,
-)
-from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
 from deltaw.training.losses import in_fp64
-from deltaw.training.rendered_rows import render_example
-from deltaw.training.session import Session
-from deltaw.training.task import OpenedRun, Task
 
 # Warn if the loss rises by more than this, in nats per token. A model that answers every question with a label of its
 # task differs mostly at the first token. About 4 nats there are 0.1 nats per token of an answer with 40 tokens.
@@ -97,7 +82,7 @@ class Drift:
         return lines
 
 
-_BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096
 
 # Creates a context that changes the model.
 OpenContext: TypeAlias = Callable[[], AbstractContextManager[None]]
@@ -222,149 +207,3 @@ class _DriftModel:
         log_probs = nn.functional.log_softmax(self.objective.logits_of(self._outputs[chunk]).float(), -1)
         targets = self.targets[chunk].to(log_probs.device)[:, None]
         return log_probs, -log_probs.gather(1, targets)[:, 0], log_probs.argmax(1)
-
-
-# Drift of a finished run. See DriftMeter for a run in training.
-
-
-@dataclass(frozen=True)
-class GeneralAnswer:
-    """General prompt with the answers of the base model and the fine-tuned model."""
-
-    prompt: str
-    base: str
-    adapter: str
-
-
-def measure_run_drift(opened: OpenedRun, writer: TextGenerator | None = None) -> Drift | None:
-    """Return the drift of a finished run.
-
-    Args:
-        opened: Model of the run.
-        writer: Generates the answers. The default is transformers.
-
-    Returns:
-        None if the model has no adapter or generates no text, or if ``train.drift`` is false.
-
-    Raises:
-        NoGeneralAnswers: if the base model generates no answer that can be measured.
-    """
-    setting = "auto" if opened.config is None else opened.config.train.drift
-    if opened.method is None or not _is_enabled(setting, opened.task):
-        return None
-    if setting == "auto":
-        check_size(opened.model)
-    answers = _base_answers(opened, writer)
-    batcher = opened.batcher(answers, opened.method.virtual_tokens)
-    running = functools.partial(opened.task.model_context, opened.model, batcher)
-    return measure_drift(opened.model, answers, batcher, base=opened.base, running=running, render=opened.example)
-
-
-def _is_enabled(setting: bool | str, task: Task[Any]) -> bool:
-    """Return True if drift is measured with this value of ``train.drift``."""
-    return setting is not False and task.tokenizer is not None and task.generates_text
-
-
-def compare_answers(opened: OpenedRun, count: int, writer: TextGenerator | None = None) -> list[GeneralAnswer]:
-    """Return greedy answers of both models to ``count`` general prompts, evenly selected from all categories.
-
-    Args:
-        opened: Model of the run.
-        count: Number of prompts.
-        writer: Generates the answers. The default is transformers.
-
-    Raises:
-        NoGeneralAnswers: if the base model generates no usable answer.
-    """
-    selected = _select_evenly(_base_answers(opened, writer), count)
-    prompts = [DRIFT_PROMPTS[answer.row - 1] for answer in selected]
-    encoded = [opened.prompt(encode_prompt(p, opened.data or "auto", opened.tokenizer)) for p in prompts]
-    decoder = GreedyDecoder(opened.model, opened.tokenizer, None, writer, _BATCH_TOKENS)
-    return _pair_answers(selected, decoder.complete(encoded, MAX_ANSWER_TOKENS))
-
-
-def _select_evenly(answers: Sequence[Example], count: int) -> Sequence[Example]:
-    """Return ``count`` of the answers, from all categories of prompts."""
-    indices = np.linspace(0, len(answers) - 1, min(count, len(answers)))
-    return [answers[index] for index in indices.round().astype(int)]
-
-
-def _pair_answers(answers: Sequence[Example], completions: Sequence[GeneratedCompletion]) -> list[GeneralAnswer]:
-    pairs = zip(answers, completions, strict=True)
-    return [GeneralAnswer(DRIFT_PROMPTS[base.row - 1], base.answer or "", c.text) for base, c in pairs]
-
-
-def _base_answers(opened: OpenedRun, writer: TextGenerator | None) -> list[Example]:
-    decoder = GreedyDecoder(opened.model, opened.tokenizer, opened.identity, writer)
-    reserved = opened.virtual_tokens
-    with opened.base():
-        return general_answers(decoder, DRIFT_PROMPTS, opened.data or "auto", reserved=reserved)
-
-
-# Drift of a run in training. Most methods preserve the base model, so drift is measured after training. If a method
-# trains the base model's parameters, the base model is evaluated before training.
-
-
-class DriftMeter:
-    """Measures the drift caused by a session's training. Create it before the first step.
-
-    Args:
-        session: Session that is ready to train. Drift is not measured if ``train.drift`` is false or the model
-            generates no text.
-    """
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        setting = session.config.train.drift
-        self._enabled = _is_enabled(setting, session.task)
-        self._stored_losses: BaseLosses | None = None
-        self._answers: Sequence[Example] = ()
-        self._reason: NoGeneralAnswers | None = None
-        self._at_start: Drift | None = None
-        if not self._enabled:
-            return
-        try:
-            if setting == "auto":
-                check_size(session.model)
-            if session.replaced_base:
-                raise NoGeneralAnswers("the adapter of start_from has replaced weights of the base model")
-            if not session.method.can_restore_base(session.model):
-                answers = session.general_answers(DRIFT_PROMPTS)
-                with session.method.evaluating(session.model):
-                    self._stored_losses = base_losses(session.model, answers, session.batcher, session.running)
-            if session.start is not None:  # the model of a resumed run has the values of its start here, too
-                self._at_start = self.measure()
-        except NoGeneralAnswers as reason:
-            self._reason = reason
-
-    def measure(self) -> Drift | None:
-        """Return the drift of the trained model, or None if it is disabled. Call it outside of ``session.running``.
-
-        Raises:
-            NoGeneralAnswers: if the base model generates no answer that can be measured.
-        """
-        if not self._enabled:
-            return None
-        if self._reason is not None:
-            raise self._reason
-        session = self._session
-        model = self._session.model
-        stored_losses = self._stored_losses
-        answers = session.general_answers(DRIFT_PROMPTS) if stored_losses is None else stored_losses.answers
-        base = stored_losses or functools.partial(session.method.base_model_active, model)
-        render = functools.partial(render_example, method=session.method)
-        self._answers = answers
-        with session.method.evaluating(model):
-            drift = measure_drift(model, answers, session.batcher, base=base, running=session.running, render=render)
-        return drift if self._at_start is None else replace(drift, start_loss=self._at_start.loss)
-
-    def compare_answers(self, count: int = NUM_STORED_ANSWERS) -> list[GeneralAnswer]:
-        """Return the answers of both models to some of the prompts after :meth:`measure`.
-
-        Call it outside of ``session.running``.
-        """
-        session = self._session
-        selected = _select_evenly(self._answers, count)
-        rendered = [render_example(answer, session.method) for answer in selected]
-        prompts = [example.tokens[: example.prompt_length] for example in rendered]
-        return _pair_answers(selected, session.complete(prompts, MAX_ANSWER_TOKENS))

@@ -10,38 +10,31 @@ import abc
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
-from PIL.Image import Image
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data.example import LabeledExample
-from deltaw.data.messages import Message
 from deltaw.data.report import PreparationReport
 from deltaw.data.row_reader import Reader, RowReader, RunData
 from deltaw.decoding.generation import Sampler, TextGenerator
-from deltaw.decoding.model import AdaptedModel
-from deltaw.decoding.opening import SessionGenerator
 from deltaw.errors import UserError
 from deltaw.hub.empty_models import check_architecture
 from deltaw.hub.folders import config_folder
-from deltaw.hub.loading import LoadedModel
 from deltaw.hub.sentence_layout import SentenceLayout
 from deltaw.hub.tokenizers import load_tokenizer
 from deltaw.machine.choices import Choice
 from deltaw.methods.base import Method
-from deltaw.methods.trust import AdapterFolder
-from deltaw.progress import LogFunction, ignore_line, track_progress
+from deltaw.progress import LogFunction, ignore_line
 from deltaw.runtime.packed import packed_rows
 from deltaw.runtime.padded import padded_rows
 from deltaw.settings import task_registry
 from deltaw.settings.config import RunConfig
 from deltaw.settings.data import DataSettings, eval_sets, sampled_eval_set
-from deltaw.training.answers import EvaluationScore, Prompting, ScoreOptions, answers, exact_match_warning
 from deltaw.training.batcher import Batcher
 from deltaw.training.batchers import BatcherOptions
 from deltaw.training.evaluation.base import Evaluation
@@ -49,7 +42,6 @@ from deltaw.training.features.images import RowImages
 from deltaw.training.feed import Feed
 from deltaw.training.objective import Objective
 from deltaw.training.reducer import SINGLE_PROCESS, Reducer
-from deltaw.training.rendered_rows import render_example
 
 # Names of a model's outputs, by output index.
 Classes: TypeAlias = Sequence[str] | None
@@ -65,7 +57,6 @@ BatcherChoice: TypeAlias = tuple[Batcher, dict[str, Choice[Any]]]
 # Objective of a task.
 ObjectiveType = TypeVar("ObjectiveType", bound=Objective)
 
-DEFAULT_SCORE = ScoreOptions()
 # Maximum number of passages that an evaluation during a run searches. `deltaw eval` searches all.
 MAX_SEARCHED_PASSAGES = 10_000
 
@@ -453,34 +444,6 @@ class Task(abc.ABC, Generic[ObjectiveType]):
         """
         return iter(())
 
-    def score(
-        self, opened: OpenedRun, examples: Rows, options: ScoreOptions, generator: SessionGenerator | None = None
-    ) -> EvaluationScore:
-        """Evaluate a loaded model on examples without virtual tokens, as a run evaluates its held-out rows.
-
-        Args:
-            generator: Generates answers and samples. By default transformers.
-
-        Raises:
-            UserError: if the settings name code that was not named on this machine before.
-        """
-        model, self.max_searched_passages = opened.model, None
-        batcher = opened.batcher([opened.example(example) for example in examples])
-        with opened.base():
-            examples = self.add_reference_log_probs(model, examples, batcher)
-        rows = [opened.example(example) for example in examples]
-        objective = self.objective(model)  # may run the model on padded rows
-        with self.model_context(model, batcher), track_progress("evaluating"):
-            evaluation = self.evaluate(objective, rows, batcher, opened.classes)
-        warning = None
-        if generator is not None and self.answers_rows:
-            warning = exact_match_warning(rows, evaluation, opened.tokenizer, generator)
-        if not options.num_answers or not self.answers_rows:
-            return EvaluationScore(evaluation, warning=warning)
-        answered, limit = rows[: options.num_answers], options.max_new_tokens
-        written = answers(model, opened.tokenizer, answered, max_new_tokens=limit, writer=generator)
-        return EvaluationScore(evaluation, written, warning)
-
     def model_context(self, model: PreTrainedModel, batcher: Batcher) -> AbstractContextManager[None]:
         """Return a context in which the model accepts the batches of ``batcher``."""
         return padded_rows(model) if batcher.padded else packed_rows(model, independent=batcher.independent)
@@ -494,66 +457,6 @@ class Task(abc.ABC, Generic[ObjectiveType]):
         Args:
             classes: Names of the model's outputs.
         """
-
-
-@dataclass
-class OpenedRun(AdaptedModel):
-    """Model loaded for evaluation, generation or chat, with or without an adapter.
-
-    Attributes:
-        loaded: The loaded model.
-        config: Settings of the run, or None if the reference is not a deltaw run.
-        task: Task of the model.
-        classes: Names of a classifier's outputs.
-        identity: Identity of the base model and its precision, used in cache keys.
-        adapter_folder: The opened folder, or None for a base model.
-        prompting: Prompt format of the training rows, as stored in the folder.
-    """
-
-    loaded: LoadedModel
-    config: RunConfig | None
-    task: Task[Any]
-    classes: tuple[str, ...] | None = None
-    identity: str | None = None
-    adapter_folder: AdapterFolder | None = None
-    prompting: Prompting = field(default_factory=Prompting)
-
-    def score(
-        self, examples: Rows, options: ScoreOptions = DEFAULT_SCORE, generator: SessionGenerator | None = None
-    ) -> EvaluationScore:
-        """Evaluate the model on examples, see :meth:`Task.score`."""
-        return self.task.score(self, examples, options, generator)
-
-    @property
-    def data(self) -> DataSettings | None:
-        """Data settings of the run, or None if unknown."""
-        return self.config.data if self.config is not None else None
-
-    def encode(self, prompt: str | Sequence[Message], images: Sequence[Path | bytes | Image] = ()) -> np.ndarray:
-        """Tokenize a prompt or a conversation as the training rows were rendered: int32 (length,).
-
-        Args:
-            prompt: Text, or messages whose content is text or a list of content parts.
-            images: Images of the markers ``<image>`` in the prompt, in order. Without markers, they precede the first
-                question. Without images, markers are text.
-
-        Raises:
-            UserError: if the chat template rejects it, an image cannot be read, or the model reads text only.
-        """
-        return self.prompting.prompt(prompt, self.data, self.tokenizer, self.task.images, images)
-
-    def example(self, example: Any) -> Any:
-        """Render an example for the current state of the model."""
-        return example if self.method is None or self.is_base else render_example(example, self.method)
-
-    def batcher(self, rows: Sequence[Any], virtual_tokens: int = 0) -> Batcher:
-        """Return the batcher for these rows, with the run's settings if there is a run."""
-        shares = self.method is None or self.method.can_share_prefixes()
-        device = str(self.loaded.choices["device"].value)
-        options = BatcherOptions(device, method_shares=shares, virtual_tokens=virtual_tokens)
-        if (train := None if self.config is None else self.config.train) is not None:
-            options = replace(options, tokens_per_pass=train.tokens_per_pass, share=train.share_prefixes)
-        return self.task.batcher(self.model, rows, options)[0]
 
 
 def task_of(

@@ -21,8 +21,8 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from deltaw.inference.prompting import Prompting
 from deltaw.serving.http.page import page_router
-from deltaw.training.answers import Prompting
 
 COMMON = ["A", " low", "-rank", " update", " changes", " few", " numbers", ".", "\n\n", "It", " is"]
 SNOWMAN = "☃".encode()

@@ -15,8 +15,8 @@ import yaml
 
 from deltaw.decoding.probes import NotDecodable
 from deltaw.errors import UserError
-from deltaw.training.answers import Prompting, write_prompting
-from deltaw.training.open_run import open_run
+from deltaw.inference.open_run import open_run
+from deltaw.inference.prompting import Prompting, write_prompting
 from tests.serving.encoder_models import train_embedder
 
 

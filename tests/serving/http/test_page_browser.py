@@ -18,7 +18,7 @@ pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 from playwright.sync_api import Browser, Page, expect  # noqa: E402
 
-from deltaw.training.answers import Prompting  # noqa: E402
+from deltaw.inference.prompting import Prompting  # noqa: E402
 from tests.reports.test_page_browser import AXE, BROWSER  # noqa: E402
 from tests.serving.http.page_server import ANSWERS, BASE, PageServer, serve_app  # noqa: E402
 from tests.serving.http.test_images import RED  # noqa: E402

@@ -7,8 +7,8 @@ import pytest
 
 from deltaw.data.prepare import encode_prompt
 from deltaw.errors import UserError
+from deltaw.inference.prompting import Prompting
 from deltaw.settings.data import DataSettings
-from deltaw.training.answers import Prompting
 from tests.byte_models import byte_tokenizer
 from tests.serving.http.concurrency import run_in_threads
 from tests.serving.test_text import fallback_tokenizer

@@ -11,11 +11,11 @@ from transformers import BertModel
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 pytest.importorskip("httpx", reason="the server tests require httpx (extra 'dev')")
 
+from deltaw.inference.open_run import open_run
 from deltaw.runs.fit import fit
 from deltaw.serving.encoders import detect_output_kind
 from deltaw.serving.http.opening import OpenOptions, open_any
 from deltaw.serving.http.settings import Limits, ServerSettings
-from deltaw.training.open_run import open_run
 from tests.conftest import deep_merge, write_rows
 from tests.data.label_models import WORDS, word_tokenizer
 from tests.serving.encoder_models import bert_config, train_classifier

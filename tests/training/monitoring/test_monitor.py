@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from deltaw.errors import UserError
+from deltaw.inference.scores import ScoreOptions
 from deltaw.runs.fit import fit
 from deltaw.runs.folder import Run
 from deltaw.settings.config import RunConfig
 from deltaw.settings.data import DataSettings
-from deltaw.training.answers import ScoreOptions
 from tests.conftest import COLORS, refusal, write_rows
 from tests.training.runs import METHODS, RecordingCallback, adapter, losses, metrics, open_on_cpu, slow_except
 

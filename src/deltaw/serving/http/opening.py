@@ -22,6 +22,9 @@ from deltaw.decoding.probes import NotDecodable
 from deltaw.decoding.vllm_engine import prefers_vllm
 from deltaw.errors import UserError
 from deltaw.hub.folders import adapter_folder, short_name
+from deltaw.inference.open_run import open_run, run_precision
+from deltaw.inference.opened_run import OpenedRun
+from deltaw.inference.prompting import Prompting, read_prompting
 from deltaw.kernels.torch_modules import direct_buffers, direct_parameters
 from deltaw.machine.choices import choose_device
 from deltaw.methods.trust import is_adapter, read_folder
@@ -32,9 +35,6 @@ from deltaw.serving.http.page import page_router, trial_page
 from deltaw.serving.http.prompts import TokenizerPrompts
 from deltaw.serving.http.served import Served, TokenizedPrompts
 from deltaw.serving.http.settings import Limits, check_name
-from deltaw.training.answers import Prompting, read_prompting
-from deltaw.training.open_run import open_run, run_precision
-from deltaw.training.task import OpenedRun
 
 # Number of tokenizers to cache. Each is small, but adapters can be replaced any number of times.
 MAX_CACHED_PROMPTS = 1024

@@ -17,9 +17,9 @@ from deltaw.data.row_images import RowImage, take_images, without_markers
 from deltaw.data.rows import NO_FOLDER, Row
 from deltaw.data.templates import Encoder
 from deltaw.errors import UserError
+from deltaw.inference.prompting import Prompting
 from deltaw.serving.http.tool_calls import CallForm, form_of
 from deltaw.settings.data import DataSettings, TemplateName
-from deltaw.training.answers import Prompting
 from deltaw.training.features.images import RowImages
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from deltaw.decoding.generation import GeneratedCompletion, TextGenerator, gener
 from deltaw.errors import UserError
 from deltaw.hub.skeletons import has_values, skeleton
 from deltaw.hub.tokenizers import load_tokenizer
+from deltaw.inference.open_run import open_run
 from deltaw.kernels import loader
 from deltaw.kernels.layout import to_device
 from deltaw.machine.choices import QUANTIZED, choose_device, choose_precision
@@ -36,7 +37,6 @@ from deltaw.training.batcher import Batcher
 from deltaw.training.batchers import BatcherOptions, choose_causal_batcher
 from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.losses import label_indices
-from deltaw.training.open_run import open_run
 from deltaw.training.task import TrainingSession
 
 

@@ -23,13 +23,13 @@ from deltaw.data.example import rows_of
 from deltaw.data.packing import MicroBatch
 from deltaw.hub.sentence_layout import Pooling, SentenceLayout
 from deltaw.hub.skeletons import has_values
+from deltaw.inference.pooling import vectors_of
 from deltaw.tasks.embedding.losses import step_loss
 from deltaw.tasks.embedding.rows import TextGroup
 from deltaw.tasks.embedding.settings import EmbeddingSettings
 from deltaw.training.batcher import Batcher
 from deltaw.training.batchers import MicroBatcher
 from deltaw.training.objective import Objective
-from deltaw.training.pooling import vectors_of
 from deltaw.training.reducer import SINGLE_PROCESS, Reducer
 
 # Number of microbatches with cached activations for ``auto``.

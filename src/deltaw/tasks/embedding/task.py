@@ -19,6 +19,7 @@ from deltaw.data.row_reader import RunData
 from deltaw.errors import UserError
 from deltaw.hub.sentence_layout import SentenceLayout, read_layout, write_layout
 from deltaw.hub.skeletons import has_values
+from deltaw.inference.pooling import choose_layout
 from deltaw.machine.choices import Choice
 from deltaw.progress import LogFunction, track_progress
 from deltaw.runtime.packing_checks import can_pack
@@ -38,7 +39,6 @@ from deltaw.training.evaluation.retrieval import (
     pair_accuracy,
     retrieval_evaluation,
 )
-from deltaw.training.pooling import choose_layout
 from deltaw.training.rendered_rows import render_example
 from deltaw.training.task import (
     BatcherChoice,

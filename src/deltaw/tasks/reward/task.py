@@ -15,6 +15,8 @@ from deltaw.data.starter import TaskStarter
 from deltaw.data.templates import Encoder
 from deltaw.decoding.generation import Sampler, SamplingParams
 from deltaw.decoding.opening import SessionGenerator
+from deltaw.inference.opened_run import OpenedRun
+from deltaw.inference.scores import EvaluationScore, ScoreOptions
 from deltaw.progress import LogFunction, ignore_line, track_progress
 from deltaw.settings.data import DataSettings
 from deltaw.tasks.language.task import CausalTask
@@ -25,22 +27,13 @@ from deltaw.tasks.reward.rewards import load_reward
 from deltaw.tasks.reward.rewards.functions import require_file, settings_location
 from deltaw.tasks.reward.scoring import Scorer, interval_of, pass_at
 from deltaw.tasks.reward.settings import RewardSettings
-from deltaw.training.answers import EvaluatedAnswer, EvaluationScore, ScoreOptions
 from deltaw.training.batcher import Batcher
 from deltaw.training.batchers import BatcherOptions
 from deltaw.training.causal_objective import CausalObjective
+from deltaw.training.evaluation.answers import EvaluatedAnswer
 from deltaw.training.evaluation.base import Evaluation, mean_interval
 from deltaw.training.objective import Objective
-from deltaw.training.task import (
-    BatcherChoice,
-    Classes,
-    ModelFiles,
-    OpenedRun,
-    RateFactor,
-    Rows,
-    TaskGeneration,
-    TrainingSession,
-)
+from deltaw.training.task import BatcherChoice, Classes, ModelFiles, RateFactor, Rows, TaskGeneration, TrainingSession
 
 
 class RewardStarter(TaskStarter):
@@ -161,19 +154,6 @@ class RewardTask(CausalTask):
             processes=session.processes,
         )
 
-    def score(
-        self, opened: OpenedRun, examples: Rows, options: ScoreOptions, generator: SessionGenerator | None = None
-    ) -> EvaluationScore:
-        if opened.adapter_folder is not None:
-            opened.adapter_folder.require_code()
-        generator = generator or SessionGenerator(opened, ignore_line)
-        with (
-            contextlib.closing(Scorer(self.settings)) as scorer,
-            contextlib.closing(self.turns(generator.sample)) as write,
-        ):
-            score = self.score_completions(examples, write, scorer, options)
-        return score if options.num_answers else EvaluationScore(score.evaluation)
-
     def evaluate(self, objective: CausalObjective, rows: Rows, batcher: Batcher, classes: Classes = None) -> Evaluation:
         """Return the rewards of greedy completions by function, and their weighted sum as the primary metric."""
         assert isinstance(batcher, RewardFeed)
@@ -229,3 +209,17 @@ class RewardTask(CausalTask):
         intervals = {name: bound for name, bound in bounds.items() if bound is not None and name != "reward"}
         evaluation = Evaluation(means, "reward", per_row=totals, interval=bounds["reward"], intervals=intervals)
         return EvaluationScore(evaluation, list(greedy))
+
+
+def score_rewards(
+    opened: OpenedRun, examples: Rows, options: ScoreOptions, generator: SessionGenerator | None = None
+) -> EvaluationScore:
+    """Evaluate a loaded model by the rewards of its completions, see :meth:`RewardTask.score_completions`."""
+    task = opened.task
+    assert isinstance(task, RewardTask)
+    if opened.adapter_folder is not None:
+        opened.adapter_folder.require_code()
+    generator = generator or SessionGenerator(opened, ignore_line)
+    with contextlib.closing(Scorer(task.settings)) as scorer, contextlib.closing(task.turns(generator.sample)) as write:
+        score = task.score_completions(examples, write, scorer, options)
+    return score if options.num_answers else EvaluationScore(score.evaluation)

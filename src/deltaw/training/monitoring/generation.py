@@ -19,8 +19,8 @@ import torch
 from deltaw.data.example import Example, RowGroup
 from deltaw.decoding.generation import GeneratedCompletion, position_limit
 from deltaw.progress import track_progress
-from deltaw.training.answers import has_prompt
 from deltaw.training.causal_objective import CausalObjective
+from deltaw.training.evaluation.answers import has_prompt
 from deltaw.training.evaluation.general import MAX_ANSWER_TOKENS, NoGeneralAnswers, check_size
 from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
 from deltaw.training.losses import RowLogProbs

@@ -26,8 +26,8 @@ from deltaw.machine.choices import Choice
 from deltaw.progress import Detail, track_progress
 from deltaw.settings import task_registry
 from deltaw.settings.config import RunConfig, duration_seconds
-from deltaw.training.answers import EvaluatedAnswer, answers, exact_match_warning
 from deltaw.training.callbacks import Callback, Sample
+from deltaw.training.evaluation.answers import EvaluatedAnswer, answers, exact_match_warning
 from deltaw.training.evaluation.base import Evaluation, wilson_interval
 from deltaw.training.evaluation.general import NoGeneralAnswers, check_size
 from deltaw.training.monitoring.best import (

@@ -32,7 +32,7 @@ from deltaw.runtime.huge_pages import MOVE_CHUNK_BYTES as MOVED_AT_ONCE
 from deltaw.settings.config import RunConfig
 from deltaw.training.approximations import applicable
 from deltaw.training.callbacks import FunctionCallback
-from deltaw.training.drift import DriftMeter
+from deltaw.training.drift_meter import DriftMeter
 from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.monitoring.rates import restored_parameters
 from deltaw.training.planning.fake_model import FakeModel, WeightsTooLargeError, block_bytes

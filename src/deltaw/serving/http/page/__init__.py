@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from fastapi import APIRouter, Request, Response
 
+from deltaw.inference.prompting import Prompting
 from deltaw.serving.http.errors import json_response
-from deltaw.training.answers import Prompting
 
 # In dependency order.
 SCRIPTS = ("stream.js", "difference.js", "tokens.js", "answers.js", "chat.js")

@@ -14,6 +14,7 @@ from deltaw.data.bad_rows import raise_error
 from deltaw.data.example import Example
 from deltaw.data.prompts import with_answer
 from deltaw.errors import UserError
+from deltaw.inference.open_run import open_run
 from deltaw.progress import ignore_line
 from deltaw.runtime.padded import padded_rows
 from deltaw.settings.data import DataSettings
@@ -22,7 +23,6 @@ from deltaw.tasks.classification.rows import RewardReader, to_labeled_example
 from deltaw.tasks.reward.rewards.functions import Completion, settings_location
 from deltaw.tasks.reward.settings import RewardFunction
 from deltaw.training.batchers import BatcherOptions, choose_label_batcher, text_positions
-from deltaw.training.open_run import open_run
 
 
 class RewardModel:

@@ -6,6 +6,8 @@ from deltaw.data.chat_template import with_chat_template
 from deltaw.errors import UserError
 from deltaw.hub.folders import adapter_folder
 from deltaw.hub.loading import LoadedModel, load
+from deltaw.inference.opened_run import OpenedRun
+from deltaw.inference.prompting import read_prompting
 from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.methods.files import method_from_folder, read_classes, read_num_outputs, stored_names
 from deltaw.methods.trust import AdapterFolder, is_adapter, read_folder
@@ -13,10 +15,9 @@ from deltaw.progress import Detail, LogFunction, track_progress
 from deltaw.runtime.quantized_weights import quantize_int8
 from deltaw.settings import task_registry
 from deltaw.settings.config import SETTINGS, RunConfig
-from deltaw.training.answers import read_prompting
 from deltaw.training.evaluation.general import model_identity, quantized_identity
 from deltaw.training.preparation import quantize_weights, saved_calibration, uses_library
-from deltaw.training.task import OpenedRun, task_of
+from deltaw.training.task import task_of
 
 
 def open_run(

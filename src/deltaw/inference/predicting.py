@@ -42,13 +42,13 @@ from deltaw.decoding.opening import open_engine
 from deltaw.decoding.request import Request
 from deltaw.errors import UserError
 from deltaw.hub.packages import local_path
+from deltaw.inference.opened_run import OpenedRun
 from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.progress import LogFunction, track_progress
 from deltaw.settings.columns import mapped_columns
 from deltaw.settings.data import MAX_ROW_BYTES, DataSettings
 from deltaw.settings.row_kinds import LABELS, NEGATIVES, PAIR_COLUMNS, PASSAGES, PROMPT_ANSWERS, SCORES
 from deltaw.training.batchers import text_positions
-from deltaw.training.task import OpenedRun
 
 # Rows per chunk, and rows per chunk of completions, which take longer.
 CHUNK_ROWS = 1024

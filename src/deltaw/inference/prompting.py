@@ -1,4 +1,4 @@
-"""Prompts of a run and generated answers to them, and the options and result of an evaluation."""
+"""Prompt format of a run: its shared system prompt and examples, as stored in the folder of an adapter."""
 
 from __future__ import annotations
 
@@ -7,195 +7,30 @@ import itertools
 import json
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from deltaw.atomic_files import write_text
 from deltaw.data.chunk import MAX_SYSTEM_CHARS
 from deltaw.data.example import Example, rows_of
 from deltaw.data.messages import Message
 from deltaw.data.prepare import encode_prompt
-from deltaw.data.prompts import TokenizedPrompt
 from deltaw.data.report import quoted
 from deltaw.data.row_images import ImagePlacer
 from deltaw.data.rows import RowFolder
-from deltaw.decoding.generation import Progress, TextGenerator, common_prefix_length
 from deltaw.errors import UserError
 from deltaw.settings.data import DataSettings
-from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.evaluation.general import GreedyDecoder
+from deltaw.training.evaluation.answers import question_of
 from deltaw.untrusted_paths import require_contained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from deltaw.data.row_reader import RunData
-
-
-@dataclass(frozen=True)
-class EvaluatedAnswer:
-    """A generated answer and the expected one.
-
-    Attributes:
-        row: Number of the row.
-        question: Last user turn of the prompt.
-        expected: Answer in the data, or an empty string.
-        output: Generated answer.
-        reward: Reward of the answer, for tasks that reward completions.
-        passed: True if the reward reaches the threshold.
-    """
-
-    row: int
-    question: str
-    expected: str
-    output: str
-    reward: float | None = None
-    passed: bool = False
-
-    @property
-    def exact(self) -> bool:
-        """True if the answer passed, or without a reward, if it equals the expected one apart from white space."""
-        if self.reward is not None:
-            return self.passed
-        return self.output.strip() == self.expected.strip()
-
-    @property
-    def first_difference(self) -> int | None:
-        """Index of the first character that differs from the expected answer, apart from white space at the start.
-
-        None if the answer is correct, or no answer is expected.
-        """
-        if self.exact or not self.expected:
-            return None
-        return common_prefix_length(self.output.strip(), self.expected.strip())
-
-    def as_dict(self) -> dict[str, object]:
-        """Return the generated answer for JSON."""
-        reward = {} if self.reward is None else {"reward": self.reward}
-        return {"text": self.output, "correct": self.exact, "first_difference": self.first_difference, **reward}
-
-
-@dataclass(frozen=True)
-class ScoreOptions:
-    """Options of an evaluation of a loaded model.
-
-    Attributes:
-        num_answers: Number of examples, from the first, for which the model generates an answer. Tasks that reward
-            completions return all of them if it is not 0.
-        max_new_tokens: Maximum number of tokens of an answer, or None for the limit of training.
-        samples: Number of sampled completions per prompt, in addition to the greedy one.
-        temperature: Sampling temperature, or None for the temperature of training.
-        threshold: Minimum weighted reward of a passing completion. None for the highest reward of functions with values
-            up to 1.
-    """
-
-    num_answers: int = 0
-    max_new_tokens: int | None = None
-    samples: int = 0
-    temperature: float | None = None
-    threshold: float | None = None
-
-
-@dataclass(frozen=True)
-class EvaluationScore:
-    """Evaluation of a model, its answers to some of the examples, and a warning if they contradict the scores."""
-
-    evaluation: Evaluation
-    answers: list[EvaluatedAnswer] = field(default_factory=list)
-    warning: str | None = None
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        return self.evaluation.metrics
-
-
-def answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    *,
-    max_new_tokens: int | None = None,
-    batch_tokens: int = 4096,
-    on_progress: Progress = None,
-    writer: TextGenerator | None = None,
-) -> list[EvaluatedAnswer]:
-    """Generate greedy completions of the examples that have a prompt, in order.
-
-    Args:
-        max_new_tokens: By default slightly more than the longest expected answer.
-        batch_tokens: Maximum number of tokens in a decoding batch.
-        writer: Generates the completions. By default, or if it returns None, transformers is used.
-    """
-    prompted = [e for e in examples if has_prompt(e)]
-    if not prompted:
-        return []
-    prompts = [e.tokens[: e.prompt_length] for e in prompted]
-    count = max_new_tokens or 4 + max(len(e.tokens) - e.prompt_length for e in prompted)
-    completions = GreedyDecoder(model, tokenizer, None, writer, batch_tokens).complete(prompts, count, on_progress)
-    pairs = zip(prompted, completions, strict=True)
-    return [EvaluatedAnswer(e.row, question_of(tokenizer, e), e.answer or "", c.text) for e, c in pairs]
-
-
-# Rows whose exact match is verified by generation, and the maximum length of their answers in tokens.
-_MAX_VERIFIED = 8
-_MAX_VERIFIED_TOKENS = 128
-
-
-def exact_match_warning(
-    rows: Sequence[Any], evaluation: Evaluation, tokenizer: PreTrainedTokenizerBase, complete: TextGenerator
-) -> str | None:
-    """Return a warning if rows count as exact matches, and the model generates other answers, on a sample of rows.
-
-    Args:
-        rows: Evaluated rows as the model receives them.
-        complete: Generates greedy completions.
-    """
-    if evaluation.main != "exact_match" or evaluation.per_row is None:
-        return None
-    answered = (row for item in rows for row in rows_of(item) if row.answer is not None)
-    exact = (row for row, share in zip(answered, evaluation.per_row, strict=True) if share == 1 and has_prompt(row))
-    short = (row for row in exact if len(row) - row.prompt_length <= _MAX_VERIFIED_TOKENS)
-    if not (sample := list(itertools.islice(short, _MAX_VERIFIED))):
-        return None
-    count = 1 + max(len(row) - row.prompt_length for row in sample)
-    completions = complete([row.tokens[: row.prompt_length] for row in sample], count, 4096, None)
-    different = []
-    for row, completion in zip(sample, completions or (), strict=False):
-        label = str(tokenizer.decode(row.tokens[row.prompt_length :], skip_special_tokens=True))
-        expected = label.rpartition("</think>")[2].strip()
-        is_complete = not row.answer.strip().startswith(expected) or expected == row.answer.strip()
-        is_answer = expected.startswith(row.answer.strip()) and completion.text.strip() == label.strip()
-        if is_complete and not is_answer:
-            different.append(f"row {row.row}: {quoted(completion.text, 60)} instead of {quoted(row.answer, 60)}")
-    if not different:
-        return None
-    return (
-        f"exact match is not confirmed: {len(different)} of {len(sample)} generated answers to rows that count as "
-        f"correct differ. {different[0]}"
-    )
-
-
-def has_prompt(row: Example) -> bool:
-    """True if a row has a prompt that a model can answer."""
-    return row.prompt_length > 0 and (row.answer is not None or isinstance(row, TokenizedPrompt))
-
-
-def question_of(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
-    """Return the last user turn of the prompt as plain text.
-
-    Chat templates put the speaker's name on a line by itself.
-    """
-    prompt = example.tokens[: example.prompt_length]
-    prompt = prompt[prompt < len(tokenizer)]  # a soft prompt has no text
-    text = str(tokenizer.decode(prompt, skip_special_tokens=True)).rstrip()
-    lines = text.removesuffix("assistant").rstrip().splitlines()
-    speaker = max((n for n, line in enumerate(lines) if line.strip().lower() == "user"), default=-1)
-    return "\n".join(lines[speaker + 1 :])
-
 
 FILE = "prompts.json"
 # Maximum number of stored prompts, characters per prompt, and rows to examine.
@@ -242,7 +77,7 @@ class Prompting:
 
         Args:
             placer: See :class:`deltaw.data.templates.Encoder`.
-            images: See :meth:`deltaw.training.task.OpenedRun.encode`.
+            images: See :meth:`deltaw.inference.opened_run.OpenedRun.encode`.
 
         Raises:
             UserError: if the chat template rejects it, or an image cannot be read.

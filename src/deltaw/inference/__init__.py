@@ -1,0 +1,1 @@
+"""Inference with a loaded run, adapter or base model: prompts, scores, vectors and predictions."""
