@@ -256,7 +256,10 @@ def test_terminal_prompts_three_questions(monkeypatch, capsys, tmp_path, rows_fi
     for answer, bad_rows in (("y", "skip"), ("n", "error")):
         (tmp_path / "here" / "train.yaml").unlink()
         assert run_init(str(broken_file), answer, "", str(model_folder)) == 0
-        assert "Skip them?" in "".join(capsys.readouterr()) and RunConfig.read("train.yaml").data.bad_rows == bad_rows
+        assert (
+            "Skip the unusable rows?" in "".join(capsys.readouterr())
+            and RunConfig.read("train.yaml").data.bad_rows == bad_rows
+        )
 
 
 REWARDED = [{"prompt": f"paint {n} red", "answer": "done"} for n in range(12)]

@@ -33,7 +33,7 @@ def test_ranges_and_lists_are_parsed(text, domain):
     assert parse_space([text]) == {text.partition("=")[0]: domain}
 
 
-INVALID_SEARCH_SPACES = [("lora.rank", "does not name a setting"), ("lora.rnk=[4]", "did you mean 'lora.rank'")]
+INVALID_SEARCH_SPACES = [("lora.rank", "has no value"), ("lora.rnk=[4]", "did you mean 'lora.rank'")]
 INVALID_SEARCH_SPACES += [("lora.rank=4", "neither a range nor a list"), ("lora.rank=[4", "not a list")]
 INVALID_SEARCH_SPACES += [("lora.rank=[4,4]", "duplicate"), ("lora.rank=8..4", "empty range")]
 INVALID_SEARCH_SPACES += [("lora.rank=a..b", "neither"), ("train.learning_rate=0..1:log", "logarithm")]

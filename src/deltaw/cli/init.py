@@ -46,8 +46,8 @@ def command(file: str, model: str | None, data: str | None, task: str | None, ye
         for line in preview.lines():
             out.print_line(line)
         if preview.bad:
-            skip = not interactive or click.confirm("Skip them?", default=True)
-            note = "they will be skipped:" if skip else "training will stop with an error, unless you set"
+            skip = not interactive or click.confirm("Skip the unusable rows?", default=True)
+            note = "unusable rows will be skipped:" if skip else "training will stop with an error, unless you set"
             out.print(f"{note} data.bad_rows: skip")
         if interactive and merged_classes(preview.class_counts):
             merge = click.confirm("Merge the classes with almost equal names?", default=True)

@@ -57,9 +57,9 @@ from deltaw.cli import main
 main()
 """
 INSTRUCTIONS = (
-    "deltaw fine-tunes language models with LoRA on this machine. Order: doctor, data_check, data_show, plan, train, "
-    "train_status until it is finished, eval with base: true, generate. Read the notes of each result: they contain "
-    "warnings. Allowed folders: "
+    "deltaw fine-tunes language models with LoRA on this machine. Order: doctor, data_check, data_show, plan, train. "
+    "Call train_status until is_running is false. Then call eval with base: true, and generate. Read the notes of each "
+    "result: they contain warnings. Allowed folders: "
 )
 
 
@@ -99,8 +99,8 @@ class SettingsArguments(NoArguments):
 class RowsArguments(SettingsArguments):
     """Rows to show."""
 
-    row: int | None = Field(None, ge=1, description="number of a single row to show")
-    rows: int = Field(3, ge=1, le=20)
+    row: int | None = Field(None, ge=1, description="show only this row, counted from 1; rows is then ignored")
+    rows: int = Field(3, ge=1, le=20, description="number of rows to show")
 
 
 class TrainArguments(SettingsArguments):
@@ -129,11 +129,11 @@ class PromptsArguments(NoArguments):
     """Prompts to complete."""
 
     run: PathText = Field(description="the folder of a run or an adapter, or a model")
-    prompts: list[Text] = Field(min_length=1, max_length=16)
-    system: Text | None = None
+    prompts: list[Text] = Field(min_length=1, max_length=16, description="questions or texts to complete")
+    system: Text | None = Field(None, description="system prompt; by default the run's own, if it has one")
     base: bool = Field(False, description="generate completions of the base model too")
-    max_new_tokens: int = Field(256, ge=1, le=2048)
-    temperature: float = Field(0.0, ge=0, le=10)
+    max_new_tokens: int = Field(256, ge=1, le=2048, description="maximum length of a completion, in tokens")
+    temperature: float = Field(0.0, ge=0, le=10, description="0 selects the most likely token")
 
 
 @dataclass
@@ -206,7 +206,7 @@ class AgentServer:
             "train": (TrainArguments, self._train, "Start a training run in the background. Only one runs at a time."),
             "train_status": (NoArguments, self._status, "Return step, loss and remaining time, or the run's result."),
             "train_stop": (NoArguments, self._stop, "Stop the training run. It saves a checkpoint and can be resumed."),
-            "eval": (EvalArguments, self._eval, "Evaluate a run on rows that it was not trained on."),
+            "eval": (EvalArguments, self._eval, "Evaluate a run or model on held-out or other rows."),
             "runs": (RunsArguments, self._runs, "List runs, or compare two or more: settings, cost and scores."),
             "generate": (PromptsArguments, self._generate, "Complete prompts with a run or a model."),
         }

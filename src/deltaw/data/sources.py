@@ -184,7 +184,10 @@ def _fetched(name: str, revision: str, path: str) -> Path:
 def _files(path: Path, name: str) -> list[tuple[Path, str]]:
     if not path.is_dir():
         if kind_of(path) is None:
-            raise UserError(f"a '{path.suffix}' file cannot be read", location=name, hint=f"give {SUPPORTED_FORMATS}")
+            is_spreadsheet = path.suffix.lower() in (".xlsx", ".xls", ".ods")
+            spreadsheet_hint = "save the sheet as CSV, or use deltaw studio, which reads .xlsx files"
+            hint = spreadsheet_hint if is_spreadsheet else f"give {SUPPORTED_FORMATS}"
+            raise UserError(f"a '{path.suffix}' file cannot be read", location=name, hint=hint)
         return [(path, name)]
     return [(file, f"{name.rstrip('/')}/{file.relative_to(path).as_posix()}") for file in _inside(path, name)]
 

@@ -50,7 +50,9 @@ class Range:
         high = scale(self.high)
         scaled = scale(float(str(value)))
         position = (scaled - low) / (high - low)
-        return "low" if position < 0.05 else "high" if position > 0.95 else ""
+        if position < 0.05:
+            return "low"
+        return "high" if position > 0.95 else ""
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,12 @@ class CategoricalValues:
     def edge(self, value: object) -> str:
         """Return ``low`` or ``high`` if the value is the smallest or largest of several numbers, else ''."""
         numbers = [v for v in self.values if isinstance(v, int | float) and not isinstance(v, bool)]
-        if len(numbers) < max(2, len(self.values)) or not isinstance(value, int | float):
+        are_numeric = len(numbers) == len(self.values)
+        if not are_numeric or len(numbers) < 2 or not isinstance(value, int | float):
             return ""
-        return "low" if value == min(numbers) else "high" if value == max(numbers) else ""
+        if value == min(numbers):
+            return "low"
+        return "high" if value == max(numbers) else ""
 
 
 Space = Mapping[str, Range | CategoricalValues]
@@ -102,7 +107,7 @@ def parse_space(texts: Iterable[str]) -> dict[str, Range | CategoricalValues]:
     for text in texts:
         key, equals, value = (part.strip() for part in text.partition("="))
         if not equals or not value:
-            raise _search_error(f"'{text}' does not name a setting to search")
+            raise _search_error(f"'{text}' has no value: write KEY=LOW..HIGH or KEY=[VALUE, VALUE]")
         if key not in keys:
             raise _search_error(f"unknown setting '{key}'", did_you_mean(key, keys))
         if key in _UNSEARCHABLE or key.startswith("data."):

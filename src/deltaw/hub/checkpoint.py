@@ -28,7 +28,8 @@ class ParameterNames:
 
     Attributes:
         stored: Name on disk by name of the parameter or buffer.
-        converted: Names on disk by parameters that are assembled from several tensors or modified during loading.
+        converted: Names on disk by parameter, for parameters that transformers assembles from several tensors or
+            converts while loading.
         unused: Names on disk that the model does not use.
     """
 
@@ -65,10 +66,12 @@ def match_names(model: PreTrainedModel, tensors: Mapping[str, object]) -> Parame
 def _match_view(mapping: NameMap, names: ParameterNames) -> ParameterNames:
     """Return the names of a text view from those of its complete model."""
     view = {name: mapping.from_complete(name) for name in (*names.stored, *names.converted)}
+    outside = [stored for name, stored in names.stored.items() if view[name] is None]
+    outside += [stored for name, several in names.converted.items() if view[name] is None for stored in several]
     return ParameterNames(
-        {key: stored for name, stored in names.stored.items() if (key := view[name]) is not None},
-        {key: stored for name, stored in names.converted.items() if (key := view[name]) is not None},
-        names.unused + [stored for name, stored in names.stored.items() if view[name] is None],
+        stored={key: stored for name, stored in names.stored.items() if (key := view[name]) is not None},
+        converted={key: stored for name, stored in names.converted.items() if (key := view[name]) is not None},
+        unused=names.unused + outside,
     )
 
 

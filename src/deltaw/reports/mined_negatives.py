@@ -34,10 +34,11 @@ def mined_lines(mined: MiningResult, num_output_rows: int, bad: BadRows, num_exa
         outcome = "written with fewer negatives" if num_output_rows == rows else "not written"
         text = f"{count_of(rows - complete)} with fewer, {mined.num_without_negatives():,} of them with none: {outcome}"
         yield Text(wrap_line(f"{text}; increase --to-rank to find more"), style="yellow")
-    if mined.too_close or mined.too_high:
-        explanation = "their score is close to that of the row's passage, so they may also be positives"
-        high = f"; {mined.too_high:,} more exceed the maximum score" if mined.too_high else ""
-        yield Text(wrap_line(f"{count_of(mined.too_close, 'candidate')} excluded: {explanation}{high}"))
+    if mined.too_close:
+        explanation = "the score is close to the positive's, so they may also be positives"
+        yield Text(wrap_line(f"{count_of(mined.too_close, 'candidate')} excluded: {explanation}"))
+    if mined.too_high:
+        yield Text(wrap_line(f"{count_of(mined.too_high, 'candidate')} excluded: the score exceeds --max-score"))
     if mined.truncated:
         yield Text(f"{count_of(mined.truncated, 'text')} truncated to the model's maximum length")
     for name, scores in mined.scores().items():
@@ -46,5 +47,6 @@ def mined_lines(mined: MiningResult, num_output_rows: int, bad: BadRows, num_exa
             yield Text(f"scores of {name}s: mean {scores.mean():.3f}, 90 % from {low:.3f} to {high:.3f}")
     for row in itertools.islice((row for row in mined.rows if row.negatives), num_examples):
         yield Text(f"\nquery           {quoted(row.anchor, 60)}")
-        for name, (text, score) in (("positive", (row.positive, row.score)), *(("negative", n) for n in row.negatives)):
-            yield Text(f"{name:8} {score:6.3f} {quoted(text, 60)}", style="green" if name == "positive" else "")
+        yield Text(f"positive {row.score:6.3f} {quoted(row.positive, 60)}", style="green")
+        for text, score in row.negatives:
+            yield Text(f"negative {score:6.3f} {quoted(text, 60)}")

@@ -1,4 +1,4 @@
-"""Moving of large frozen weights into huge pages.
+"""Move large frozen weights into huge pages.
 
 A matmul with a transposed weight reads strips across all rows. With 4 KiB pages, each row of a large weight is on a
 different page, and the strips exceed the TLB.
@@ -15,16 +15,18 @@ from deltaw.machine.memory import free_memory_bytes
 from deltaw.runtime.quantized_weights import mapped_file, release_pages
 from deltaw.tensor_files import has_values
 
-MOVE_CHUNK_BYTES = 16 << 20  # bytes that exist twice while a weight is moved
-MAX_FREE_MEMORY_SHARE = 0.5  # larger weights remain memory-mapped, so that the system can evict them
+# Bytes that exist twice while a weight is moved.
+MOVE_CHUNK_BYTES = 16 << 20
+# If the weights together exceed this share, all stay memory-mapped, so that the system can evict them.
+MAX_FREE_MEMORY_SHARE = 0.5
 
 
 @torch.no_grad()
 def use_large_pages(model: nn.Module) -> int:
     """Move a model's large frozen weights from memory-mapped files into huge pages.
 
-    Values, parameters and weight sharing are preserved. Weights allocated by torch are not moved, nor is an input
-    embedding without tied weights, because the system reads only the rows of its file that occur. Call this after the
+    Values, parameters and weight sharing are preserved. Weights allocated by torch are not moved. An untied input
+    embedding is not moved either: only the rows of tokens that occur are read from its file. Call this after the
     weights have their final values.
 
     Returns:
@@ -45,16 +47,20 @@ def _large_weights(model: nn.Module) -> list[Tensor]:
     """Return the large weights without duplicates."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     embedding = getattr(get_input_embedding(model), "weight", None)
-    if embedding is not None and sum(tensor is embedding for _, tensor in tensors) > 1:
-        embedding = None
-    return list({id(tensor): tensor for _, tensor in tensors if tensor is not embedding and _is_large(tensor)}.values())
+    is_tied = sum(tensor is embedding for _, tensor in tensors) > 1
+    skipped = None if is_tied else embedding
+    return list({id(tensor): tensor for _, tensor in tensors if tensor is not skipped and _is_movable(tensor)}.values())
 
 
-def _is_large(tensor: Tensor) -> bool:
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-    frozen = plain and has_values(tensor) and tensor.device.type == "cpu" and not tensor.requires_grad
-    large = frozen and tensor.nbytes >= large_pages.MIN_BYTES and tensor.dim() >= 2 and tensor.is_contiguous()
-    return large and mapped_file(tensor.data_ptr()) is not None
+def _is_movable(tensor: Tensor) -> bool:
+    """Return True for a large frozen matrix on the CPU that is mapped from a file."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+        return False
+    if not has_values(tensor) or tensor.device.type != "cpu" or tensor.requires_grad:
+        return False
+    if tensor.nbytes < large_pages.MIN_BYTES or tensor.dim() < 2 or not tensor.is_contiguous():
+        return False
+    return mapped_file(tensor.data_ptr()) is not None
 
 
 def _move(weight: Tensor) -> None:

@@ -748,6 +748,7 @@ def _as_user_error(error: ValidationError, location: str) -> UserError:
     missing = []
     expectations: dict[str, list[str]] = {}
     valid_keys = [setting.key for setting in settings()]
+    mappings = {setting.key for setting in settings() if str(setting.annotation).startswith("dict[")}
     sections = {name + dot for name, dot, _ in (key.partition(".") for key in valid_keys)}
     for problem in error.errors():
         parts = [str(p) for p in problem["loc"]]
@@ -760,6 +761,8 @@ def _as_user_error(error: ValidationError, location: str) -> UserError:
             problems.append(f"'{key}' is missing")
             missing.append(key)
         else:
+            if key in mappings and len(parts) == len(key.split(".")) + 1:
+                key = ".".join(parts)  # the entry at fault
             problems.append(f"'{key}' cannot be {_VALUE_REPR.repr(problem['input'])}")
             if value_hint := aliases.value_hint(key, problem["input"]):
                 hints.append(value_hint)

@@ -102,7 +102,7 @@ def ranking_metrics(
     """Return ``ndcg@k``, ``mrr@k`` and ``recall@k`` of each query.
 
     nDCG is the sum of grade / log2(rank + 1) over the first k ranks, divided by its maximum (Järvelin and Kekäläinen
-    2002, "Cumulated gain-based evaluation of IR techniques", with the discount from rank 2 on).
+    2002, "Cumulated gain-based evaluation of IR techniques"; log2(rank + 1) is used for all ranks).
 
     Args:
         ranked: (q, depth) passage indices, best first. Missing ranks count as irrelevant.
@@ -115,11 +115,12 @@ def ranking_metrics(
     Raises:
         UserError: if a query has no relevant passage.
     """
-    grades = [metrics if isinstance(metrics, Mapping) else dict.fromkeys(metrics, 1.0) for metrics in relevant]
+    grades = [passages if isinstance(passages, Mapping) else dict.fromkeys(passages, 1.0) for passages in relevant]
     grades = [{index: grade for index, grade in query_grades.items() if grade > 0} for query_grades in grades]
     if empty := [query for query, query_grades in enumerate(grades) if not query_grades]:
         raise UserError("no passage is relevant to a query", location=f"query {empty[0]}", hint="remove such queries")
-    ranked, gains = np.asarray(ranked), np.zeros(np.shape(ranked))
+    ranked = np.asarray(ranked)
+    gains = np.zeros(ranked.shape)
     for row, (row_ranking, query_grades) in enumerate(zip(ranked.tolist(), grades, strict=True)):
         gains[row] = [query_grades.get(index, 0.0) for index in row_ranking]
     hits = gains > 0

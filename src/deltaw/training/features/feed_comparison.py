@@ -19,9 +19,9 @@ _CHUNK_SIZE = 1 << 20
 
 
 def select_probe_rows(examples: Sequence[Any]) -> list[Any]:
-    """Return a few rows of different lengths, without very long ones."""
+    """Return the shortest row and the rows at the 25th and 50th percentile of length, without duplicates."""
     ordered = np.argsort(lengths_of(examples), kind="stable").tolist()
-    return [examples[ordered[index]] for index in sorted({0, len(ordered) // 4, len(ordered) // 2})][:NUM_PROBE_ROWS]
+    return [examples[ordered[index]] for index in sorted({0, len(ordered) // 4, len(ordered) // 2})]
 
 
 def loss_and_gradients(feed: Feed, rows: Sequence[Any], trained: Sequence[nn.Parameter]) -> list[Tensor | None]:
@@ -30,9 +30,11 @@ def loss_and_gradients(feed: Feed, rows: Sequence[Any], trained: Sequence[nn.Par
     for batch in feed.batches(rows):
         loss = feed.objective(batch)
         parts = [loss.detach(), *torch.autograd.grad(loss, trained, allow_unused=True)]
-        for n, part in enumerate(parts):
-            partial_sum = total[n]
-            total[n] = part if partial_sum is None or part is None else partial_sum + part
+        for index, part in enumerate(parts):
+            if part is None:
+                continue
+            previous = total[index]
+            total[index] = part if previous is None else previous + part
     return total
 
 
@@ -70,21 +72,23 @@ def short_error(error: Exception) -> str:
 
 
 def is_close(expected: Sequence[Tensor | None], actual: Sequence[Tensor | None], tolerance: float) -> bool:
-    """Return True if the tensors together differ by at most ``tolerance``, relative to their norm."""
-    if [e is None for e in expected] != [f is None for f in actual]:
+    """Return True if the tensors together differ by at most ``tolerance``, relative to the norm of ``expected``."""
+    if [tensor is None for tensor in expected] != [tensor is None for tensor in actual]:
         return False
-    difference = norm = 0.0
-    for e, f in zip(expected, actual, strict=True):
-        if e is None or f is None:
+    difference = 0.0
+    norm = 0.0
+    for expected_tensor, actual_tensor in zip(expected, actual, strict=True):
+        if expected_tensor is None or actual_tensor is None:
             continue
         # Compare in chunks, because a gradient can be as large as the model's largest weight.
-        parts = (e.flatten().split(_CHUNK_SIZE), f.flatten().split(_CHUNK_SIZE))
-        for expected_chunk, actual_chunk in zip(*parts, strict=True):
+        expected_chunks = expected_tensor.flatten().split(_CHUNK_SIZE)
+        actual_chunks = actual_tensor.flatten().split(_CHUNK_SIZE)
+        for expected_chunk, actual_chunk in zip(expected_chunks, actual_chunks, strict=True):
             difference += float((expected_chunk.float() - actual_chunk.float()).square().sum())
             norm += float(expected_chunk.float().square().sum())
     return math.sqrt(difference) <= tolerance * math.sqrt(norm)
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """Return the relative difference of norms that rounding in this type can cause."""
+    """Return the relative error that rounding in ``dtype`` can cause."""
     return 1e-3 if dtype in (torch.float32, torch.float64) else 6e-2

@@ -3,8 +3,8 @@
 An activated adapter is disabled before its invocation sequence (``deltaw.lora.adapted``). The keys and values of a
 prompt are therefore those of the base model, need no backward pass, and are equal in each epoch. A batch runs in two
 parts. First, prompt tokens without stored keys run without a graph and without the adapter. Then the answers run
-forward and backward over the keys of all tokens. The keys and values are stored, and prompts with a common prefix share
-it.
+forward and backward over the keys of all tokens. Keys and values are stored per token. Prompts with a common prefix
+share the prefix's entries.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PromptIndex:
 
     def __init__(self, examples: Sequence[Item]) -> None:
         all_rows = (row for item in examples for row in rows_of(item))
-        prompts = {_prompt(row).tobytes(): _prompt(row) for row in all_rows if _is_indexed(row)}
+        prompts = {_prompt(row).tobytes(): _prompt(row) for row in all_rows if _has_cacheable_prompt(row)}
         ordered = sorted(prompts.items(), key=lambda entry: sort_key(entry[1]))
         tree = PrefixTree()
         for _, prompt in ordered:
@@ -61,7 +61,11 @@ class PromptIndex:
 
     def contains(self, items: Sequence[Item]) -> bool:
         """Return True if the index contains all these rows."""
-        return all(_is_indexed(row) and _prompt(row).tobytes() in self._ends for item in items for row in rows_of(item))
+        return all(
+            _has_cacheable_prompt(row) and _prompt(row).tobytes() in self._ends
+            for item in items
+            for row in rows_of(item)
+        )
 
     def row_units(self, row: Example) -> np.ndarray:
         """Return (prompt tokens,) the units of a row's prompt."""
@@ -83,8 +87,8 @@ class PromptIndex:
         return digest.digest()
 
 
-def _is_indexed(row: Example) -> bool:
-    """Return True if the adapter is active on the row before each label."""
+def _has_cacheable_prompt(row: Example) -> bool:
+    """Return True if the row has a prompt without the adapter, which becomes active before the first label."""
     return row.active_from is not None and acts_before_labels(row)
 
 
@@ -103,8 +107,8 @@ class StoredPrompts(Feed):
         index: Units of the rows. Other rows run in one part.
         store: Store of keys and values. Its rows are units.
         key_shapes: Shapes of the keys, or None if they are not known yet.
-        inactive_cost: Cost of a prompt token in a microbatch, relative to an answer token. The microbatch size counts
-            tokens that run in each epoch, so that several prompts with short answers fit.
+        inactive_cost: Cost of a prompt token relative to an answer token, used to fill microbatches. Prompt tokens run
+            only in the first epoch, so a lower cost lets more prompts share a microbatch.
     """
 
     store: FeatureStore
