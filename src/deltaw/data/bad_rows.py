@@ -16,8 +16,10 @@ from deltaw.errors import UserError
 SKIPPED_ROWS = "skipped_rows.jsonl"
 TOO_LONG = "longer than data.max_row_bytes"
 SKIP_HINT = "or leave such rows out with data.bad_rows: skip"
-# Maximum number of characters of a skipped row in the list, and of its error message, which may quote the row.
-_MAX_ROW_CHARS, _MAX_ERROR_CHARS = 2000, 500
+# Maximum number of characters of a skipped row in the list.
+_MAX_ROW_CHARS = 2000
+# Maximum number of characters of its error message, which may quote the row.
+_MAX_ERROR_CHARS = 500
 
 
 class BadRowError(UserError):

@@ -115,7 +115,8 @@ def build_check(
         eval_sets: Name and statistics of each separate evaluation file.
     """
     examples = statistics.examples
-    lengths, labels = examples["length"], examples["labels"]
+    lengths = examples["length"]
+    labels = examples["labels"]
     findings = [*bad_row_findings(statistics.bad, settings, ""), *_row_count_findings(statistics)]
     findings += _long_row_findings(statistics, settings, "")
     findings += _unlabeled_findings(statistics, labels)
@@ -123,7 +124,8 @@ def build_check(
     findings += _duplicate_findings(statistics, settings)
     findings += _contradiction_findings(statistics)
     for name, (level, text, hint) in _TEXTS.items():
-        count, locations = statistics.counts[name], tuple(statistics.remark_locations.get(name, ()))
+        count = statistics.counts[name]
+        locations = tuple(statistics.remark_locations.get(name, ()))
         findings.append(DataFinding(name, level, count, f"{count_of(count)} {text}", hint, locations))
     for name, eval_statistics in eval_sets:
         findings += bad_row_findings(eval_statistics.bad, settings, f" of {name}")
@@ -153,7 +155,8 @@ def _bins(lengths: np.ndarray, count: int = 10) -> tuple[tuple[int, int, int], .
     """Return about ``count`` bins with round limits: linear, or logarithmic if lengths differ by more than a factor of
     16.
     """
-    low, high = int(lengths.min()), int(lengths.max())
+    low = int(lengths.min())
+    high = int(lengths.max())
     if high > 16 * max(1, low):
         ratio = (high / max(1, low)) ** (1 / count)
         edges = [round(max(1, low) * ratio**k) for k in range(count)] + [high + 1]
@@ -262,7 +265,8 @@ def _contradiction_findings(statistics: DataStatistics) -> list[DataFinding]:
     with_prompt = np.flatnonzero((statistics.examples["prompt"] != 0) & (statistics.examples["labels"] > 0))
     if not len(with_prompt):
         return []
-    prompts, answers = statistics.examples["prompt"][with_prompt], statistics.examples["answer"][with_prompt]
+    prompts = statistics.examples["prompt"][with_prompt]
+    answers = statistics.examples["answer"][with_prompt]
     order = np.lexsort((answers, prompts))
     same_prompt = prompts[order][1:] == prompts[order][:-1]
     different_answer = answers[order][1:] != answers[order][:-1]
@@ -279,13 +283,16 @@ def _contradiction_findings(statistics: DataStatistics) -> list[DataFinding]:
 
 
 def _overlap_findings(statistics: DataStatistics, eval_statistics: DataStatistics, name: str) -> list[DataFinding]:
-    train, evaluation = statistics.examples, eval_statistics.examples
+    train = statistics.examples
+    evaluation = eval_statistics.examples
     is_exact = np.isin(evaluation["key"], train["key"])
     has_train_prompt = np.isin(evaluation["prompt"], train["prompt"]) & (evaluation["prompt"] != 0) & ~is_exact
-    exact, same_prompt = np.flatnonzero(is_exact), np.flatnonzero(has_train_prompt)
+    exact = np.flatnonzero(is_exact)
+    same_prompt = np.flatnonzero(has_train_prompt)
     exact_text = f"{count_of(len(exact), 'example')} of {name} that are also training rows, which inflates the scores"
     prompt_text = f"{count_of(len(same_prompt), 'example')} of {name} with the prompt of a training row"
-    hint, prompt_locations = "remove them from one of the files", eval_statistics.locations(same_prompt)
+    hint = "remove them from one of the files"
+    prompt_locations = eval_statistics.locations(same_prompt)
     return [
         DataFinding("overlap", "warning", len(exact), exact_text, hint, eval_statistics.locations(exact)),
         DataFinding("prompt_overlap", "warning", len(same_prompt), prompt_text, None, prompt_locations),

@@ -102,8 +102,10 @@ class DataStatistics:
         if not self._files or self._files[-1] != file:
             self._starts.append(len(self._numbers) // _NUMBERS.itemsize)
             self._files.append(file)
-        tokens, labels = example.tokens, np.flatnonzero(example.is_label)
-        prompt, answer = tokens[: example.prompt_length], tokens[example.prompt_length :]
+        tokens = example.tokens
+        labels = np.flatnonzero(example.is_label)
+        prompt = tokens[: example.prompt_length]
+        answer = tokens[example.prompt_length :]
         lengths = len(example), len(labels), int((labels >= max_length).sum())
         key = digest_of(tokens.tobytes(), np.packbits(example.is_label).tobytes())
         hashes = key, digest_of(prompt.tobytes()) if len(prompt) else 0, digest_of(answer.tobytes()), text
@@ -199,7 +201,8 @@ def _remarks(record: Record, special: re.Pattern[str] | None) -> list[str]:
     Args:
         special: Matches special tokens in text.
     """
-    texts, remarks = _texts_of(record), []
+    texts = _texts_of(record)
+    remarks = []
     if getattr(record, "images", ()):
         texts = [(text.replace(MARKER, ""), is_answer) for text, is_answer in texts]
     if not any(text.strip() for text, _ in texts):

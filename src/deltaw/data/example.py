@@ -63,7 +63,8 @@ class Example:
 
     def truncate(self, length: int) -> Example:
         """Return the example truncated to ``length`` tokens."""
-        tokens, is_label = self.tokens[:length], self.is_label[:length]
+        tokens = self.tokens[:length]
+        is_label = self.is_label[:length]
         return replace(self, tokens=tokens, is_label=is_label, prompt_length=min(self.prompt_length, length))
 
     def with_prefix(self, added: int, tokens: np.ndarray) -> Example:
@@ -85,7 +86,9 @@ class Example:
         Args:
             removed: Number of virtual tokens.
         """
-        tokens, is_label, prompt_length = self.tokens[removed:], self.is_label[removed:], self.prompt_length - removed
+        tokens = self.tokens[removed:]
+        is_label = self.is_label[removed:]
+        prompt_length = self.prompt_length - removed
         return replace(self, tokens=tokens, is_label=is_label, prompt_length=prompt_length, active_from=None)
 
 
@@ -198,12 +201,15 @@ def token_spans(
         is_label: (length,) bool.
     """
     ids = [int(token) for token in tokens]
-    special, size = special_tokens(tokenizer), len(tokenizer)
+    special = special_tokens(tokenizer)
+    size = len(tokenizer)
     spans: list[TokenSpan] = []
     text_ids: list[int] = []
-    start, previous = 0, ""
+    start = 0
+    previous = ""
     while start < len(ids):
-        label, is_special = bool(is_label[start]), ids[start] in special
+        label = bool(is_label[start])
+        is_special = ids[start] in special
         stop = start + 1
         if ids[start] >= size:
             while stop < len(ids) and ids[stop] == ids[stop - 1] + 1:
@@ -220,7 +226,8 @@ def token_spans(
         decoded = _decoded(text_ids, tokenizer)
         text = decoded[len(previous) :] if decoded.startswith(previous) else _decoded(ids[start:stop], tokenizer)
         spans.append(TokenSpan(special.get(ids[start], text) if is_special else text, label, is_special, stop - start))
-        start, previous = stop, decoded
+        start = stop
+        previous = decoded
     return spans
 
 
@@ -278,7 +285,8 @@ class IndexedSequence(Sequence[Any]):
     """View of the rows of a sequence at given indices."""
 
     def __init__(self, rows: Sequence[Any], indices: np.ndarray) -> None:
-        self._rows, self._indices = rows, indices
+        self._rows = rows
+        self._indices = indices
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -6,8 +6,11 @@ import time
 
 from deltaw.progress import LogFunction
 
-# Seconds until the first progress line, and limits on the interval between lines, which grows with elapsed time.
-FIRST_LINE_SECONDS, LINE_INTERVAL_SECONDS, MAX_LINE_INTERVAL_SECONDS = 3.0, 5.0, 30.0
+# Seconds until the first progress line.
+FIRST_LINE_SECONDS = 3.0
+# Limits on the interval between lines, which grows with elapsed time.
+LINE_INTERVAL_SECONDS = 5.0
+MAX_LINE_INTERVAL_SECONDS = 30.0
 
 
 class ReadProgress:
@@ -22,7 +25,10 @@ class ReadProgress:
     """
 
     def __init__(self, log: LogFunction, action: str, total: int, *, rows: int = 0, done: int = 0) -> None:
-        self._rows, self._done, self._log, self._action = rows, done, log, action
+        self._rows = rows
+        self._done = done
+        self._log = log
+        self._action = action
         self._total = total
         self._start = time.monotonic()
         self._next = self._start + FIRST_LINE_SECONDS

@@ -224,10 +224,13 @@ class RowReader(abc.ABC, Generic[Item]):
     ) -> None:
         if settings.long_rows == "split":
             raise UserError(f"{self.noun} cannot be divided", location="data.long_rows: split", hint="set cut or drop")
-        self.settings, self.tokenizer = settings, tokenizer
+        self.settings = settings
+        self.tokenizer = tokenizer
         self.bad = BadRows(settings.bad_rows)
         self.errors: dict[int, BadRowError] = {}
-        self.account, self.long, self.systems = Account(), LongRows(), Systems()
+        self.account = Account()
+        self.long = LongRows()
+        self.systems = Systems()
         self._log = log
 
     def example(self, row: Row, number: int, location: str) -> Item:
@@ -249,7 +252,8 @@ class RowReader(abc.ABC, Generic[Item]):
         Subclasses that process rows in batches override this method.
         """
         for index in indices:
-            location, item = rows.row_location(index), None
+            location = rows.row_location(index)
+            item = None
             try:
                 row = self.read_row(rows, index)
                 item = self.limit_length(self.example(row, rows.number(index), location), location)
@@ -301,7 +305,8 @@ class RowReader(abc.ABC, Generic[Item]):
     def prepare(self, seed: int = 0) -> RunData:
         items, groups, report = self._read(self.settings.train, seed)
         report = replace(report, source=format_sources(self.settings.train))
-        keys, group_digests = keys_of(items, self.key), group_keys(groups)
+        keys = keys_of(items, self.key)
+        group_digests = group_keys(groups)
         train, eval_rows, report = split_rows(
             items, keys, group_digests, report, self.settings, seed=seed, read_eval=self._read_eval
         )
@@ -390,7 +395,9 @@ class RowReader(abc.ABC, Generic[Item]):
 
         Return False if the row is not used.
         """
-        longest, limit, policy = max(lengths), self.settings.max_length, self.settings.long_rows
+        longest = max(lengths)
+        limit = self.settings.max_length
+        policy = self.settings.long_rows
         if longest > limit and policy == "error":
             self.long.add(LongRows(1, location, longest, longest))
         elif longest > limit and policy == "drop":
@@ -450,7 +457,9 @@ class RowReader(abc.ABC, Generic[Item]):
         """
         previous_counts = self.bad.counts.copy()
         self.errors = {}
-        self.account, self.long, self.systems = Account(), LongRows(), Systems()
+        self.account = Account()
+        self.long = LongRows()
+        self.systems = Systems()
         group = self.settings.group if seed is not None else None
         rows = self._open(train)
         unreadable = (self.bad.counts - previous_counts).total()
@@ -495,11 +504,16 @@ class RowReader(abc.ABC, Generic[Item]):
         return reader
 
     def check(self, eval_files: Sequence[str]) -> DataCheck:
-        reader, settings, source = self._without_limits(), self.settings, format_sources(self.settings.train)
+        reader = self._without_limits()
+        settings = self.settings
+        source = format_sources(self.settings.train)
         items, _, report = reader._read_eval(settings.train)
         report = replace(report, source=source)
-        keys, contents = list(map(self.key, items)), list(map(self.content, items))
-        known_keys, keys_by_content, duplicates = set[bytes](), dict[bytes, set[bytes]](), list[Item]()
+        keys = list(map(self.key, items))
+        contents = list(map(self.content, items))
+        known_keys = set[bytes]()
+        keys_by_content = dict[bytes, set[bytes]]()
+        duplicates = list[Item]()
         for item, key, content in zip(items, keys, contents, strict=True):
             keys_by_content.setdefault(content, set()).add(key)
             duplicates += [item] if key in known_keys else []
@@ -511,7 +525,8 @@ class RowReader(abc.ABC, Generic[Item]):
         findings = bad_row_findings(reader.bad, settings, "")
         findings += self._long(items, source)
         findings.append(_finding("duplicates", duplicates, source, f"{self.duplicate_text} ({action})"))
-        text, hint = self.contradiction_text, self.contradiction_hint
+        text = self.contradiction_text
+        hint = self.contradiction_hint
         findings.append(_finding("contradictions", contradictions, source, text, hint, num_contradictions))
         findings += reader.findings(items, report)
         if unlabeled := report.without_label:
@@ -536,7 +551,9 @@ class RowReader(abc.ABC, Generic[Item]):
         return replace(check, label_numbers=report.label_numbers)
 
     def rows(self, bad: BadRows) -> Iterator[RowPreview]:
-        reader, limit, source = self._without_limits(), self.settings.max_length, format_sources(self.settings.train)
+        reader = self._without_limits()
+        limit = self.settings.max_length
+        source = format_sources(self.settings.train)
         reader.bad = bad
         for item in reader._read_eval(self.settings.train)[0]:
             notes = self.notes(item)
@@ -551,7 +568,8 @@ class RowReader(abc.ABC, Generic[Item]):
         return [len(row) for item in items for row in rows_of(item) if hasattr(row, "tokens")]  # type: ignore[arg-type]
 
     def _long(self, items: Sequence[Item], source: str) -> list[DataFinding]:
-        limit, policy = self.settings.max_length, self.settings.long_rows
+        limit = self.settings.max_length
+        policy = self.settings.long_rows
         long = [item for item in items if max(self._lengths([item]), default=0) > limit]
         action = {"error": "", "drop": ": dropped", "cut": ": truncated"}.get(policy, "")
         text = f"{self.too_long_text} data.max_length ({limit:,} tokens){action}"

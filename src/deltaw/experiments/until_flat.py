@@ -46,7 +46,8 @@ class BestPoint(contextlib.AbstractContextManager["BestPoint"]):
     """
 
     def __init__(self) -> None:
-        self.step, self.loss = 0, math.inf
+        self.step = 0
+        self.loss = math.inf
         self._file: Any = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
         self._dtypes: list[torch.dtype] = []
 
@@ -61,7 +62,8 @@ class BestPoint(contextlib.AbstractContextManager["BestPoint"]):
             self._file.write(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self._file.truncate()
         self._dtypes = [parameter.dtype for parameter in parameters]
-        self.step, self.loss = step, loss
+        self.step = step
+        self.loss = loss
 
     @torch.no_grad()
     def restore(self, parameters: Sequence[Tensor]) -> None:
@@ -75,7 +77,8 @@ class BestPoint(contextlib.AbstractContextManager["BestPoint"]):
 
 
 # Planned number of evaluations per epoch, and minimum number per budget.
-EVALUATIONS_PER_EPOCH, EVALUATIONS_PER_BUDGET = 4, 10
+EVALUATIONS_PER_EPOCH = 4
+EVALUATIONS_PER_BUDGET = 10
 
 
 def steps_between(steps_per_epoch: int, steps: int | None) -> int:
@@ -99,7 +102,8 @@ class ProgressLog:
     """
 
     def __init__(self, log: LogFunction, remaining: float) -> None:
-        self._log, self.remaining = log, remaining
+        self._log = log
+        self.remaining = remaining
         self._done = 0.0
         self._start = self._last = time.monotonic()
 
@@ -110,7 +114,8 @@ class ProgressLog:
     def report_plan(self, seconds: Sequence[float]) -> None:
         """Log the predicted time of all work from the predicted seconds of one training with each method."""
         if seconds and self.remaining:
-            total, longest = self.remaining * fmean(seconds), max(seconds)
+            total = self.remaining * fmean(seconds)
+            longest = max(seconds)
             self._log(f"planned: at most {duration(longest)} per training, {duration(total)} for all")
 
     def report_done(self, message: str, work: float) -> None:
@@ -203,7 +208,9 @@ def until_flat(
         options: dict[str, Any] = {"total_steps": training.max_steps, "learning_rate": rate, "rows": rows}
         outcome = session.train(on_begin=training.start, on_step=step_done, **options)
         curve = training.curve
-        curve.outcome, curve.best_step, curve.best_loss = outcome, best.step, best.loss
+        curve.outcome = outcome
+        curve.best_step = best.step
+        curve.best_loss = best.loss
         if not outcome.interrupted and best.step != outcome.steps:
             best.restore([parameter for _, parameter in session.trainable_parameters])
             session.method.after_step(session.model)
@@ -227,7 +234,8 @@ class _Training:
     _state: TrainState | None = None
 
     def __post_init__(self) -> None:
-        settings, steps = self.session.config.train, self.budget.steps
+        settings = self.session.config.train
+        steps = self.budget.steps
         self.max_steps = steps or UNLIMITED_STEPS
         per_epoch = math.ceil(len(self.rows) / settings.batch_size)
         self.every = settings.eval_every or steps_between(per_epoch, steps)
@@ -248,7 +256,8 @@ class _Training:
             if step == self._state.total_steps:
                 self._evaluate(step)
             return
-        seconds, flat = self.budget.seconds, False
+        seconds = self.budget.seconds
+        flat = False
         time_is_up = seconds is not None and (time.monotonic() - self.start_time) * (1 + COOLDOWN) >= seconds
         is_last = step >= self.last or time_is_up
         if step % self.every == 0 or is_last:

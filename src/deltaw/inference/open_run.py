@@ -46,18 +46,24 @@ def open_run(
     Raises:
         UserError: if a file cannot be loaded, or the folder contains a reference that the caller has to allow.
     """
-    folder, opened_folder = adapter_folder(reference, required=False), None
+    folder = adapter_folder(reference, required=False)
+    opened_folder = None
     adapter = is_adapter(folder)
     if adapter or (folder / SETTINGS).is_file():
         opened_folder = read_folder(folder, trust_remote_code=trust_remote_code)
     config = None if opened_folder is None else opened_folder.run
     if config is not None and model is None:
         precision = run_precision(config, precision, device, log)
-    task_name, base, classes = task or task_registry.default_task(), model or reference, None
+    task_name = task or task_registry.default_task()
+    base = model or reference
+    classes = None
     if opened_folder is not None:
-        task_name, base, classes = opened_folder.task, opened_folder.base(model), read_classes(folder)
+        task_name = opened_folder.task
+        base = opened_folder.base(model)
+        classes = read_classes(folder)
     dtype = choose_precision(choose_device(device).value, precision).value
-    code, section = trust_remote_code, None if opened_folder is None else opened_folder.section
+    code = trust_remote_code
+    section = None if opened_folder is None else opened_folder.section
     task_object = task_of(task_name, base, dtype, trust_remote_code=code, log=log, section=section)
     if config is not None and task_object.tokenizer is not None:
         task_object.tokenizer = with_chat_template(task_object.tokenizer, config.data.chat_template)
@@ -87,7 +93,8 @@ def open_run(
         method = method_from_folder(folder, task_object.tokenizer)
         log(Detail(method.load(loaded.model, folder)))
         task_object.read_adapter_metadata(loaded.model, folder)
-    name, generates_text = task_object.name, task_object.generates_text
+    name = task_object.name
+    generates_text = task_object.generates_text
     adapted = loaded.model, method, task_object.tokenizer, loaded.reference, name, generates_text
     prompting = read_prompting(folder)
     return OpenedRun(
@@ -109,7 +116,8 @@ def run_precision(config: RunConfig, precision: str, device: str, log: LogFuncti
 
 def _quantize(loaded: LoadedModel, precision: str, folder: AdapterFolder | None, log: LogFunction) -> str | None:
     """Quantize the weights as the precision requires. Return the identity of the weights."""
-    identity, device = model_identity(loaded.model, precision), str(loaded.choices["device"].value)
+    identity = model_identity(loaded.model, precision)
+    device = str(loaded.choices["device"].value)
     if precision == "int8" and not uses_library(loaded.model, device):
         roundings = None if folder is None else saved_calibration(folder.folder, identity)
         with track_progress("quantizing the weights to int8"):

@@ -48,16 +48,27 @@ from deltaw.settings.row_kinds import IMAGES, JUDGED_COLUMNS, LABELED_IMAGES, LA
 from deltaw.training.optimizer import count_steps, eval_share, eval_size_warning, recommended_settings
 from deltaw.training.task import Task, task_of
 
-# Files with more rows (fewer if images are decoded) are not tokenized: tokens are estimated, as without a tokenizer.
-MAX_TOKENIZED_ROWS, MAX_IMAGE_ROWS, BYTES_PER_TOKEN = 50_000, 2_000, 3
-# Tokens that a chat template adds to each text, and to a row (a default system prompt), and tokens of a large image.
-TOKENS_PER_TEXT, TOKENS_PER_ROW, TOKENS_PER_IMAGE = 4, 32, 1_536
+# Files with more rows are not tokenized: tokens are estimated, as without a tokenizer.
+MAX_TOKENIZED_ROWS = 50_000
+# The same limit if images are decoded.
+MAX_IMAGE_ROWS = 2_000
+BYTES_PER_TOKEN = 3
+# Tokens that a chat template adds to each text.
+TOKENS_PER_TEXT = 4
+# Tokens that it adds to a row, such as a default system prompt.
+TOKENS_PER_ROW = 32
+# Tokens of a large image.
+TOKENS_PER_IMAGE = 1_536
 # Safety factor for estimated lengths.
 ESTIMATE_MARGIN = 1.2
-# Maximum number of classes and minimum rows per class for a column to be treated as class labels.
-MAX_CLASSES, MIN_ROWS_PER_CLASS = 20, 2
-# Minimum number of rows for treating the longest 1 % as outliers, and their minimum length relative to other rows.
-MIN_ROWS_FOR_OUTLIERS, OUTLIER_RATIO = 20, 1.5
+# Maximum number of classes of a column that is treated as class labels.
+MAX_CLASSES = 20
+# Minimum number of rows per class of such a column.
+MIN_ROWS_PER_CLASS = 2
+# Minimum number of rows for treating the longest 1% as outliers.
+MIN_ROWS_FOR_OUTLIERS = 20
+# Minimum length of an outlier, relative to the other rows.
+OUTLIER_RATIO = 1.5
 # Maximum number of unusable rows that are listed.
 MAX_BAD_ROWS = 5
 # Common column names of questions and answers.
@@ -132,7 +143,8 @@ class DataPreview:
         """
         lengths = self.lengths * (ESTIMATE_MARGIN if self.estimated else 1.0)
         num_outliers = -(-len(lengths) // 100) if len(lengths) >= MIN_ROWS_FOR_OUTLIERS else 0
-        usual, longest = lengths[-1 - num_outliers], lengths[-1]
+        usual = lengths[-1 - num_outliers]
+        longest = lengths[-1]
         limit = max(128, math.ceil((longest if longest <= OUTLIER_RATIO * usual else usual) / 64) * 64)
         limit = min(limit, self.max_tokens or limit)
         return limit, int((lengths > limit).sum())
@@ -218,10 +230,12 @@ def _recognize(
     """
     rows, _ = image_rows(file, bad.add)
     if task is not None and columns is not None:
-        mapped, why = dict(columns), ""
+        mapped = dict(columns)
+        why = ""
     else:
         task, mapped, why = _task(rows) if task is None else _columns(rows, task)
-    starter, vision = starter_of(task), None if model is None else _vision_task(model, task)
+    starter = starter_of(task)
+    vision = None if model is None else _vision_task(model, task)
     if vision is not None and (named := [column for column in rows.columns if column.lower() in IMAGES]):
         mapped = mapped if columns or {*COLUMNS} & {*rows.columns} else {"image": named[0], **mapped}
     if not starter.reads_images:
@@ -338,7 +352,8 @@ def _columns(rows: NumberedRows, task: str) -> tuple[str, dict[str, str], str]:
         inferred = _task(rows)
     except UserError:
         return task, {}, ""
-    starter, default = starter_of(task), task_registry.default_task()
+    starter = starter_of(task)
+    default = task_registry.default_task()
     if starter.writes and inferred[0] != default and form_name(rows) is None:
         inferred = _guess_task(rows, labeled=False) or inferred
     fits = inferred[0] == task or (inferred[0] == default and starter.writes)
@@ -456,13 +471,15 @@ def _count_tokens(
     """
     from deltaw.hub.tokenizers import find_tokenizer, max_positions
 
-    vision, reader = preview.vision, None
+    vision = preview.vision
+    reader = None
     max_rows, image_tokens = (MAX_TOKENIZED_ROWS, 0) if vision is None else (MAX_IMAGE_ROWS, TOKENS_PER_IMAGE)
     can_tokenize = len(rows) <= max_rows and not starter.reads_images
     reason = "the model is not on this machine yet" if can_tokenize else f"over {max_rows:,} rows"
     tokenizer = vision.tokenizer if vision is not None else None if model is None else find_tokenizer(model)
     if can_tokenize and tokenizer is not None:
-        reader, reason = starter.reader(rows, _settings(file, preview), tokenizer), f"task {preview.task} has no reader"
+        reader = starter.reader(rows, _settings(file, preview), tokenizer)
+        reason = f"task {preview.task} has no reader"
         preview = replace(preview, max_tokens=max_positions(tokenizer) or 0)
     if reader is None:
         usable = starter.usable_rows(rows, _settings(file, preview), bad)
@@ -508,7 +525,8 @@ def _length(limit: int, num_long: int, long_rows: str, preview: DataPreview | No
     """Return the lines about the maximum length."""
     if preview is None or not limit:
         return []
-    key, estimated = f"max_length: {limit}", " (estimated)" if preview.estimated else ""
+    key = f"max_length: {limit}"
+    estimated = " (estimated)" if preview.estimated else ""
     if not num_long:
         return [_line(key, f"tokens{estimated}; longer rows are rejected unless long_rows is set")]
     action = {"cut": "truncated", "drop": "dropped", "split": "split"}[long_rows]

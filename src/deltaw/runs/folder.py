@@ -39,15 +39,23 @@ from deltaw.untrusted_paths import record_reference, require_contained
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RUN, METRICS, LEARNING_RATES = "run.json", "metrics.jsonl", "learning_rate.json"
-CHECKPOINT_FOLDER, LOCK = "checkpoints", ".lock"
+RUN = "run.json"
+METRICS = "metrics.jsonl"
+LEARNING_RATES = "learning_rate.json"
+CHECKPOINT_FOLDER = "checkpoints"
+LOCK = ".lock"
 # Version of the run.json format. Increased for changes that an older reader would misinterpret.
 VERSION = 1
 # States of a run: training, stopped by a signal or a callback, failed with an error, diverged, finished.
-RUNNING, INTERRUPTED, FAILED, DIVERGED, FINISHED = "running", "interrupted", "failed", "diverged", "finished"
+RUNNING = "running"
+INTERRUPTED = "interrupted"
+FAILED = "failed"
+DIVERGED = "diverged"
+FINISHED = "finished"
 STATES = (RUNNING, INTERRUPTED, FAILED, DIVERGED, FINISHED)
 # Derived states: the process of a running run has disappeared, or the state is unknown.
-KILLED, UNKNOWN = "killed", "unknown"
+KILLED = "killed"
+UNKNOWN = "unknown"
 # Names of metrics that are losses.
 LOSSES = ("loss", "mse", "relative_mse")
 # Suffix of incomplete files, as in deltaw.atomic_files.
@@ -233,7 +241,8 @@ class Run:
     def score(self) -> tuple[str, float] | None:
         """Main metric and its last value."""
         score = mapping(self.result.get("score"))
-        name, value = score.get("metric"), score.get("value")
+        name = score.get("metric")
+        value = score.get("value")
         if isinstance(name, str) and isinstance(value, int | float):
             return name, float(value)
         names = self.metrics.metric_names()
@@ -336,7 +345,8 @@ def is_alive(process: Mapping[str, object]) -> bool | None:
     """Return True if the process of :func:`process_identity` is running, or None if it is on another host."""
     if process.get("host") != socket.gethostname():
         return None
-    number, created = process.get("id"), process.get("begun")
+    number = process.get("id")
+    created = process.get("begun")
     if not isinstance(number, int) or not isinstance(created, float):
         return None
     try:
@@ -354,7 +364,8 @@ COLUMNS = (
     *("reward", "reward_error", "groups_with_advantage", "length", "truncated_share", "clip_share", "kl", "mismatch"),
 )
 # Prefixes of the columns of single reward functions, and the maximum number of such columns.
-REWARD_PREFIXES, MAX_REWARD_COLUMNS = ("reward ", "reward_error "), 32
+REWARD_PREFIXES = ("reward ", "reward_error ")
+MAX_REWARD_COLUMNS = 32
 # Maximum number of entries of other kinds. The last ones are used, so that files of any size can be displayed.
 MAX_LINES = 20_000
 # Maximum number of images in prompts, and their format.
@@ -482,12 +493,15 @@ def _read_line(line: str, columns: dict[str, array[float]], metrics: RunMetrics)
     metrics.skipped += "skipped" in values
     metrics.general = [mapping(entry) for entry in sequence(values.get("general"))] or metrics.general
     if completions := [mapping(entry) for entry in sequence(values.get("completions"))]:
-        metrics.completions, metrics.completed = completions, step
+        metrics.completions = completions
+        metrics.completed = step
     metrics.predictions = mapping(values.get("predictions")) or metrics.predictions
     for sample in sequence(values.get("samples")):
         if isinstance(sample, Mapping):
-            row, expected = sample.get("row"), sample.get("expected")
-            row, expected = row if isinstance(row, int) else None, None if expected is None else str(expected)
+            row = sample.get("row")
+            expected = sample.get("expected")
+            row = row if isinstance(row, int) else None
+            expected = None if expected is None else str(expected)
             prompt, answer = (str(sample.get(name, "")) for name in ("prompt", "answer"))
             metrics.samples.append(SampleAnswer(step, row, prompt, expected, answer))
 
@@ -623,7 +637,8 @@ class RunFolder(Run):
 
     def __init__(self, path: Path, *, lock: RunLock | None = None, num_metrics_lines: int | None = None) -> None:
         super().__init__(path)
-        is_resumed, self._lock = num_metrics_lines is not None, lock
+        is_resumed = num_metrics_lines is not None
+        self._lock = lock
         check_output(self.path, is_resumed=is_resumed)
         self.values = {"version": VERSION, "started": self.started if is_resumed else time.time()}
         self.moved = None if is_resumed else self._rename_earlier()
@@ -783,7 +798,9 @@ def settings_text(config: RunConfig, chosen: Mapping[str, tuple[object, str]]) -
 
     Choices without a setting, such as ``kernels``, are separate comment lines.
     """
-    lines, commented, section = [], set(), ""
+    lines = []
+    commented = set()
+    section = ""
     for line in yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=1000).splitlines():
         key = line.partition(":")[0]
         if not line.startswith(" "):

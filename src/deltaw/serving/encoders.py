@@ -62,7 +62,9 @@ class RowModel:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, width: int) -> None:
         self.limit = text_positions(model)
         self.vocabulary = int(model.config.get_text_config().vocab_size)
-        self._model, self._tokenizer, self.width = model, tokenizer, width
+        self._model = model
+        self._tokenizer = tokenizer
+        self.width = width
 
     def tokens(self, text: str) -> np.ndarray:
         """Return the (length,) int32 token ids of a text, including special tokens."""
@@ -72,7 +74,8 @@ class RowModel:
         """Return (rows, width) fp32 outputs, computed in padded microbatches with compiled attention and blocks."""
         labeled = [row if isinstance(row, LabeledExample) else LabeledExample(0, row, 0) for row in rows]
         examples = [self.prepare(replace(row, row=index)) for index, row in enumerate(labeled)]
-        model, tokenizer = self._model, self._tokenizer
+        model = self._model
+        tokenizer = self._tokenizer
         batcher, _ = choose_label_batcher(model, examples, BatcherOptions(str(model.device)), tokenizer)
         outputs = torch.empty(len(rows), self.width)
         with torch.no_grad(), padded_rows(model):
@@ -118,7 +121,8 @@ class Embedder(RowModel):
             UserError: if a text has no tokens.
         """
         limits = [limit for limit in (self.limit, self.layout.max_length) if limit is not None]
-        rows, num_truncated = [], 0
+        rows = []
+        num_truncated = 0
         for text in texts:
             row, truncated = self._truncate(text, min(limits, default=None))
             if not len(row):
@@ -175,7 +179,8 @@ class SessionHead(RowModel):
 class Classifier(SessionHead):
     """Class probabilities of one classifier."""
 
-    kind, output_name = "classes", "classes of texts"
+    kind = "classes"
+    output_name = "classes of texts"
 
     def __init__(self, session: OpenedRun) -> None:
         self.classes = session.classes or ()
@@ -190,7 +195,8 @@ class Classifier(SessionHead):
 class Reranker(SessionHead):
     """Relevance scores of passages between 0 and 1: the sigmoid of a reranker's output."""
 
-    kind, output_name = "scores", "scores of passages"
+    kind = "scores"
+    output_name = "scores of passages"
 
     def __init__(self, session: OpenedRun) -> None:
         super().__init__(session, 1)
@@ -206,7 +212,8 @@ class Reranker(SessionHead):
 class Regressor(SessionHead):
     """Numbers of a regression, in the units of its labels."""
 
-    kind, output_name = "numbers", "numbers"
+    kind = "numbers"
+    output_name = "numbers"
 
     def __init__(self, session: OpenedRun) -> None:
         super().__init__(session, session.model.config.num_labels or 1)
@@ -370,21 +377,29 @@ def read_embedder(
     """
     if is_adapter(folder := Path(source)):
         session = open_run(source, log=log, **options)
-        model, tokenizer, task = session.model, session.tokenizer, session.task
+        model = session.model
+        tokenizer = session.tokenizer
+        task = session.task
         if task_registry.entry_of(task.name).serves != "vectors":
-            hint, reason_text = "specify an embedding model", "which does not return vectors"
+            hint = "specify an embedding model"
+            reason_text = "which does not return vectors"
             raise UserError(f"this adapter is for {task.name}, {reason_text}", location=str(folder), hint=hint)
-        layout, reason, nested = task.layout(model), "as it was trained", task.vector_lengths
+        layout = task.layout(model)
+        reason = "as it was trained"
+        nested = task.vector_lengths
         if (saved := read_layout(folder)) is not None:
             layout = replace(layout, max_length=saved.max_length)
         if pooling != "auto":
-            layout, reason = replace(layout, pooling=parse_pooling(pooling)), "as requested"
+            layout = replace(layout, pooling=parse_pooling(pooling))
+            reason = "as requested"
         layout = layout if normalize else replace(layout, normalize=False)
     else:
         loaded = load(source, task=task_registry.feature_task(), log=log, **options)
         if loaded.tokenizer is None:
             raise UserError("the model's folder has no tokenizer", location=source)
-        model, tokenizer, nested = loaded.model, loaded.tokenizer, []
+        model = loaded.model
+        tokenizer = loaded.tokenizer
+        nested = []
         nn.Module.to(model, str(loaded.choices["device"].value))  # not quantized
         layout, reason = choose_layout(model, loaded.folder, pooling=pooling, normalize="auto" if normalize else False)
     length = "of length 1" if layout.normalize else "not normalized"
@@ -433,7 +448,8 @@ def open_classifiers(
 
 
 def _config(reference: str, **options: Unpack[EncoderOptions]) -> PretrainedConfig:
-    folder, trust = _folder(reference, **options), options.get("trust_remote_code", False)
+    folder = _folder(reference, **options)
+    trust = options.get("trust_remote_code", False)
     return read_config(folder, task_registry.default_task(), None, trust)
 
 

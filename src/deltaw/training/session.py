@@ -94,7 +94,8 @@ CALIBRATION_ROWS = 256
 # Hidden size that the usual learning rates of methods refer to.
 WIDTH = 4096
 # Settings with automatically chosen values.
-RATE, APPROXIMATE = "train.learning_rate", "train.approximate"
+RATE = "train.learning_rate"
+APPROXIMATE = "train.approximate"
 # Settings with the same names in TrainOptions.
 _SETTINGS = ("batch_size", "seed", "schedule", "warmup", "weight_decay", "betas", "max_grad_norm")
 # Settings that affect the initial gradient only through rows and parameters.
@@ -156,7 +157,8 @@ class Session:
         return active(self.model)
 
     def _adapted(self, method: Method | None) -> AdaptedModel:
-        task, config = self.task, self.config
+        task = self.task
+        config = self.config
         texts = task.tokenizer, config.model, task.name, task.generates_text
         return AdaptedModel(self.model, method, *texts, sampler=config.sampler)
 
@@ -236,7 +238,9 @@ class Session:
 
     def lines(self) -> list[str]:
         """Return messages about batching, the code that the blocks run, and slow settings."""
-        batcher, rows, num_steps = self.batcher, "padded rows", self.total_steps
+        batcher = self.batcher
+        rows = "padded rows"
+        num_steps = self.total_steps
         lines = [*loader.notes(), *gpu_attention.notes(), *compiled.notes()]
         if RATE in self.chosen and self.task.few_rows_factor(len(self.data.train)) != SFT:
             lines.append(f"{RATE}: {self.chosen[RATE]}")
@@ -248,7 +252,8 @@ class Session:
             lines.append(Detail(f"blocks: {kind} ({fused.why})"))
         shared = ", shared prefixes computed once" if self.feed.share else ""
         head = "" if self.objective.chunked else ", all logits at once (the model's head is not supported)"
-        tokens, steps = batcher.tokens_per_pass, f"{num_steps} step{'s' if num_steps != 1 else ''}"
+        tokens = batcher.tokens_per_pass
+        steps = f"{num_steps} step{'s' if num_steps != 1 else ''}"
         microbatches = f"in microbatches of up to {tokens} tokens: {rows}{shared}{head}"
         lines += self.task.input_lines(self.data.all_rows)
         return [*lines, Detail(f"{steps} of {self.config.train.batch_size} rows, {microbatches}")]
@@ -281,7 +286,8 @@ class Session:
             checkpoint: State to resume from.
             overrides: Options of :class:`deltaw.training.state.TrainOptions` that differ from the settings.
         """
-        settings, named_parameters = self.config.train, self.trainable_parameters
+        settings = self.config.train
+        named_parameters = self.trainable_parameters
         options = TrainOptions(
             learning_rate=self.learning_rate,
             total_steps=self.total_steps,
@@ -309,7 +315,9 @@ class Session:
 
     def _recheck_approximations(self, batch_size: int) -> Callable[[TrainState, Sequence[Any]], None]:
         """Return a ``before_step`` function that repeats the check of approximations at intervals."""
-        approximations, model, first = self.approximations, self.model, self.data.train[:batch_size]
+        approximations = self.approximations
+        model = self.model
+        first = self.data.train[:batch_size]
         if not approximations.names or not first:
             return lambda state, rows: None
         check_rows = select_check_rows(first, self.batcher, self.objective)
@@ -331,8 +339,10 @@ class Session:
         """Return the rehearsal of general answers, or None if it is disabled."""
         if not self.general_examples:
             return None
-        objective, train = self.task.token_objective(self.objective), self.config.train
-        answers, base = self.general_examples, self.general_log_probs
+        objective = self.task.token_objective(self.objective)
+        train = self.config.train
+        answers = self.general_examples
+        base = self.general_log_probs
         return GeneralRehearsal(objective, self.batcher, answers, base, train.keep_general, train.seed)
 
     def evaluate(self, examples: Sequence[Any] | None = None) -> Evaluation:
@@ -419,7 +429,8 @@ def _shared_objective(session: Session, rows: Sequence[Any]) -> Objective:
     The other processes take part if ``rows`` is one of the run's sets. Otherwise the objective itself is returned and
     they wait. The method named by ``Task.evaluation_method`` must be called once per microbatch, in order.
     """
-    group, objective = session.processes, session.objective
+    group = session.processes
+    objective = session.objective
     if not isinstance(group, Group) or not session.task.shares_evaluation:
         return objective
     number = next((number for number, candidate in enumerate(session.data.sets.values()) if candidate is rows), None)
@@ -459,7 +470,8 @@ def compute_evaluation_share(session: Session, set_index: int) -> None:
     rows = list(session.data.sets.values())[set_index]
     compute: ComputeBatch = getattr(session.objective, session.task.evaluation_method)
     with session.method.evaluating(session.model):
-        count, batch = 0, None
+        count = 0
+        batch = None
         for index, batch in enumerate(session.task.evaluation_batches(rows, session.feed)):
             count = index + 1
             if index % group.size == group.rank:
@@ -485,7 +497,9 @@ def read_data(
     if config.data.chat_template is not None:
         read_chat_template(config.data.chat_template)  # report errors in it before a model is converted
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
-    code, section, start = config.trust_remote_code, config.section, time.monotonic()
+    code = config.trust_remote_code
+    section = config.section
+    start = time.monotonic()
     with PeakMemory() as peak, track_progress("reading the rows"):
         task = task_of(config.task, config.model, dtype, trust_remote_code=code, log=log, section=section)
         data = read_run_data(task, config.data, seed=config.data_seed, log=log)
@@ -504,7 +518,8 @@ def rate_factors(config: RunConfig, task: Task[Any], method: Method, num_rows: i
     """Return the factors on the method's default learning rate: of the task, a small number of training rows, and the
     trained inputs.
     """
-    images, is_new = task.images, config.start_from is None
+    images = task.images
+    is_new = config.start_from is None
     continues = images is not None and images.continues_connector(method.trained_modules, is_new=is_new)
     inputs = RateFactor(0.1, "the connector is trained already") if continues else SFT
     return [task.rate_factor(config.section), task.few_rows_factor(num_rows), inputs]
@@ -516,7 +531,8 @@ def default_rate_of(method: Method, architecture: PretrainedConfig, *factors: Ra
     The best rates of LoRA and full fine-tuning fall with the model's width to the power of 0.78 ("LoRA Without Regret",
     2025, over Llama models).
     """
-    rate, reason = method.default_learning_rate, f"usual for method {method.name}"
+    rate = method.default_learning_rate
+    reason = f"usual for method {method.name}"
     width = getattr(architecture.get_text_config(), "hidden_size", None)
     if method.rate_scales_with_width and isinstance(width, int):
         rate = float(f"{rate * (WIDTH / width) ** 0.78:.1e}")
@@ -555,7 +571,8 @@ def assemble(
     Raises:
         UserError: if the method does not fit the model, or a row is too long.
     """
-    method, start = method_for(task, config), open_start(config)
+    method = method_for(task, config)
+    start = open_start(config)
     from_start = start is not None and config.reference_model == "start"
     invocation = resolve_invocation(method, task.tokenizer, data.train, chat=data.report.template == "chat")
     settings = config.train
@@ -599,7 +616,9 @@ def assemble(
             data = data.map_rows(add_references)
         objective = task.objective(model)
     session = Session(config, model, method, task, data, Feed(objective, batcher), chosen, notes, identity)
-    session.roundings, session.processes, session.start = roundings, processes, start
+    session.roundings = roundings
+    session.processes = processes
+    session.start = start
     session.feed = task.feed(session)
     if settings.keep_general:
         _generate_general_answers(session)
@@ -682,7 +701,9 @@ def gradient_check(session: Session, advance: Advance = lambda done: None) -> Gr
     steps = range(-(-MAX_CANDIDATE_ROWS // settings.batch_size))
     rows = (session.data.train[i] for step in steps for i in order.indices(step))
     check_rows = select_check_rows(rows, session.batcher, session.objective)
-    model, objective, parameters = session.model, session.objective, dict(session.trainable_parameters)
+    model = session.model
+    objective = session.objective
+    parameters = dict(session.trainable_parameters)
     return GradientCheck(model, objective, session.batcher, parameters, check_rows, advance)
 
 
@@ -709,7 +730,10 @@ def _cache_features(session: Session, invocation: Choice[Any] | None) -> None:
         session: Session to change.
         invocation: Invocation sequence of an activated adapter, or None if the adapter is always active.
     """
-    model, method, settings, rows = session.model, session.method, session.config.train, session.data.all_rows
+    model = session.model
+    method = session.method
+    settings = session.config.train
+    rows = session.data.all_rows
     feed = session.feed
     repeats_rows = session.total_steps * settings.batch_size > len(session.data.train)
     store_features = settings.keep_features is True or (settings.keep_features == "auto" and repeats_rows)

@@ -143,7 +143,8 @@ def serve_encoders(encoders: Encoders, name: str, reference: str, limits: Limits
             return json_response(response)
         assert isinstance(model, Classifier)
         for index, row in enumerate(outputs):
-            label, probs = model.classes[int(row.argmax())], row.tolist()
+            label = model.classes[int(row.argmax())]
+            probs = row.tolist()
             item = {"index": index, "label": label, "probs": probs, "num_classes": len(model.classes)}
             data.append(item | {"probabilities": dict(zip(model.classes, probs, strict=True))})
         response |= {"id": f"classify-{record.id}", "created": int(time.time())}

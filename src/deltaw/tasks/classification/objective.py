@@ -214,7 +214,8 @@ def _close(left: Tensor, right: Tensor, dtype: torch.dtype, moved: Tensor | None
     if left.shape != right.shape:
         return False
     exact = dtype in (torch.float32, torch.float64)
-    left, right = left.float(), right.float()
+    left = left.float()
+    right = right.float()
     bound = (1e-4 if exact else 4e-2) * left.norm() + 1e-6
     if moved is not None and not exact:
         bound = torch.maximum(bound, 0.1 * (left - moved.float()).norm())

@@ -72,13 +72,15 @@ def find_columns(rows: NumberedRows, settings: DataSettings, task: str, *, label
         if not tables:
             raise _missing_column(rows, "image", IMAGES)
         return LabelColumns(label, pixels=tuple(column for column in available if column != label))
-    text, pair = columns.get("text"), columns.get("text_pair")
+    text = columns.get("text")
+    pair = columns.get("text_pair")
     if text is None:
         pair_names = next((both for both in TEXT_PAIRS if set(both) <= set(available)), None)
         if "text" in available or pair_names is None:
             text = _find_column(rows, available, "text", LABELED_TEXTS)
         else:
-            text, pair = pair_names[0], pair or pair_names[1]
+            text = pair_names[0]
+            pair = pair or pair_names[1]
     if pair is None and "text_pair" in available:
         pair = "text_pair"
     if not labeled:
@@ -411,7 +413,8 @@ class LabelReader(RowReader[AnyExample]):
         examples, groups, report = super()._read(train, seed)
         sizes = np.array([example.size for example in examples if isinstance(example, ImageExample)])
         if (sizes != sizes[:1]).any():
-            (low_height, low_width), (height, width) = sizes.min(0).tolist(), sizes.max(0).tolist()
+            low_height, low_width = sizes.min(0).tolist()
+            height, width = sizes.max(0).tolist()
             report = replace(report, image_sizes=(low_height, low_width, height, width))
         report = replace(
             report,
@@ -442,7 +445,8 @@ class LabelReader(RowReader[AnyExample]):
         classes = self.classes if self.classes is not None else self.settings.class_names
         drop = bool(classes) and self.settings.other_classes == "drop"
         for index in chosen:
-            value, location = rows[index][1].get(columns.label), rows.row_location(index)
+            value = rows[index][1].get(columns.label)
+            location = rows.row_location(index)
             try:
                 if self.task == "regression":
                     label = regression_label(value, columns.label, location)
@@ -491,14 +495,16 @@ class LabelReader(RowReader[AnyExample]):
 
     def read_row(self, rows: NumberedRows, index: int) -> tuple[str, ...]:
         """Return the text or the two texts of a row."""
-        row, location = rows[index][1], rows.row_location(index)
+        row = rows[index][1]
+        location = rows.row_location(index)
         return tuple(cell_text(row.get(column), column, location) for column in self._columns.texts())
 
     def _text(
         self, rows: NumberedRows, index: int, text: tuple[str, ...], tokens: _Tokens, tokenize: _Tokenizing
     ) -> LabeledExample | None:
         """Build the example of a text. Return None if it is skipped or dropped (and counted)."""
-        location, length = rows.row_location(index), len(tokens[0])
+        location = rows.row_location(index)
+        length = len(tokens[0])
         if not self.check_length(location, [length]):
             return None
         if length > self.settings.max_length:
@@ -597,7 +603,8 @@ def are_pairs(train: Train, settings: DataSettings) -> bool:
         return False
     if set(PAIR_COLUMNS) <= set(columns):
         return True
-    source, max_bytes = sources_of(train)[0].reference, settings.max_row_bytes
+    source = sources_of(train)[0].reference
+    max_bytes = settings.max_row_bytes
     stream = open_source(source, BadRows("skip").add, max_bytes=max_bytes)
     stream.scan()
     return set(PAIR_COLUMNS) <= (set(stream.columns) - set(columns.values())) | set(columns)
@@ -645,7 +652,8 @@ class RewardReader(PairReader):
 class AnswerScoreReader(RewardReader):
     """Reads single answers with their prompts, for scoring by a reward model."""
 
-    needs, answers = (), ("answer",)  # type: ignore[assignment]
+    needs = ()  # type: ignore[assignment]
+    answers = ("answer",)  # type: ignore[assignment]
     predicts = ("score",)
 
     def records(self, row: Row, location: str) -> tuple[Record, ...]:

@@ -70,17 +70,22 @@ def evaluate_labels(
         return replace(evaluation, predictions=rewards)
     predictions = predict_rows(objective, examples, batcher)
     truth = np.array([example.label for example in examples])
+    format_value: Callable[[Any], str]
     if objective.task == "regression":
         if truth.shape != predictions.shape:
             model, rows = (np.size(array[0]) for array in (predictions, truth))
             raise UserError(f"the model predicts {model} numbers per row, and the rows have {rows}", location="label")
         result, confidence, name = evaluate_numbers(truth, predictions, objective.label_scale)
-        errors, format_value = confidence, lambda numbers: format_numbers(numbers)
+        errors = confidence
+        format_value = format_numbers
     else:
-        result, name = _evaluate_classes(truth, predictions, tuple(classes)), "confidence"
+        result = _evaluate_classes(truth, predictions, tuple(classes))
+        name = "confidence"
         probabilities = np.exp(predictions - predictions.max(1, keepdims=True).astype(np.float64))
-        predictions, confidence = predictions.argmax(1), probabilities.max(1) / probabilities.sum(1)
-        errors, format_value = confidence * (predictions != truth), lambda n: str(classes[n] if classes else n)
+        predictions = predictions.argmax(1)
+        confidence = probabilities.max(1) / probabilities.sum(1)
+        errors = confidence * (predictions != truth)
+        format_value = classes.__getitem__ if classes else str
 
     def outcome(index: int) -> RowOutcome:
         return examples[index], format_value(truth[index]), format_value(predictions[index]), float(confidence[index])
@@ -95,7 +100,8 @@ def predict_rows(objective: LabelObjective, items: Rows, batcher: Batcher) -> np
     Raises:
         UserError: if the predictions are not finite.
     """
-    parts, order = [], []
+    parts = []
+    order = []
     indices = {id(row): index for index, row in enumerate(row for item in items for row in rows_of(item))}
     for batch in batcher.batches(items):
         parts.append(objective.predictions(batch).cpu().numpy())
@@ -185,7 +191,9 @@ class LabelTask(Task[LabelObjective]):
 
     @classmethod
     def open(cls, name: str, files: ModelFiles) -> LabelTask:
-        class_names, model, trust_remote_code = named_classes(files.config), files.reference, files.trust_remote_code
+        class_names = named_classes(files.config)
+        model = files.reference
+        trust_remote_code = files.trust_remote_code
         if name == "image-classification":
             encoder = ImageEncoder(files.folder, trust_remote_code=trust_remote_code)
             return cls(name, None, encoder, class_names, head_outputs(files.config), model)
@@ -262,7 +270,8 @@ class LabelTask(Task[LabelObjective]):
                 if (tensor := stored.get(names[id(parameter)])) is not None:
                     parameter.data.copy_(tensor.rows(0, len(parameter)))
         if self._is_new_head and len(rows):
-            identity, head.units = head.units, LabelUnits.of_labels([row.label for row in rows])
+            identity = head.units
+            head.units = LabelUnits.of_labels([row.label for row in rows])
             head.load_state_dict(head.folded())
             head.units = identity
 

@@ -141,9 +141,11 @@ PREFERENCE_RATES = {
     "orpo": RateFactor(0.4, "the ORPO paper"),
     "simpo": RateFactor(0.05, "the SimPO paper"),
 }
-# Number of training rows from which these rates apply, and the factor below. The model separates few pairs within about
-# 15 steps, and further steps at the full rate change facts in its answers (benchmarks/preference_facts.py).
-MANY_ROWS, FEW_ROWS_RATE = 200, 0.3
+# Number of training rows from which these rates apply.
+MANY_ROWS = 200
+# Factor of the rate below. The model ranks few pairs correctly within about 15 steps, and further steps at the full
+# rate change facts in its answers (benchmarks/preference_facts.py).
+FEW_ROWS_RATE = 0.3
 
 
 class PreferenceTask(CausalTask):

@@ -194,7 +194,8 @@ class RerankingTask(LabelTask):
         return cls(name, tokenizer, None, None, outputs, files.reference, files.folder, settings, answers)
 
     def reader(self, settings: DataSettings, classes: Classes = None, *, labeled: bool = True) -> RerankReader:
-        self.max_length, loss = settings.max_length, self.loss or self.settings.loss
+        self.max_length = settings.max_length
+        loss = self.loss or self.settings.loss
         score_range = self.settings.score_range
         return RerankReader(settings, self.tokenizer, score_range=score_range, labeled=labeled, loss=loss)
 
@@ -204,7 +205,8 @@ class RerankingTask(LabelTask):
     def predict(self, objective: LabelObjective, rows: Rows, batcher: Batcher, classes: Classes) -> Predictions:
         """Return the sigmoid of each score, and for rows with several passages the passage indices, best first."""
         predictions = predict_rows(objective, rows, batcher).astype(np.float64)
-        scores, ranking = [], []
+        scores = []
+        ranking = []
         for part in np.split(predictions, np.cumsum([len(row.rows) for row in rows])[:-1]):
             probabilities = (1 / (1 + np.exp(-part))).tolist()
             has_several = len(part) > 1
@@ -271,9 +273,11 @@ class RerankingTask(LabelTask):
 
     def save_extra_files(self, model: PreTrainedModel, folder: Path) -> None:
         assert self.tokenizer is not None
-        pad, in_prompt = self.tokenizer.pad_token_id, prompt_of(self.tokenizer) is not None
+        pad = self.tokenizer.pad_token_id
+        in_prompt = prompt_of(self.tokenizer) is not None
         limits = [limit for limit in (self.max_length, text_positions(model)) if limit is not None]
-        pad_id, max_length = pad if isinstance(pad, int) else None, min(limits, default=None)
+        pad_id = pad if isinstance(pad, int) else None
+        max_length = min(limits, default=None)
         write_cross_encoder(folder, max_length, in_prompt=in_prompt, pad_id=pad_id)
 
     def evaluate(self, objective: LabelObjective, rows: Rows, batcher: Batcher, classes: Classes = None) -> Evaluation:
@@ -297,7 +301,8 @@ def _question(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _with_bos(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """Return the prompt, preceded by the token that the tokenizer adds to every text, if any."""
-    start, ids = tokenizer.bos_token, tokenizer("")["input_ids"]
+    start = tokenizer.bos_token
+    ids = tokenizer("")["input_ids"]
     adds_bos = isinstance(start, str) and ids[:1] == [tokenizer.bos_token_id] and not prompt.startswith(start)
     return f"{start}{prompt}" if adds_bos else prompt
 

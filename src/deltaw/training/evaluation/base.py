@@ -59,7 +59,10 @@ def matthews(counts: np.ndarray) -> float:
     class k and pₖ are predicted as k.
     """
     counts = counts.astype(np.float64)
-    s, c, t, p = counts.sum(), np.trace(counts), counts.sum(1), counts.sum(0)
+    s = counts.sum()
+    c = np.trace(counts)
+    t = counts.sum(1)
+    p = counts.sum(0)
     return _ratio(c * s - t @ p, np.sqrt((s * s - p @ p) * (s * s - t @ t)))
 
 
@@ -73,7 +76,8 @@ def classification_metrics(counts: np.ndarray) -> dict[str, float]:
 def regression_metrics(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     """Return ``mse``, ``rmse`` and ``mae`` in the unit of the labels, ``pearson`` and ``spearman``."""
     errors = np.asarray(predicted, np.float64) - np.asarray(truth, np.float64)
-    mse, mae = float(np.mean(errors**2)), float(np.mean(np.abs(errors)))
+    mse = float(np.mean(errors**2))
+    mae = float(np.mean(np.abs(errors)))
     metrics = {"mse": mse, "rmse": float(np.sqrt(mse)), "mae": mae}
     return metrics | {"pearson": pearson(truth, predicted), "spearman": spearman(truth, predicted)}
 
@@ -85,10 +89,12 @@ def format_numbers(values: Any, digits: int = 6) -> str:
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
     """Return the linear correlation, or nan if a side is constant or has fewer than two rows."""
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    x = np.asarray(x, np.float64)
+    y = np.asarray(y, np.float64)
     if len(x) < 2 or (x == x[0]).all() or (y == y[0]).all():
         return float("nan")  # rounding could make the variance slightly positive
-    x, y = x - x.mean(), y - y.mean()
+    x = x - x.mean()
+    y = y - y.mean()
     return float(np.clip(_ratio(x @ y, np.sqrt(x @ x) * np.sqrt(y @ y)), -1.0, 1.0))
 
 
@@ -140,7 +146,8 @@ def mean_interval(rows: np.ndarray, *, share: bool = False, level: float = CONFI
         share: True if the mean is a share of rows with a property, for Wilson's interval. Other means get Student's
             interval, which is wide for small n.
     """
-    count, mean = len(rows), float(rows.mean())
+    count = len(rows)
+    mean = float(rows.mean())
     if share:
         return wilson_interval(mean, count, level=level)
     if count < 2:
@@ -165,7 +172,8 @@ def bootstrap_interval(
     """
     if not math.isfinite(metric(*columns)):
         return None
-    random, count = np.random.default_rng(seed), len(columns[0])
+    random = np.random.default_rng(seed)
+    count = len(columns[0])
     resamples = (random.integers(count, size=count) for _ in range(draws))
     values = np.array([metric(*(column[rows] for column in columns)) for rows in resamples])
     values = values[np.isfinite(values)]
@@ -209,9 +217,11 @@ def check_finite(subject: str, values: np.ndarray | float) -> None:
 
 
 # Rows that an evaluation stores for reports: rows with the largest errors, and evenly spread rows.
-MAX_MISTAKES, NUM_EXAMPLES = 20, 8
+MAX_MISTAKES = 20
+NUM_EXAMPLES = 8
 # Up to this number of classes a report has the full confusion matrix, otherwise the top confusions.
-MAX_MATRIX_CLASSES, MAX_CONFUSIONS = 20, 100
+MAX_MATRIX_CLASSES = 20
+MAX_CONFUSIONS = 100
 # Maximum number of characters of a class name in a report.
 MAX_CLASS_NAME_LENGTH = 80
 
@@ -322,7 +332,8 @@ class Evaluation:
             report[name] = [dict(zip(keys, row, strict=True)) for row in rows]
         if self.confusion is not None:
             names = [str(n)[:MAX_CLASS_NAME_LENGTH] for n in self.classes] or list(map(str, range(len(self.confusion))))
-            counts, is_full_matrix = self.confusion, len(names) <= MAX_MATRIX_CLASSES
+            counts = self.confusion
+            is_full_matrix = len(names) <= MAX_MATRIX_CLASSES
             pairs = [(i, j) for i, j in np.argwhere(counts).tolist() if is_full_matrix or i != j]
             limit = MAX_MATRIX_CLASSES**2 if is_full_matrix else MAX_CONFUSIONS
             pairs = sorted(pairs, key=lambda pair: -counts[pair])[:limit]
