@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 
 from deltaw.kernels import attention, compiled, rows
-from deltaw.runtime import fused
+from deltaw.runtime import halves
 from tests.fake_cuda.device import activity
 
 # Kernels per compiled function.
@@ -108,7 +108,7 @@ def counted_launches() -> Iterator[Launches]:
     launches = Launches()
     names = [name for name in dir(torch) if name.startswith(("_foreach_", "_fused_adam"))]
     replaced: list[tuple[Any, str, Any]] = [(torch, n, multi_tensor_kernels) for n in names]
-    replaced += [(fused, "multiply_each", multi_tensor_kernels)]
+    replaced += [(halves, "multiply_each", multi_tensor_kernels)]
     replaced += [(attention, "attend", ATTENTION), (attention, "attend_backward", ATTENTION_BACKWARD)]
     with contextlib.ExitStack() as stack:
         for owner, name, kernels in replaced:

@@ -7,7 +7,7 @@ import torch
 
 from deltaw.kernels import compiled, rows
 from deltaw.lora import LoRAConfig, adapter_parameters, attach
-from deltaw.runtime import halves
+from deltaw.runtime import fused
 from deltaw.runtime.packed import PREFIX_TREE, fused_blocks, outputs_at, packed_rows, sample_rows
 from tests.fake_cuda.launches import counted_launches, per_block
 from tests.fake_cuda.llama_steps import llama, train_llama
@@ -54,8 +54,8 @@ def prefix_tree_gradients(device: str, checkpointing: bool) -> list[torch.Tensor
 
 
 def test_block_that_differs_on_device_runs_model_code(monkeypatch):
-    original = halves.run_mlp
-    monkeypatch.setattr(halves, "run_mlp", lambda x, *args: original(2 * x, *args) if x.is_cuda else original(x, *args))
+    original = fused.run_mlp
+    monkeypatch.setattr(fused, "run_mlp", lambda x, *args: original(2 * x, *args) if x.is_cuda else original(x, *args))
     choice = fused_blocks(llama(2)).choice
     assert not choice.value and "LlamaDecoderLayer on cuda differs from the model's code" in choice.why
 
