@@ -334,7 +334,10 @@ WRONG = {
     "titles.csv": (b"text,label\n", "only blank lines, a header"),
     "one.csv": (b"text\nfirst\nsecond\n", "2 rows can be used"),
     "quotes.csv": (b'text,label\n"first,a\nsecond,b\nthird,c\n', "A quote inside a quoted cell"),
-    "broken.jsonl": (b'{"text": "a", "label": "b"}\n{"text": \n', "will be left out: row 2"),
+    "broken.jsonl": (
+        b'{"text": "a", "label": "b"}\n{"text": "c", "label": "d"}\n{"text": \n',
+        "will be left out: row 3",
+    ),
     "picture.xlsx": (b"\x89PNG\r\n\x1a\n" + bytes(500), "not a spreadsheet of the type of its name"),
 }
 
