@@ -1,4 +1,4 @@
-"""Reading of JSON Lines."""
+"""Reader of JSON Lines."""
 
 from __future__ import annotations
 

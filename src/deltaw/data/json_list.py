@@ -1,4 +1,4 @@
-"""Incremental reading of a JSON list."""
+"""Incremental reader of a JSON list."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-# Maximum nesting depth of JSON values, so that later code can use recursion. Rows with tools have about a dozen levels.
+# Maximum nesting depth, which allows later code to use recursion. Rows with tools have about a dozen levels.
 LEVELS = 100
 
 
@@ -12,7 +12,8 @@ def parse(text: str) -> object:
     """Parse a JSON text.
 
     Raises:
-        ValueError: if it is not JSON, has more than :data:`LEVELS` levels, or a number with too many digits.
+        ValueError: if the text is not JSON, has more than :data:`LEVELS` levels, or contains a number with too many
+            digits.
     """
     try:
         value = json.loads(text)

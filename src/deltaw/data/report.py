@@ -1,4 +1,4 @@
-"""Progress lines, skipped rows and row counts of data preparation."""
+"""Row counts of data preparation."""
 
 from __future__ import annotations
 

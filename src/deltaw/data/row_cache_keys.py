@@ -1,4 +1,4 @@
-"""What the key of cached rows depends on: files, tokenizer, template, settings and code versions."""
+"""Parts of the cache key of tokenized rows: tokenizer, template, settings and code versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choosing, deduplicating and splitting rows.
+"""Selection, deduplication and splitting of rows.
 
 Rows are represented by arrays of 16-byte keys and group digests, so that millions of rows take seconds. Duplicates and
 rows of one group are on the same side of the split.

@@ -1,4 +1,4 @@
-"""Resolution of data references (files, folders, packages, hub data sets, generated rows) and selection of rows.
+"""Resolution of data references: files, folders, packages, hub data sets and generated rows.
 
 Rows are read completely (:func:`read_rows`), or in chunks if they may exceed memory (:func:`open_source`).
 """

@@ -1,4 +1,4 @@
-"""Reading of CSV and TSV tables."""
+"""Reader of CSV and TSV tables."""
 
 from __future__ import annotations
 

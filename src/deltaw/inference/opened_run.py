@@ -55,15 +55,16 @@ class OpenedRun(AdaptedModel):
     def score(
         self, examples: Rows, options: ScoreOptions = DEFAULT_SCORE, generator: SessionGenerator | None = None
     ) -> EvaluationScore:
-        """Evaluate the model on examples without virtual tokens, as a run evaluates its held-out rows.
+        """Evaluate the model on examples without virtual tokens.
 
-        A task that needs more than its ``evaluate`` registers a function for it (``TaskEntry.scorer``).
+        The result equals the evaluation of the run's held-out rows. A task can replace this evaluation by a function
+        (``TaskEntry.scorer``).
 
         Args:
-            generator: Generates answers and samples. By default transformers.
+            generator: Generator of answers and samples. The default is transformers.
 
         Raises:
-            UserError: if the settings name code that was not named on this machine before.
+            UserError: if the settings refer to code that the user did not name on this machine.
         """
         task = self.task
         task.max_searched_passages = None

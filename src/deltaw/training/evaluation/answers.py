@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,9 +15,6 @@ from deltaw.data.report import quoted
 from deltaw.decoding.generation import Progress, TextGenerator, common_prefix_length
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import GreedyDecoder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,9 @@ _MAX_VERIFIED_TOKENS = 128
 def exact_match_warning(
     rows: Sequence[Any], evaluation: Evaluation, tokenizer: PreTrainedTokenizerBase, complete: TextGenerator
 ) -> str | None:
-    """Return a warning if rows count as exact matches, and the model generates other answers, on a sample of rows.
+    """Return a warning if the model does not generate the answers of rows that count as exact matches.
+
+    Only a sample of the rows is generated.
 
     Args:
         rows: Evaluated rows as the model receives them.
