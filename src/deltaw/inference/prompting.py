@@ -28,8 +28,6 @@ from deltaw.training.evaluation.answers import question_of
 from deltaw.untrusted_paths import require_contained
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from deltaw.data.row_reader import RunData
 
 FILE = "prompts.json"
