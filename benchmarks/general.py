@@ -211,7 +211,7 @@ def run(session: Session, initial: Sequence[Tensor], weight: str) -> dict[str, f
         for (_, parameter), values in zip(session.trainable_parameters, initial, strict=True):
             parameter.copy_(values)
     session.method.after_step(session.model)
-    objective = session.task.token_objective(session.objective)
+    objective = session.token_objective
     answers: Sequence[Example] = session.general_examples
     rehearsal_class = GreedyRehearsal if kind == "greedy" else GeneralRehearsal
     base = session.general_log_probs

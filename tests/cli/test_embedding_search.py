@@ -28,7 +28,7 @@ def test_run_and_eval_agree_and_report_searched_passages(call, tmp_path):
 
 
 def test_large_file_reports_partial_passage_search(call, tmp_path, monkeypatch):
-    monkeypatch.setattr("deltaw.training.task.Task.max_searched_passages", 20)
+    monkeypatch.setattr("deltaw.tasks.embedding.task.EmbeddingTask.max_searched_passages", 20)
     run_metrics = fit(run_settings(tmp_path, rows_of(60))).evaluation.metrics
     assert (run_metrics["passages_searched"], run_metrics["passages_in_file"]) == (20, 60)
     run_metrics = json.loads(call("eval", tmp_path / "run", "--json", status=0).out)["eval"]

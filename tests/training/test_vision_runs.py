@@ -244,7 +244,7 @@ def test_rows_with_images_are_counted(settings, folder, tmp_path):
     changed = settings(tmp_path / "run", write_mixed(folder, 2))
     changed["data"] |= {"eval": None, "group": None, "duplicates": "keep"}
     task, data = read_data(RunConfig.read(changed))
-    assert task.input_lines(data.all_rows)[0].startswith("2 distinct images in 2 of 14 rows, ")
+    assert task.inputs.describe(data.all_rows)[0].startswith("2 distinct images in 2 of 14 rows, ")
 
 
 @pytest.mark.parametrize("two_processes", [False, pytest.param(True, marks=pytest.mark.slow)])

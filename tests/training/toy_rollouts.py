@@ -16,6 +16,7 @@ from deltaw.decoding.generation import SampledCompletion, SamplingParams, derive
 from deltaw.decoding.opening import SessionGenerator
 from deltaw.errors import UserError
 from deltaw.inference.scores import EvaluationScore
+from deltaw.inference.text_inference import TextInference
 from deltaw.progress import ignore_line
 from deltaw.settings.fields import TaskSettings, setting
 from deltaw.settings.row_kinds import PROMPTED_FORMATS, PROMPTS
@@ -140,10 +141,12 @@ class LetterTask(CausalTask):
         return Evaluation.of_rows({"reward": float(rewards.mean())}, "reward", rewards)
 
 
-def score_letters(opened, examples, options, generator=None):
-    """Evaluate a loaded model by the reward of greedy completions."""
-    generator = generator or SessionGenerator(opened, ignore_line)
-    return EvaluationScore(opened.task.score_completions(examples, generator.sample))
+class LetterInference(TextInference):
+    """Evaluates a loaded model by the reward of greedy completions."""
+
+    def score(self, opened, rows, options, generator):
+        generator = generator or SessionGenerator(opened, ignore_line)
+        return EvaluationScore(self.task.score_completions(rows, generator.sample))
 
 
 ENTRY = TaskEntry(
@@ -156,6 +159,6 @@ ENTRY = TaskEntry(
     description="letters that are rewarded, for task: toy-letters",
     row_kinds=(*PROMPTED_FORMATS, PROMPTS),
     supports_range_test=False,
-    scorer=score_letters,
+    inference=LetterInference,
     goal="write some letters",
 )

@@ -91,7 +91,8 @@ def command(
         hint = "add --data with a file whose rows have no system prompt"
         raise UserError("--system does not apply to the run's own rows", location="--system", hint=hint)
     session = open_run(run, log=out.print_line, **flags)
-    if not session.task.samples_completions and (required := [name for name, value in reward_options.items() if value]):
+    required = [name for name, value in reward_options.items() if value]
+    if required and not session.inference.samples_completions:
         message = f"the flag applies only to tasks that sample completions, and the run's task is {session.task.name}"
         raise UserError(message, location=f"--{required[0]}", hint=f"remove --{required[0]}")
     sets = {name: result[:limit] for name, result in _rows_by_set(session, run, data, names, system, out).items()}

@@ -269,7 +269,7 @@ def _compare(job: MergePlan, folder: Path, sample_size: SampleSize, log: LogFunc
     positions = sum(len(logits) for logits in reference)
     types = (precision, CODES[stored].lower())
     count = len(reference)
-    outputs = session.task.outputs
+    outputs = session.inference.outputs
     return Verification(rows, count, positions, *types, merged, rounding, adapter, narrowed, *allowed, nf4, outputs)
 
 
@@ -351,7 +351,7 @@ class _SampleRows:
         if self._labeled:
             yield from self._of_labels(model)
             return
-        if self._opened.task.outputs == "vectors":
+        if self._opened.inference.outputs == "vectors":
             for tokens in self._rows:
                 encoded = text_encoder(model)(input_ids=torch.as_tensor(tokens).long()[None, :MAX_ROW_TOKENS])
                 yield encoded.last_hidden_state[0, -self._positions :].float()

@@ -82,7 +82,8 @@ def open_run(
         log=log_loading,
     )
     task_object.initialize_head(loaded.model, loaded.new_modules, ())  # the part that needs no rows
-    task_object.attach_inputs(loaded.model, stored_names(folder) if adapter else ())
+    if task_object.inputs is not None:
+        task_object.inputs.attach(loaded.model, stored_names(folder) if adapter else ())
     identity = _quantize(loaded, precision, opened_folder, log)
     predicts_numbers = task_registry.entry_of(task_name).serves == "numbers"
     if classes is None and task_object.trains_head and fixed_outputs is None and not predicts_numbers:

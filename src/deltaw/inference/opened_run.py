@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,14 +17,14 @@ from deltaw.decoding.opening import SessionGenerator
 from deltaw.hub.loading import LoadedModel
 from deltaw.inference.prompting import Prompting
 from deltaw.inference.scores import EvaluationScore, ScoreOptions
+from deltaw.inference.task_inference import TaskInference
+from deltaw.inference.text_inference import TextInference
 from deltaw.methods.trust import AdapterFolder
-from deltaw.progress import track_progress
 from deltaw.settings import task_registry
 from deltaw.settings.config import RunConfig
 from deltaw.settings.data import DataSettings
 from deltaw.training.batcher import Batcher
 from deltaw.training.batchers import BatcherOptions
-from deltaw.training.evaluation.answers import answers, exact_match_warning
 from deltaw.training.rendered_rows import render_example
 from deltaw.training.task import Rows, Task
 
@@ -52,13 +53,21 @@ class OpenedRun(AdaptedModel):
     adapter_folder: AdapterFolder | None = None
     prompting: Prompting = field(default_factory=Prompting)
 
+    @functools.cached_property
+    def inference(self) -> TaskInference[Any]:
+        """Use of the task's models (``TaskEntry.inference``)."""
+        entry = task_registry.entry_of(self.task.name)
+        default = TextInference if entry.generates_text else TaskInference
+        inference: TaskInference[Any] = (entry.load_inference() or default)(self.task)
+        return inference
+
     def score(
         self, examples: Rows, options: ScoreOptions = DEFAULT_SCORE, generator: SessionGenerator | None = None
     ) -> EvaluationScore:
         """Evaluate the model on examples without virtual tokens.
 
-        The result equals the evaluation of the run's held-out rows. A task can replace this evaluation by a function
-        (``TaskEntry.scorer``).
+        The result equals the evaluation of the run's held-out rows. A task can replace this evaluation
+        (:meth:`TaskInference.score`).
 
         Args:
             generator: Generator of answers and samples. The default is transformers.
@@ -66,27 +75,7 @@ class OpenedRun(AdaptedModel):
         Raises:
             UserError: if the settings refer to code that the user did not name on this machine.
         """
-        task = self.task
-        task.max_searched_passages = None
-        if (scorer := task_registry.entry_of(task.name).load_scorer()) is not None:
-            score: EvaluationScore = scorer(self, examples, options, generator)
-            return score
-        model = self.model
-        batcher = self.batcher([self.example(example) for example in examples])
-        with self.base():
-            examples = task.add_reference_log_probs(model, examples, batcher)
-        rows = [self.example(example) for example in examples]
-        objective = task.objective(model)  # may run the model on padded rows
-        with task.model_context(model, batcher), track_progress("evaluating"):
-            evaluation = task.evaluate(objective, rows, batcher, self.classes)
-        warning = None
-        if generator is not None and task.answers_rows:
-            warning = exact_match_warning(rows, evaluation, self.tokenizer, generator)
-        if not options.num_answers or not task.answers_rows:
-            return EvaluationScore(evaluation, warning=warning)
-        answered = rows[: options.num_answers]
-        written = answers(model, self.tokenizer, answered, max_new_tokens=options.max_new_tokens, writer=generator)
-        return EvaluationScore(evaluation, written, warning)
+        return self.inference.score(self, examples, options, generator)
 
     @property
     def data(self) -> DataSettings | None:

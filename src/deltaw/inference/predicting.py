@@ -120,7 +120,7 @@ def input_settings(session: OpenedRun, source: InputRows, overrides: Mapping[str
     optional = {*LABELS, *SCORES, *NEGATIVES, *PAIR_COLUMNS, "margin"}
     if session.task.generates_text:
         optional.update(PROMPT_ANSWERS)
-    elif session.task.outputs == "vectors":
+    elif session.inference.outputs == "vectors":
         optional.update(PASSAGES)
     columns = {n: column for n, column in settings.columns.items() if column in source.columns or n not in optional}
     long_rows = "error" if settings.long_rows == "split" else settings.long_rows
@@ -171,7 +171,7 @@ class Predictor:
         if name in source.columns:
             raise UserError(f"the file has a column '{name}'", location="--name", hint="use another name")
         columns = mapped_columns(source.columns, settings.columns)
-        self._reader = session.task.input_reader(settings, columns, session.classes)
+        self._reader = session.inference.reader(settings, columns, session.classes)
         self._flat_classes = session.classes if flat and "probabilities" in self._reader.predicts else None
         self._engine = open_engine(session, log=log) if session.task.generates_text else None
         self._objective: Any = session.task.objective(session.model) if self._engine is None else None
@@ -267,7 +267,7 @@ class Predictor:
             batched = [*inputs.values()]
             batcher = session.batcher(batched)
             with session.task.model_context(session.model, batcher):
-                columns = session.task.predict(self._objective, batched, batcher, session.classes)
+                columns = session.inference.predict(self._objective, batched, batcher, session.classes)
             if self._flat_classes is not None:
                 columns = [columns[0], *zip(*(row.values() for row in columns[1]), strict=True)]
         return dict(zip(inputs, zip(*columns, strict=True), strict=True)), errors

@@ -203,7 +203,7 @@ class Reranker(SessionHead):
 
     def pair(self, query: str, passage: str) -> LabeledExample:
         """Encode a query and a passage."""
-        return self._session.task.encode_pair(query, passage)
+        return self._session.inference.encode_pair(query, passage)
 
     def batch_outputs(self, batch: MicroBatch) -> Tensor:
         return self._objective.predictions(batch).float().sigmoid()[:, None]
@@ -384,9 +384,9 @@ def read_embedder(
             hint = "specify an embedding model"
             reason_text = "which does not return vectors"
             raise UserError(f"this adapter is for {task.name}, {reason_text}", location=str(folder), hint=hint)
-        layout = task.layout(model)
+        layout = session.inference.layout(model)
         reason = "as it was trained"
-        nested = task.vector_lengths
+        nested = session.inference.vector_lengths
         if (saved := read_layout(folder)) is not None:
             layout = replace(layout, max_length=saved.max_length)
         if pooling != "auto":

@@ -42,15 +42,14 @@ class TaskEntry:
         pipeline: Tag of the task on the Hugging Face hub.
         layout_use: Use of model folders that other tools save for this task (:mod:`deltaw.hub.sentence_layout`).
         serves: Output of ``deltaw serve`` for a task that does not generate text: "classes", "numbers", "vectors"
-            (requires :meth:`deltaw.training.task.Task.layout`) or "scores" (requires ``encode_pair``). None if it is
-            not served.
+            (requires ``layout`` of ``inference``) or "scores" (requires ``encode_pair``). None if it is not served.
         scores_against_base: True if evaluations compare the model with its base model.
         trains_on_answers: True if the labels are the expected answer, so that a generated answer is right or wrong.
         starter: Subclass of :class:`deltaw.data.starter.TaskStarter`, which writes the parts of a settings file that
             depend on the task, or ``"package.module:Class"``. None derives them from the row kinds.
-        scorer: Function that evaluates a loaded model, called with the arguments of
-            :meth:`deltaw.inference.opened_run.OpenedRun.score`, or ``"package.module:function"``. None evaluates rows
-            with the task's ``evaluate``.
+        inference: Subclass of :class:`deltaw.inference.task_inference.TaskInference`, or ``"package.module:Class"``:
+            evaluation of a loaded model, predictions and serving. None completes prompts if the task generates text.
+            Other tasks then have no predictions.
         goal: Goal of the training as a verb phrase, for the comments of a new settings file.
     """
 
@@ -75,7 +74,7 @@ class TaskEntry:
     scores_against_base: bool = False
     trains_on_answers: bool = False
     starter: Any = None
-    scorer: Any = None
+    inference: Any = None
     goal: str = ""
 
     @property
@@ -97,9 +96,9 @@ class TaskEntry:
         """Return the task's class."""
         return import_object(self.implementation)
 
-    def load_scorer(self) -> Any:
-        """Return the function that evaluates a loaded model, or None for the default."""
-        return None if self.scorer is None else import_object(self.scorer)
+    def load_inference(self) -> Any:
+        """Return the class of the use of a loaded model, or None for the default."""
+        return import_object(self.inference)
 
 
 def _check(entry: TaskEntry) -> None:

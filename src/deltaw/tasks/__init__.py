@@ -25,6 +25,7 @@ _label_task = partial(
     implementation="deltaw.tasks.classification.task:LabelTask",
     new_head=True,
     starter="deltaw.tasks.classification.rows:LabelStarter",
+    inference="deltaw.tasks.classification.inference:LabelInference",
 )
 
 
@@ -66,7 +67,7 @@ for _entry in (
         supports_range_test=False,
         goal="maximize reward functions",
         starter="deltaw.tasks.reward.task:RewardStarter",
-        scorer="deltaw.tasks.reward.task:score_rewards",
+        inference="deltaw.tasks.reward.inference:RewardInference",
     ),
     _text_task(
         "distill",
@@ -115,6 +116,7 @@ for _entry in (
         row_kinds=(row_kinds.PASSAGE_SEARCH, row_kinds.SCORED_PAIRS, row_kinds.TEXT_CLASSES, row_kinds.GRADED_PASSAGES),
         layout_use="vectors",
         starter="deltaw.tasks.embedding.rows:EmbeddingStarter",
+        inference="deltaw.tasks.embedding.inference:EmbeddingInference",
         serves="vectors",
     ),
     TaskEntry(
@@ -132,6 +134,7 @@ for _entry in (
         aliases=_aliases("reranker", "rerank", "cross-encoder", "cross_encoder"),
         pipeline="text-ranking",
         starter="deltaw.tasks.reranking.rows:RerankStarter",
+        inference="deltaw.tasks.reranking.inference:RerankingInference",
         serves="scores",
     ),
     TaskEntry("features", None, "AutoModel", "compute features"),

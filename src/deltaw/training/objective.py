@@ -46,6 +46,13 @@ class Objective(abc.ABC):
     def units(self, rows: Sequence[Any]) -> int:
         """Return the divisor of the summed loss, for example the number of labels or pairs."""
 
+    def evaluate_rows(self, batch: Any) -> Any:
+        """Return the values of a microbatch that an evaluation needs. It is called without gradients.
+
+        A plan runs it to measure the memory of evaluations.
+        """
+        return self(batch)
+
     def start_step(self, rows: Sequence[Any], batcher: Batcher, processes: Reducer) -> None:  # noqa: B027
         """Prepare the loss of a step, if it depends on all rows of the step.
 

@@ -57,6 +57,7 @@ from deltaw.training.approximations import (
 from deltaw.training.batcher import Batcher
 from deltaw.training.batchers import BatcherOptions
 from deltaw.training.callbacks import Callback
+from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import (
     GeneralRehearsal,
@@ -75,6 +76,7 @@ from deltaw.training.features.shared_store import Sharing
 from deltaw.training.features.store import StoreLocation
 from deltaw.training.feed import Feed
 from deltaw.training.loop import train
+from deltaw.training.losses import CrossEntropy
 from deltaw.training.objective import Objective
 from deltaw.training.optimizer import count_steps
 from deltaw.training.parallel.group import EVALUATE, Group
@@ -83,7 +85,7 @@ from deltaw.training.reducer import SINGLE_PROCESS, Reducer
 from deltaw.training.rendered_rows import KEY as INVOCATION
 from deltaw.training.rendered_rows import render_example, render_rows, resolve_invocation
 from deltaw.training.state import Outcome, RowOrder, SavedState, TrainOptions, TrainOverrides, TrainState
-from deltaw.training.task import SFT, RateFactor, Rows, Task, TaskGeneration, read_run_data, task_of
+from deltaw.training.task import SFT, RateFactor, Rows, Task, TaskGeneration, head_modules, read_run_data, task_of
 from deltaw.training.trained_check import may_skip
 
 if TYPE_CHECKING:
@@ -234,7 +236,8 @@ class Session:
     @functools.cached_property
     def row_groups(self) -> np.ndarray | None:
         """Group of each row in the row order: rows about one image, whose tokens are then computed once in a step."""
-        return self.task.row_groups(self.data.train) if self.config.train.group_images else None
+        inputs = self.task.inputs
+        return None if inputs is None or not self.config.train.group_images else inputs.groups(self.data.train)
 
     def lines(self) -> list[str]:
         """Return messages about batching, the code that the blocks run, and slow settings."""
@@ -255,7 +258,8 @@ class Session:
         tokens = batcher.tokens_per_pass
         steps = f"{num_steps} step{'s' if num_steps != 1 else ''}"
         microbatches = f"in microbatches of up to {tokens} tokens: {rows}{shared}{head}"
-        lines += self.task.input_lines(self.data.all_rows)
+        if self.task.inputs is not None:
+            lines += self.task.inputs.describe(self.data.all_rows)
         return [*lines, Detail(f"{steps} of {self.config.train.batch_size} rows, {microbatches}")]
 
     @contextlib.contextmanager
@@ -335,11 +339,19 @@ class Session:
 
         return before_step
 
+    @property
+    def token_objective(self) -> CausalObjective:
+        """Objective of next-token prediction, for general answers."""
+        objective = self.objective
+        if type(objective) is CausalObjective and isinstance(objective.loss, CrossEntropy):
+            return objective
+        return CausalObjective(objective.model)
+
     def _rehearsal(self) -> GeneralRehearsal | None:
         """Return the rehearsal of general answers, or None if it is disabled."""
         if not self.general_examples:
             return None
-        objective = self.task.token_objective(self.objective)
+        objective = self.token_objective
         train = self.config.train
         answers = self.general_examples
         base = self.general_log_probs
@@ -413,7 +425,7 @@ class Session:
         Args:
             answers: Answers of the base model, rendered for it (:meth:`general_answers`).
         """
-        objective = self.task.token_objective(self.objective)
+        objective = self.token_objective
         with self._base_active(), self.running():
             self.general_log_probs = base_log_probs(objective, self.batcher, answers)
         self.general_examples = [render_example(answer, self.method) for answer in answers]
@@ -492,7 +504,7 @@ def read_data(
         config: Settings of the run.
         log: Receives messages.
         check: Reject settings that do not fit the rows.
-        prepare: Also compute the inputs that the rows refer to (:meth:`Task.prepare_inputs`).
+        prepare: Also compute the inputs that the rows refer to (:meth:`TaskInputs.prepare`).
     """
     if config.data.chat_template is not None:
         read_chat_template(config.data.chat_template)  # report errors in it before a model is converted
@@ -503,8 +515,8 @@ def read_data(
     with PeakMemory() as peak, track_progress("reading the rows"):
         task = task_of(config.task, config.model, dtype, trust_remote_code=code, log=log, section=section)
         data = read_run_data(task, config.data, seed=config.data_seed, log=log)
-        if prepare:
-            task.prepare_inputs(method_for(task, config).trained_modules, is_new=config.start_from is None)
+        if prepare and task.inputs is not None:
+            task.inputs.prepare(method_for(task, config).trained_modules, is_new=config.start_from is None)
     release_free_memory()  # before smaller objects fragment the memory that was used for reading
     data = replace(data, read_peak_bytes=peak.bytes, read_seconds=time.monotonic() - start)
     for line in data.report.lines():
@@ -578,7 +590,8 @@ def assemble(
     settings = config.train
     torch.manual_seed(settings.seed)
     identity = model_identity(model, config.precision)
-    task.attach_inputs(model, method.trained_modules, is_new=start is None)
+    if task.inputs is not None:
+        task.inputs.attach(model, method.trained_modules, is_new=start is None)
     has_weights = sharded_blocks(model) is not None or has_values(model)
     notes, roundings = quantize_weights(model, config.precision if has_weights else "", data.train, identity, device)
     shares = settings.share_prefixes, method.can_share_prefixes()
@@ -591,7 +604,7 @@ def assemble(
 
     if not from_start:
         data = data.map_rows(add_references)
-    extra_modules = task.extra_modules(model, new_modules)
+    extra_modules = _extra_modules(task, model, new_modules)
     calibrate = functools.partial(_calibrate, task, model, batcher, data.train[:CALIBRATION_ROWS])
     with track_progress(f"preparing method {method.name}"):
         if start is None:
@@ -628,6 +641,13 @@ def assemble(
     if settings.approximate == "auto":
         _approximate(session, applicable(model, objective, candidates), resumed if has_weights else candidates)
     return session
+
+
+def _extra_modules(task: Task[Any], model: PreTrainedModel, new_modules: Sequence[str]) -> list[str]:
+    """Return the names of the modules that each method trains in addition to its own parameters."""
+    if task.trains_head:
+        return list(dict.fromkeys([*head_modules(model), *new_modules]))
+    return [] if task.inputs is None else task.inputs.extra_modules(model)
 
 
 def _calibrate(task: Task[Any], model: PreTrainedModel, batcher: Batcher, rows: Sequence[Any]) -> None:
@@ -790,4 +810,6 @@ def method_for(task: Task[Any], config: RunConfig) -> Method:
         message = "this task and model have no vision tower"
         raise UserError(message, location="lora.vision_tower", hint="remove it, or use a vision-language model")
     task.check_method(method)
+    if task.inputs is not None:
+        task.inputs.check_method(method)
     return method

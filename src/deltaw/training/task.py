@@ -1,7 +1,7 @@
 """Interface of a training task: reading rows, batching, the objective and evaluation.
 
 Code above this package uses every task through this interface. To add a task, write a subclass of :class:`Task` and
-register it in :mod:`deltaw.settings.task_registry`.
+register it in :mod:`deltaw.settings.task_registry` (``docs/development/task.md``).
 """
 
 from __future__ import annotations
@@ -12,20 +12,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
-import numpy as np
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from deltaw.data.example import LabeledExample
 from deltaw.data.report import PreparationReport
-from deltaw.data.row_reader import Reader, RowReader, RunData
+from deltaw.data.row_reader import Reader, RunData
 from deltaw.decoding.generation import Sampler, TextGenerator
 from deltaw.errors import UserError
 from deltaw.hub.empty_models import check_architecture
 from deltaw.hub.folders import config_folder
-from deltaw.hub.sentence_layout import SentenceLayout
 from deltaw.hub.tokenizers import load_tokenizer
 from deltaw.machine.choices import Choice
 from deltaw.methods.base import Method
@@ -42,23 +39,19 @@ from deltaw.training.features.images import RowImages
 from deltaw.training.feed import Feed
 from deltaw.training.objective import Objective
 from deltaw.training.reducer import SINGLE_PROCESS, Reducer
+from deltaw.training.task_inputs import TaskInputs
 
 # Names of a model's outputs, by output index.
 Classes: TypeAlias = Sequence[str] | None
 # Rows of a data set, or row groups.
 Rows: TypeAlias = Sequence[Any]
 NamedParameters: TypeAlias = Sequence[tuple[str, nn.Parameter]]
-# For each prediction named by the reader, a value per row.
-Predictions: TypeAlias = Sequence[Sequence[Any]]
 # A batcher, and the chosen value of each setting with its reason.
 BatcherChoice: TypeAlias = tuple[Batcher, dict[str, Choice[Any]]]
 
 
 # Objective of a task.
 ObjectiveType = TypeVar("ObjectiveType", bound=Objective)
-
-# Maximum number of passages that an evaluation during a run searches. `deltaw eval` searches all.
-MAX_SEARCHED_PASSAGES = 10_000
 
 
 @dataclass(frozen=True)
@@ -169,56 +162,88 @@ class TrainingSession(Protocol):
 class Task(abc.ABC, Generic[ObjectiveType]):
     """A training task: defines rows, batches, objective and evaluation.
 
+    A task implements the abstract methods, which come first. The other methods are hooks with a default, by topic.
+    Inputs besides tokens are an object of their own (``inputs``). Predictions and serving are defined by
+    ``TaskEntry.inference``.
+
     Attributes:
         name: Value of the setting ``task``.
-        generates_text: True if the model generates text, as ``generate`` and ``chat`` require.
         tokenizer: Tokenizer of the model, or None for images.
-        images: Images in prompts of a vision-language model, or None if the model reads text only.
+        inputs: Inputs of the rows besides tokens, or None.
+        generates_text: True if the model generates text, as ``generate`` and ``chat`` require.
         trains_head: True if a classification or regression head predicts one label per row. Each method trains it.
         uses_chat_template: True if the tokenizer's chat template renders rows.
         answers_rows: True if generated answers can be compared with the answers of the rows.
-        samples_completions: True if an evaluation samples completions of each prompt.
         needs_session: True if an evaluation during training needs the session's feed.
         caches_features: False if stored outputs of frozen layers cannot be reused, because the rows of each step are
             new or the loss depends on all rows of a step.
-        outputs: "vectors" if the model is used for the vectors of its tokens, or "logits".
-        vector_lengths: Lengths to which vectors may be truncated.
         shares_evaluation: True if several processes can share :meth:`evaluate`. This requires that it calls only
             ``evaluation_method`` of the objective, once per microbatch of :meth:`evaluation_batches`, in order. A
-            subclass
-            that overrides :meth:`evaluate` must set this itself.
+            subclass that overrides :meth:`evaluate` must set this itself.
         evaluation_method: Name of the method of the objective that evaluates a microbatch.
-        max_searched_passages: Passages of a file that a retrieval evaluation searches, or None for all. A limited
-            evaluation reports the number of passages that it searched.
         checks_generation: True if a run compares greedy answers before and after training, because the training
             loss does not show whether the model still generates text.
     """
 
     name = ""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    inputs: TaskInputs | None = None
     generates_text = False
     trains_head = False
     uses_chat_template = True
     answers_rows = False
-    samples_completions = False
     needs_session = False
     caches_features = True
-    outputs: Literal["logits", "vectors"] = "logits"
-    vector_lengths: Sequence[int] = ()
     shares_evaluation = False
-    checks_generation = False
     evaluation_method = "evaluate_rows"
-    max_searched_passages: int | None = MAX_SEARCHED_PASSAGES
-    tokenizer: PreTrainedTokenizerBase | None = None
-    images: RowImages | None = None
+    checks_generation = False
+
+    # Required.
 
     @classmethod
     @abc.abstractmethod
     def open(cls, name: str, files: ModelFiles) -> Task[Any]:
         """Create the task for a model.
 
+        Args:
+            name: Value of the setting ``task``.
+
         Raises:
             UserError: if the model does not support the task.
         """
+
+    @abc.abstractmethod
+    def reader(self, settings: DataSettings, classes: Classes = None) -> Reader:
+        """Return the reader of ``settings.train``, for example a :class:`deltaw.data.row_reader.RowReader`.
+
+        Args:
+            classes: Class names of the trained adapter.
+        """
+
+    @abc.abstractmethod
+    def batcher(self, model: PreTrainedModel, examples: Rows, options: BatcherOptions) -> BatcherChoice:
+        """Create the batcher that cuts rows into microbatches.
+
+        Returns:
+            The batcher, and the chosen value of each setting with its reason.
+        """
+
+    @abc.abstractmethod
+    def objective(self, model: PreTrainedModel) -> ObjectiveType:
+        """Return the objective, which computes the summed loss of a microbatch."""
+
+    @abc.abstractmethod
+    def evaluate(self, objective: ObjectiveType, rows: Rows, batcher: Batcher, classes: Classes = None) -> Evaluation:
+        """Evaluate the model on rows.
+
+        Comparisons and searches minimize the metric ``loss``, or ``mse`` if the task has no ``loss``.
+
+        Args:
+            batcher: Batcher of the task, or the feed of the run (:meth:`feed`).
+            classes: Names of the model's outputs.
+        """
+
+    # Settings: override these if the task has a settings section or another learning rate.
 
     @classmethod
     def check_settings(cls, section: Any) -> None:
@@ -239,13 +264,7 @@ class Task(abc.ABC, Generic[ObjectiveType]):
         """Return the factor on the default learning rate for a small number of training rows."""
         return SFT
 
-    @abc.abstractmethod
-    def reader(self, settings: DataSettings, classes: Classes = None) -> Reader:
-        """Return the reader of ``settings.train``, for example a :class:`deltaw.data.row_reader.RowReader`.
-
-        Args:
-            classes: Class names of the trained adapter.
-        """
+    # Rows: override these if the reader alone is not enough to read or to reject rows.
 
     def read(self, settings: DataSettings, *, seed: int) -> RunData:
         """Read the rows of a run."""
@@ -259,69 +278,44 @@ class Task(abc.ABC, Generic[ObjectiveType]):
         """
         return self.reader(replace(settings, train=file), classes).file(file)
 
-    def input_reader(self, settings: DataSettings, columns: Sequence[str], classes: Classes) -> RowReader[Any]:
-        """Return the reader of rows to predict, which need no labels.
+    def check(self, data: RunData, *, call: bool) -> None:
+        """Reject settings that do not fit the rows, before a model is loaded.
 
         Args:
-            columns: Columns of the rows, with the names of ``settings.columns``.
+            call: True to also call user functions and other slow checks.
+        """
+
+    def check_steps(self, rows: Rows, batch_size: int) -> None:
+        """Reject rows or a number of rows per step for which the loss has no gradient, before a model is loaded.
 
         Raises:
-            UserError: if the task has no predictions.
+            UserError: if training on these rows has no effect.
         """
-        raise UserError(f"the task {self.name} has no predictions", hint="use deltaw eval")
 
-    def predict(self, objective: ObjectiveType, rows: Rows, batcher: Batcher, classes: Classes) -> Predictions:
-        """Return a list of values for each prediction in the reader's ``predicts``.
+    # Method: override these if not every method or parameter can be trained.
 
-        Tasks that generate text do not implement this method, because their predictions are completions.
+    def check_method(self, method: Method) -> None:
+        """Reject a method that does not fit the task.
+
+        Raises:
+            UserError: if the method does not fit.
         """
-        raise NotImplementedError
 
-    def layout(self, model: PreTrainedModel) -> SentenceLayout:
-        """Return pooling, normalization and prompts of the vectors of a model, if its outputs are vectors."""
-        raise NotImplementedError
+    def trainable_parameters(self, parameters: NamedParameters, rows: Rows) -> NamedParameters:
+        """Return the parameters of a method that the loss of these rows depends on. By default all of them."""
+        return parameters
 
-    def encode_pair(self, query: str, passage: str) -> LabeledExample:
-        """Return the input of a model that scores a passage for a query, without a label."""
-        raise NotImplementedError
+    def forward(self, objective: Any, batch: Any) -> None:
+        """Run the model on a microbatch outside of a step, to record the inputs of layers for a method.
+
+        Override it if the loss can only be computed in a step.
+        """
+        objective(batch)
+
+    # Head: override these if the model has a head whose size or initial values depend on the rows.
 
     def num_outputs(self, data: RunData) -> int | None:
         """Return the required number of outputs of the model's head, or None to use the model's configuration."""
-        return None
-
-    @abc.abstractmethod
-    def batcher(self, model: PreTrainedModel, examples: Rows, options: BatcherOptions) -> BatcherChoice:
-        """Create the batcher that cuts rows into microbatches.
-
-        Returns:
-            The batcher, and the chosen value of each setting with its reason.
-        """
-
-    def prepare_inputs(self, trained: Sequence[str], *, is_new: bool) -> None:
-        """Compute inputs that the rows refer to, before the model is loaded. Arguments as for :meth:`attach_inputs`."""
-
-    def prepare_bytes(self) -> int:
-        """Return the planned memory of :meth:`prepare_inputs`, or 0 if the inputs are stored."""
-        return 0
-
-    def input_bytes(self) -> int:
-        """Return the memory of inputs that are stored or remain mapped."""
-        return 0
-
-    def attach_inputs(self, model: PreTrainedModel, trained: Sequence[str] = (), *, is_new: bool = False) -> None:
-        """Let a freshly loaded model read the inputs of the rows besides tokens, if there are any.
-
-        Args:
-            trained: Names of modules or parameters that are trained in full, or :data:`INPUT_LAYER`.
-            is_new: True if modules that the model's files contain without training are trained.
-        """
-
-    def input_lines(self, rows: Rows) -> list[str]:
-        """Return messages about the inputs of the rows besides tokens."""
-        return []
-
-    def row_groups(self, rows: Rows) -> np.ndarray | None:
-        """Return the group (n,) of each row, if rows of a group should be in the same step."""
         return None
 
     def initialize_head(self, model: PreTrainedModel, new_modules: Sequence[str], rows: Rows) -> None:
@@ -341,20 +335,19 @@ class Task(abc.ABC, Generic[ObjectiveType]):
         """
         return []
 
-    def adapter_metadata(self, model: PreTrainedModel) -> dict[str, str]:
-        """Return entries for the metadata of the adapter's weights."""
-        return {}
+    # Steps: override these if the rows of a step are generated, or the loss needs values of another model.
 
-    def read_adapter_metadata(self, model: PreTrainedModel, folder: Path) -> None:
-        """Read what :meth:`adapter_metadata` returned from the folder of an opened adapter."""
+    def feed(self, session: TrainingSession) -> Feed:
+        """Return the feed of a run, which supplies rows to the model.
 
-    def saved_form(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        """Context manager in which the parameters have the values to save, if they differ during training."""
-        return nullcontext()
+        Override it to generate the rows of a step, for example with a
+        :class:`deltaw.training.rollouts.RolloutFeed`.
+        """
+        return Feed(session.objective, session.batcher)
 
-    def trainable_parameters(self, parameters: NamedParameters, rows: Rows) -> NamedParameters:
-        """Return the parameters of a method that the loss of these rows depends on. By default all of them."""
-        return parameters
+    def generation_limits(self, data: RunData, batch_size: int) -> TaskGeneration:
+        """Return the size of the generations of a run on these rows, for the plan. By default none."""
+        return TaskGeneration()
 
     def add_reference_log_probs(
         self, model: PreTrainedModel, rows: Rows, batcher: Batcher, processes: Reducer = SINGLE_PROCESS
@@ -369,29 +362,11 @@ class Task(abc.ABC, Generic[ObjectiveType]):
         """
         return rows
 
-    def save_extra_files(self, model: PreTrainedModel, folder: Path) -> None:
-        """Write the files that other programs need to use the adapter in ``folder`` for this task.
+    def model_context(self, model: PreTrainedModel, batcher: Batcher) -> AbstractContextManager[None]:
+        """Return a context in which the model accepts the batches of ``batcher``."""
+        return padded_rows(model) if batcher.padded else packed_rows(model, independent=batcher.independent)
 
-        A merged model gets the same files (:data:`deltaw.hub.sentence_layout.LAYOUT_FILES`).
-        """
-
-    def check(self, data: RunData, *, call: bool) -> None:
-        """Reject settings that do not fit the rows, before a model is loaded.
-
-        Args:
-            call: True to also call user functions and other slow checks.
-        """
-
-    def check_steps(self, rows: Rows, batch_size: int) -> None:
-        """Reject rows or a number of rows per step for which the loss has no gradient, before a model is loaded.
-
-        Raises:
-            UserError: if training on these rows has no effect.
-        """
-
-    def generation_limits(self, data: RunData, batch_size: int) -> TaskGeneration:
-        """Return the size of the generations of a run on these rows. Empty by default."""
-        return TaskGeneration()
+    # Evaluation: override these if `evaluate` runs other rows than it is given, or the run measures more at its end.
 
     def evaluated_rows(self, rows: Rows) -> Iterator[Rows]:
         """Yield the rows that :meth:`evaluate` computes for ``rows``, in order and in parts."""
@@ -401,41 +376,6 @@ class Task(abc.ABC, Generic[ObjectiveType]):
         """Yield the microbatches that :meth:`evaluate` runs, in order."""
         return itertools.chain.from_iterable(batcher.batches(part) for part in self.evaluated_rows(examples))
 
-    @abc.abstractmethod
-    def objective(self, model: PreTrainedModel) -> ObjectiveType:
-        """Return the objective, which computes the summed loss of a microbatch."""
-
-    def feed(self, session: TrainingSession) -> Feed:
-        """Return the feed of a run, which supplies rows to the model."""
-        return Feed(session.objective, session.batcher)
-
-    def check_method(self, method: Method) -> None:
-        """Reject a method that does not fit the task.
-
-        Raises:
-            UserError: if the method does not fit.
-        """
-
-    def extra_modules(self, model: PreTrainedModel, new_modules: Sequence[str]) -> list[str]:
-        """Return the names of the modules that each method trains in addition to its own parameters.
-
-        Args:
-            new_modules: Names of modules that the model's files do not contain.
-        """
-        return list(dict.fromkeys([*head_modules(model), *new_modules])) if self.trains_head else []
-
-    def token_objective(self, objective: Any) -> Any:
-        """Return the ``CausalObjective`` for plain text, which the rehearsal of general answers uses."""
-        return objective
-
-    def forward(self, objective: Any, batch: Any) -> None:
-        """Run the model on a microbatch outside of a step, for example to record the inputs of layers."""
-        objective(batch)
-
-    def evaluate_batch(self, objective: Any, batch: Any) -> Any:
-        """Run the forward pass of an evaluation on a microbatch, for the memory plan."""
-        return objective.evaluate_rows(batch)
-
     def final_measurements(self, session: TrainingSession, evaluation: Evaluation) -> Iterator[tuple[str, Measurement]]:
         """Yield measurements after training, with their names in the metrics file.
 
@@ -444,19 +384,29 @@ class Task(abc.ABC, Generic[ObjectiveType]):
         """
         return iter(())
 
-    def model_context(self, model: PreTrainedModel, batcher: Batcher) -> AbstractContextManager[None]:
-        """Return a context in which the model accepts the batches of ``batcher``."""
-        return padded_rows(model) if batcher.padded else packed_rows(model, independent=batcher.independent)
+    # Adapter: override these if the adapter needs more than its weights.
 
-    @abc.abstractmethod
-    def evaluate(self, objective: ObjectiveType, rows: Rows, batcher: Batcher, classes: Classes = None) -> Evaluation:
-        """Evaluate the model on rows.
+    def saved_form(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """Context manager in which the parameters have the values to save, if they differ during training."""
+        return nullcontext()
 
-        Comparisons and searches minimize the metric ``loss``, or ``mse`` if the task has no ``loss``.
+    def adapter_metadata(self, model: PreTrainedModel) -> dict[str, str]:
+        """Return entries for the metadata of the adapter's weights."""
+        return {}
 
-        Args:
-            classes: Names of the model's outputs.
+    def read_adapter_metadata(self, model: PreTrainedModel, folder: Path) -> None:
+        """Read what :meth:`adapter_metadata` returned from the folder of an opened adapter."""
+
+    def save_extra_files(self, model: PreTrainedModel, folder: Path) -> None:
+        """Write the files that other programs need to use the adapter in ``folder`` for this task.
+
+        A merged model gets the same files (:data:`deltaw.hub.sentence_layout.LAYOUT_FILES`).
         """
+
+    @property
+    def images(self) -> RowImages | None:
+        """Images in prompts of a vision-language model, or None if the model reads text only."""
+        return self.inputs if isinstance(self.inputs, RowImages) else None
 
 
 def task_of(
@@ -467,8 +417,7 @@ def task_of(
     Args:
         model: Model reference.
         dtype: Type that the weights will be loaded in, for example ``bf16``. A file that needs conversion is converted
-            to
-            it.
+            to it.
         section: Settings section of the task. None uses its defaults.
 
     Raises:

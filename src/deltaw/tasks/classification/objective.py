@@ -105,6 +105,9 @@ class LabelObjective(Objective):
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return logits.squeeze(-1) if self.task == "regression" and logits.shape[-1] == 1 else logits
 
+    def evaluate_rows(self, batch: MicroBatch) -> Tensor:
+        return self.predictions(batch)
+
     def _token_vectors(self, batch: MicroBatch, index: int) -> Tensor:
         """Return the last hidden states (rows, width) at the token of each row with this index."""
         hidden = _hidden(self.model, batch.inputs)

@@ -17,14 +17,13 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from deltaw.data.chat_template import with_chat_template
 from deltaw.data.example import RowGroup, rows_of
 from deltaw.data.images import ImageEncoder
-from deltaw.data.row_reader import Reader, RowReader, RunData
+from deltaw.data.row_reader import Reader, RunData
 from deltaw.errors import UserError
 from deltaw.hub.checkpoint import read_checkpoint
 from deltaw.hub.empty_models import head_outputs
 from deltaw.hub.skeletons import has_values
 from deltaw.runtime.packing_checks import can_pack
 from deltaw.settings.data import DataSettings
-from deltaw.settings.row_kinds import PAIR_COLUMNS
 from deltaw.tasks.classification.objective import LabelObjective, check_outputs, head_of_last_token, uses_first_token
 from deltaw.tasks.classification.regression_head import (
     LABELS_KEY,
@@ -33,14 +32,7 @@ from deltaw.tasks.classification.regression_head import (
     find_head,
     regression_head,
 )
-from deltaw.tasks.classification.rows import (
-    AnswerScoreReader,
-    LabelReader,
-    RewardPair,
-    RewardReader,
-    are_pairs,
-    check_classes,
-)
+from deltaw.tasks.classification.rows import LabelReader, RewardPair, RewardReader, are_pairs, check_classes
 from deltaw.tasks.preference.losses import evaluate_pairs
 from deltaw.training.batcher import Batcher
 from deltaw.training.batchers import BatcherOptions, LabelMicroBatcher, choose_label_batcher, choose_packed_batcher
@@ -54,7 +46,7 @@ from deltaw.training.evaluation.base import (
     format_numbers,
     regression_metrics,
 )
-from deltaw.training.task import BatcherChoice, Classes, ModelFiles, NamedParameters, Predictions, Rows, Task
+from deltaw.training.task import BatcherChoice, Classes, ModelFiles, NamedParameters, Rows, Task
 
 
 def evaluate_labels(
@@ -206,30 +198,6 @@ class LabelTask(Task[LabelObjective]):
             return RewardReader(settings, self.tokenizer)
         return LabelReader(settings, self.tokenizer, self.name, classes=classes, encoder=self.encoder)
 
-    def input_reader(self, settings: DataSettings, columns: Sequence[str], classes: Classes) -> RowReader[Any]:
-        if self._rewards(classes):
-            assert self.tokenizer is not None
-            if set(PAIR_COLUMNS) <= set(columns):
-                return RewardReader(settings, self.tokenizer)
-            if "text" not in columns or "prompt" in columns:
-                return AnswerScoreReader(settings, self.tokenizer)
-        return LabelReader(settings, self.tokenizer, self.name, classes=classes, encoder=self.encoder, labeled=False)
-
-    def predict(self, objective: LabelObjective, rows: Rows, batcher: Batcher, classes: Classes) -> Predictions:
-        predictions = predict_rows(objective, rows, batcher).astype(np.float64)
-        if self.name == "regression":
-            return [predictions.tolist()]
-        if self._rewards(classes):
-            return predictions.reshape(len(rows), -1).T.tolist()
-        names = classes or ()
-        probabilities = np.exp(predictions - predictions.max(1, keepdims=True))
-        table = [[float(f"{p:.7g}") for p in row] for row in probabilities / probabilities.sum(1, keepdims=True)]
-        return [names[index] for index in predictions.argmax(1)], [dict(zip(names, row, strict=True)) for row in table]
-
-    def _rewards(self, classes: Classes) -> bool:
-        """True if the model has a single output that is a reward."""
-        return self.name == "sequence-classification" and len(classes or ()) == 1
-
     def read(self, settings: DataSettings, *, seed: int) -> RunData:
         reader = self.reader(settings)
         data = reader.prepare(seed)
@@ -315,9 +283,6 @@ class LabelTask(Task[LabelObjective]):
         if not isinstance(rows[0], RewardPair):
             return parameters
         return [(name, parameter) for name, parameter in parameters if parameter.numel() > 1]
-
-    def evaluate_batch(self, objective: Any, batch: Any) -> Any:
-        return objective.predictions(batch)
 
     def objective(self, model: PreTrainedModel) -> LabelObjective:
         return LabelObjective(model, self.name, None if self._label_units is None else self._label_units.scale)

@@ -24,7 +24,6 @@ from deltaw.training.batchers import BatcherOptions
 from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.evaluation.base import Evaluation, check_finite
 from deltaw.training.losses import in_fp64
-from deltaw.training.objective import Objective
 from deltaw.training.state import RowOrder
 from deltaw.training.task import BatcherChoice, Classes, Measurement, ModelFiles, Rows, TaskGeneration, TrainingSession
 
@@ -90,9 +89,6 @@ class DistillTask(CausalTask):
 
     def objective(self, model: PreTrainedModel) -> DistillObjective:
         return DistillObjective(model, self.settings)
-
-    def token_objective(self, objective: Objective) -> CausalObjective:
-        return CausalObjective(objective.model)
 
     def feed(self, session: TrainingSession) -> DistillFeed:
         """Return the feed that queries teachers and generates completions before each step.

@@ -40,17 +40,10 @@ from deltaw.training.evaluation.retrieval import (
     retrieval_evaluation,
 )
 from deltaw.training.rendered_rows import render_example
-from deltaw.training.task import (
-    BatcherChoice,
-    Classes,
-    Measurement,
-    ModelFiles,
-    Predictions,
-    Rows,
-    Task,
-    TrainingSession,
-)
+from deltaw.training.task import BatcherChoice, Classes, Measurement, ModelFiles, Rows, Task, TrainingSession
 
+# Maximum number of passages that an evaluation during a run searches. `deltaw eval` searches all.
+MAX_SEARCHED_PASSAGES = 10_000
 # Number of evaluation rows per loss computation.
 _LOSS_ROWS = 64
 _RANKS = 10
@@ -76,12 +69,16 @@ class EmbeddingTask(Task[EmbeddingObjective]):
     Args:
         settings: The ``embedding:`` section.
         folder: Folder of the model.
+
+    Attributes:
+        max_searched_passages: Passages of a file that an evaluation searches, or None for all. A limited evaluation
+            reports the number of passages that it searched.
     """
 
     name = "embedding"
     caches_features = False
-    outputs = "vectors"
     shares_evaluation = True
+    max_searched_passages: int | None = MAX_SEARCHED_PASSAGES
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, log: LogFunction, settings: EmbeddingSettings, folder: Path
@@ -93,7 +90,7 @@ class EmbeddingTask(Task[EmbeddingObjective]):
         self._max_length: int | None = None
         self._batcher: TextMicroBatcher | None = None
         self._layout: SentenceLayout | None = None
-        self._inputs: EmbeddingReader | None = None
+        self._reads_labels = True
 
     @classmethod
     def open(cls, name: str, files: ModelFiles) -> EmbeddingTask:
@@ -102,27 +99,9 @@ class EmbeddingTask(Task[EmbeddingObjective]):
             tokenizer.pad_token = tokenizer.eos_token  # sentence-transformers pads
         return cls(tokenizer, files.log, files.section or EmbeddingSettings(), files.folder)
 
-    def input_reader(self, settings: DataSettings, columns: Sequence[str], classes: Classes) -> EmbeddingReader:
-        self._inputs = self.reader(settings, labeled=False)
-        return self._inputs
-
-    @torch.no_grad()
-    def predict(self, objective: EmbeddingObjective, rows: Rows, batcher: Batcher, classes: Classes) -> Predictions:
-        """Return the vector of each text, normalized if the model is configured so, or a list of vectors for several
-        passages.
-        """
-        assert self._inputs is not None
-        vectors = embed_texts(objective, rows, batcher)
-        if objective.layout.normalize:
-            vectors = {key: functional.normalize(vector, dim=0) for key, vector in vectors.items()}
-        values_by_key = {key: [float(str(v)) for v in vector.float().numpy()] for key, vector in vectors.items()}
-        check_finite("the vectors are", np.array([*values_by_key.values()]))
-        row_vectors = [[values_by_key[text_key(text)] for text in row.rows] for row in rows]
-        queries = [[vectors_of_row.pop(0) for vectors_of_row in row_vectors]] if len(self._inputs.predicts) == 2 else []
-        return [*queries, [v[0] if len(v) == 1 else v for v in row_vectors]]
-
     def reader(self, settings: DataSettings, classes: Classes = None, *, labeled: bool = True) -> EmbeddingReader:
         self._max_length = settings.max_length
+        self._reads_labels = labeled
         layout = read_layout(self._folder)
         configured = (self.settings.query_prompt, self.settings.passage_prompt)
         defaults = ("", "") if layout is None else (layout.query_prompt, layout.passage_prompt)
@@ -178,7 +157,7 @@ class EmbeddingTask(Task[EmbeddingObjective]):
         batcher_choices.pop("train.share_prefixes", None)
         self._batcher = texts.with_class(TextMicroBatcher)
         # Evaluation rows may have a different format, and rows to predict have no loss.
-        loss = self.settings.loss if self._inputs is not None else select_loss(examples[:1], self.settings)
+        loss = select_loss(examples[:1], self.settings) if self._reads_labels else self.settings.loss
         resolved = self.settings.model_copy(update={"loss": loss})
         reason = "by what the rows have" if self.settings.loss == "auto" else "as requested"
         choices = {"embedding.loss": Choice(loss, reason)}
@@ -195,10 +174,6 @@ class EmbeddingTask(Task[EmbeddingObjective]):
 
     def objective(self, model: PreTrainedModel) -> EmbeddingObjective:
         return EmbeddingObjective(model, self.layout(model), self.settings, self._batcher)
-
-    @property
-    def vector_lengths(self) -> Sequence[int]:  # type: ignore[override]
-        return self.settings.dimensions
 
     def layout(self, model: PreTrainedModel) -> SentenceLayout:
         """Return the layout of the model's vectors. The layout is verified once, before training and before packing.

@@ -13,13 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deltaw.data.chat_template import with_chat_template
 from deltaw.data.example import Item, rows_of
 from deltaw.data.prepare import TextReader
-from deltaw.data.prompts import QuestionReader
-from deltaw.data.row_images import image_groups
 from deltaw.data.row_reader import Reader, RunData
-from deltaw.errors import UserError
-from deltaw.methods.base import Method
 from deltaw.progress import LogFunction, ignore_line, track_progress
-from deltaw.runtime.image_tokens import connector_module
 from deltaw.settings.data import DataSettings
 from deltaw.training.batcher import Batcher
 from deltaw.training.batchers import MAX_BUFFERED_ROWS, BatcherOptions, choose_causal_batcher
@@ -28,9 +23,6 @@ from deltaw.training.evaluation.base import Evaluation, check_finite
 from deltaw.training.features.images import RowImages, has_images
 from deltaw.training.losses import label_indices
 from deltaw.training.task import BatcherChoice, Classes, ModelFiles, Rows, Task
-
-# Columns that contain a prompt. Without any of them, the column ``text`` is a text to continue.
-_PROMPTS = {"prompt", "messages", "conversations", "instruction", "input", "chosen"}
 
 
 def evaluate_causal(objective: CausalObjective, examples: Sequence[Item], batcher: Batcher) -> Evaluation:
@@ -92,7 +84,7 @@ class CausalTask(Task[CausalObjective]):
         task = cls(files.tokenizer(), files.log)
         task.folder = files.folder
         if cls is CausalTask and has_images(files.config, files.folder):
-            task.images = RowImages(files.folder, files.config, task.tokenizer, files.dtype)
+            task.inputs = RowImages(files.folder, files.config, task.tokenizer, files.dtype)
         return task
 
     def read(self, settings: DataSettings, *, seed: int) -> RunData:
@@ -101,40 +93,6 @@ class CausalTask(Task[CausalObjective]):
 
     def reader(self, settings: DataSettings, classes: Classes = None) -> Reader:
         return TextReader(settings, self.tokenizer, folder=self.folder, log=self._log, images=self.images)
-
-    def input_reader(self, settings: DataSettings, columns: Sequence[str], classes: Classes) -> QuestionReader:
-        continues = "text" in columns and not _PROMPTS & {*columns}
-        return QuestionReader(settings, self.tokenizer, continues=continues, images=self.images)
-
-    def check_method(self, method: Method) -> None:
-        super().check_method(method)
-        if method.virtual_tokens and self.images is not None and len(self.images):
-            hint = "use method: lora, or input to train the connector"
-            raise UserError("a soft prompt cannot be trained on rows with images", location="method", hint=hint)
-
-    def prepare_inputs(self, trained: Sequence[str], *, is_new: bool) -> None:
-        if self.images is not None:
-            self.images.prepare(trained, is_new=is_new)
-
-    def prepare_bytes(self) -> int:
-        return 0 if self.images is None else self.images.planned_bytes()
-
-    def input_bytes(self) -> int:
-        return 0 if self.images is None else self.images.resident_bytes()
-
-    def attach_inputs(self, model: PreTrainedModel, trained: Sequence[str] = (), *, is_new: bool = False) -> None:
-        if self.images is not None:
-            self.images.attach(model, trained, is_new=is_new)
-
-    def input_lines(self, rows: Rows) -> list[str]:
-        return [] if self.images is None else self.images.lines(rows)
-
-    def row_groups(self, rows: Rows) -> np.ndarray | None:
-        return None if self.images is None or not len(self.images) else image_groups(rows, self.images.first_id)
-
-    def extra_modules(self, model: PreTrainedModel, new_modules: Sequence[str]) -> list[str]:
-        connector = self.images is not None and self.images.has_new_connector and connector_module(model)
-        return [connector] if connector else []
 
     def batcher(self, model: PreTrainedModel, examples: Rows, options: BatcherOptions) -> BatcherChoice:
         return choose_causal_batcher(model, examples, options)

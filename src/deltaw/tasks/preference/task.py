@@ -29,7 +29,6 @@ from deltaw.training.batchers import BatcherOptions, CausalMicroBatcher
 from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.evaluation.base import Evaluation, check_finite
 from deltaw.training.losses import RowLogProbs
-from deltaw.training.objective import Objective
 from deltaw.training.reducer import SINGLE_PROCESS, Reducer
 from deltaw.training.task import SFT, BatcherChoice, Classes, ModelFiles, RateFactor, Rows
 
@@ -206,9 +205,6 @@ class PreferenceTask(CausalTask):
         if method.is_activated:
             message = "an adapter with an invocation sequence cannot be trained on pairs"
             raise UserError(message, location="lora.active", hint="set lora.active: always")
-
-    def token_objective(self, objective: Objective) -> CausalObjective:
-        return CausalObjective(objective.model)
 
     def add_reference_log_probs(
         self, model: PreTrainedModel, rows: Rows, batcher: Batcher, processes: Reducer = SINGLE_PROCESS

@@ -25,7 +25,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 from transformers import PreTrainedModel
 
 from deltaw.data.chat_template import with_date
-from deltaw.data.example import LabeledExample
 from deltaw.data.packing import MicroBatch
 from deltaw.data.rendering import FAULTS, render_conversation
 from deltaw.data.report import PreparationReport
@@ -39,13 +38,13 @@ from deltaw.settings.data import DataSettings
 from deltaw.tasks.classification.objective import LabelObjective, check_outputs
 from deltaw.tasks.classification.task import LabelTask, predict_rows
 from deltaw.tasks.embedding.rows import TextGroup
-from deltaw.tasks.reranking.rows import PairEncoder, RerankReader, as_chat_template, prompt_of
+from deltaw.tasks.reranking.rows import RerankReader, as_chat_template, prompt_of
 from deltaw.tasks.reranking.settings import RerankingSettings
 from deltaw.training.batcher import Batcher
 from deltaw.training.batchers import BatcherOptions, text_positions
 from deltaw.training.evaluation.base import Evaluation, mean_interval
 from deltaw.training.evaluation.retrieval import MAIN_METRIC, retrieval_evaluation
-from deltaw.training.task import BatcherChoice, Classes, ModelFiles, NamedParameters, Predictions, Rows
+from deltaw.training.task import BatcherChoice, Classes, ModelFiles, NamedParameters, Rows
 
 Name: TypeAlias = Literal["binary", "pairwise", "listwise", "contrastive"]
 
@@ -198,25 +197,6 @@ class RerankingTask(LabelTask):
         loss = self.loss or self.settings.loss
         score_range = self.settings.score_range
         return RerankReader(settings, self.tokenizer, score_range=score_range, labeled=labeled, loss=loss)
-
-    def input_reader(self, settings: DataSettings, columns: Sequence[str], classes: Classes) -> RerankReader:
-        return self.reader(settings, labeled=False)
-
-    def predict(self, objective: LabelObjective, rows: Rows, batcher: Batcher, classes: Classes) -> Predictions:
-        """Return the sigmoid of each score, and for rows with several passages the passage indices, best first."""
-        predictions = predict_rows(objective, rows, batcher).astype(np.float64)
-        scores = []
-        ranking = []
-        for part in np.split(predictions, np.cumsum([len(row.rows) for row in rows])[:-1]):
-            probabilities = (1 / (1 + np.exp(-part))).tolist()
-            has_several = len(part) > 1
-            scores.append(probabilities if has_several else probabilities[0])
-            ranking.append(np.argsort(-part, kind="stable").tolist() if has_several else None)
-        return scores, ranking
-
-    def encode_pair(self, query: str, passage: str) -> LabeledExample:
-        ((ids, segments),) = PairEncoder(self.tokenizer)([(query, passage)])  # type: ignore[arg-type]
-        return LabeledExample(0, ids, 0, segments)
 
     def read(self, settings: DataSettings, *, seed: int) -> RunData:
         if self.head_outputs is not None:

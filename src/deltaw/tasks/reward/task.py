@@ -14,10 +14,8 @@ from deltaw.data.row_reader import Reader, RunData
 from deltaw.data.starter import TaskStarter
 from deltaw.data.templates import Encoder
 from deltaw.decoding.generation import Sampler, SamplingParams
-from deltaw.decoding.opening import SessionGenerator
-from deltaw.inference.opened_run import OpenedRun
 from deltaw.inference.scores import EvaluationScore, ScoreOptions
-from deltaw.progress import LogFunction, ignore_line, track_progress
+from deltaw.progress import LogFunction, track_progress
 from deltaw.settings.data import DataSettings
 from deltaw.tasks.language.task import CausalTask
 from deltaw.tasks.reward.environments import Environments
@@ -32,7 +30,6 @@ from deltaw.training.batchers import BatcherOptions
 from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.evaluation.answers import EvaluatedAnswer
 from deltaw.training.evaluation.base import Evaluation, mean_interval
-from deltaw.training.objective import Objective
 from deltaw.training.task import BatcherChoice, Classes, ModelFiles, RateFactor, Rows, TaskGeneration, TrainingSession
 
 
@@ -73,7 +70,6 @@ class RewardTask(CausalTask):
     """
 
     name = "rl"
-    samples_completions = True
     needs_session = True
     caches_features = False
     checks_generation = True
@@ -137,9 +133,6 @@ class RewardTask(CausalTask):
 
     def objective(self, model: PreTrainedModel) -> CausalObjective:
         return CausalObjective(model, PolicyLoss(self.settings))
-
-    def token_objective(self, objective: Objective) -> CausalObjective:
-        return CausalObjective(objective.model)
 
     def feed(self, session: TrainingSession) -> RewardFeed:
         """Return the feed that samples and scores completions before each step."""
@@ -209,17 +202,3 @@ class RewardTask(CausalTask):
         intervals = {name: bound for name, bound in bounds.items() if bound is not None and name != "reward"}
         evaluation = Evaluation(means, "reward", per_row=totals, interval=bounds["reward"], intervals=intervals)
         return EvaluationScore(evaluation, list(greedy))
-
-
-def score_rewards(
-    opened: OpenedRun, examples: Rows, options: ScoreOptions, generator: SessionGenerator | None = None
-) -> EvaluationScore:
-    """Evaluate a loaded model by the rewards of its completions, see :meth:`RewardTask.score_completions`."""
-    task = opened.task
-    assert isinstance(task, RewardTask)
-    if opened.adapter_folder is not None:
-        opened.adapter_folder.require_code()
-    generator = generator or SessionGenerator(opened, ignore_line)
-    with contextlib.closing(Scorer(task.settings)) as scorer, contextlib.closing(task.turns(generator.sample)) as write:
-        score = task.score_completions(examples, write, scorer, options)
-    return score if options.num_answers else EvaluationScore(score.evaluation)

@@ -35,7 +35,7 @@ from deltaw.cache.keys import versions
 from deltaw.cache.results import file_digest, load_result, store_result
 from deltaw.data.image_files import unreadable_image
 from deltaw.data.report import count_of
-from deltaw.data.row_images import PlacedImage, RowImage
+from deltaw.data.row_images import PlacedImage, RowImage, image_groups
 from deltaw.decoding.request import BusyError
 from deltaw.errors import UserError
 from deltaw.hub.checkpoint import read_checkpoint
@@ -49,11 +49,12 @@ from deltaw.lora.complete_names import complete_names, set_complete_names
 from deltaw.machine.choices import dtype_of
 from deltaw.machine.memory import release_free_memory
 from deltaw.memory.simulation import simulate
-from deltaw.methods.base import INPUT_LAYER, VISION_TOWER
+from deltaw.methods.base import INPUT_LAYER, VISION_TOWER, Method
 from deltaw.platforms import rename_path
 from deltaw.progress import track_progress
-from deltaw.runtime.image_tokens import ImageTokens, attach_images, verify_view
+from deltaw.runtime.image_tokens import ImageTokens, attach_images, connector_module, verify_view
 from deltaw.tensor_files import TensorFile, write_tensors
+from deltaw.training.task_inputs import TaskInputs
 
 # Maximum size of all stored features.
 LIMIT_BYTES = 64 * 2**30
@@ -97,7 +98,7 @@ class _StoredImage:
     prompts: list[weakref.ref[np.ndarray]] = field(default_factory=list)
 
 
-class RowImages:
+class RowImages(TaskInputs):
     """Images of the rows of one model (:class:`deltaw.data.row_images.ImagePlacer`), and their features.
 
     :meth:`place`, :meth:`rows`, :meth:`contains`, :meth:`grids`, :meth:`retain` and :meth:`compute_prompt` are
@@ -346,7 +347,7 @@ class RowImages:
                 if self.limit_bytes is not None or self._thumbnail_bytes > _MAX_THUMBNAIL_BYTES:
                     image.image = None
 
-    def attach(self, model: PreTrainedModel, trained: Sequence[str], *, is_new: bool) -> None:
+    def attach(self, model: PreTrainedModel, trained: Sequence[str] = (), *, is_new: bool = False) -> None:
         """Let a text view read the images. If the model has weights, compute the features of all images.
 
         Args:
@@ -439,7 +440,7 @@ class RowImages:
                 )
             store_result("vision", key, True, VERIFIED_CODE)
 
-    def planned_bytes(self) -> int:
+    def prepare_bytes(self) -> int:
         """Return the memory for computing the features that are not stored: the tower, and its largest activations."""
         missing = [image for image in self._sorted if image.start is None and not self._path(image).is_file()]
         if not missing or self.is_live:
@@ -466,7 +467,7 @@ class RowImages:
         converted = sum(tensor.bytes for tensor in tensors if tensor.dtype != self._dtype)
         return features + (converted if any(tensor.dtype == self._dtype for tensor in tensors) else 0)
 
-    def lines(self, rows: Sequence[Any]) -> list[str]:
+    def describe(self, rows: Sequence[Any]) -> list[str]:
         """Return a message about the images of these rows and about which parts of the model are trained."""
         if not self._images:
             return []
@@ -477,6 +478,20 @@ class RowImages:
         outputs = "are computed in each step" if self.is_live else "are stored"
         connector = "trained" if self.trains_connector else "LoRA, if selected" if self.trains_tower else "frozen"
         return [f"{images}; vision tower: {tower}, its outputs {outputs}; connector: {connector}"]
+
+    def groups(self, rows: Sequence[Any]) -> np.ndarray | None:
+        """Return the group (n,) of each row: rows with the same first image."""
+        return image_groups(rows, self.first_id) if self._images else None
+
+    def extra_modules(self, model: PreTrainedModel) -> list[str]:
+        """Return the name of a connector that was never trained, if it is attached."""
+        connector = connector_module(model) if self.has_new_connector else None
+        return [] if connector is None else [connector]
+
+    def check_method(self, method: Method) -> None:
+        if method.virtual_tokens and self._images:
+            hint = "use method: lora, or input to train the connector"
+            raise UserError("a soft prompt cannot be trained on rows with images", location="method", hint=hint)
 
     def release(self) -> None:
         """Free the vision tower. It is loaded again if further images are computed."""

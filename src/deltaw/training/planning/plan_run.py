@@ -163,6 +163,7 @@ def _compute_plan(config: RunConfig, task: Task[Any], data: RunData, process_byt
     footprint = simulate(run, models=[model], vocabularies=vocabularies, device=device)
     (dry_run,) = dry_runs
     store = dry_run.session.feed.store
+    inputs = task.inputs
     with fake_tensors():
         trained = sum(p.numel() for _, p in dry_run.session.method.parameters(model))
     converted = converted_bytes(model, name, dtype=dtype, trust_remote_code=code)
@@ -176,8 +177,8 @@ def _compute_plan(config: RunConfig, task: Task[Any], data: RunData, process_byt
         time_uncertain = _unknown_time(error)
     parts = OtherBytes(
         kernels=dry_run.kernel_bytes() if is_cpu else 0,
-        features=(0 if store is None else store.resident_bytes) + task.input_bytes(),
-        reading=data.read_peak_bytes + task.prepare_bytes(),
+        features=(0 if store is None else store.resident_bytes) + (0 if inputs is None else inputs.resident_bytes()),
+        reading=data.read_peak_bytes + (0 if inputs is None else inputs.prepare_bytes()),
         mapped=converted + MOVED_AT_ONCE,
         saving=0 if task.tokenizer is None else saving_bytes(folder),
         unread=unread_bytes(dry_run.session, dtype=dtype, converted=converted),
@@ -313,8 +314,7 @@ def _dry_run_error(error: Exception) -> UserError:
 
 def evaluate_rows(session: Session, rows: Sequence[Any]) -> None:
     """Compute an evaluation of these rows without the metrics, which need values."""
-    task = session.task
     objective = session.objective
     with session.method.evaluating(session.model), torch.no_grad():
         for batch in session.feed.batches(rows):
-            task.evaluate_batch(objective, batch)
+            objective.evaluate_rows(batch)

@@ -492,14 +492,12 @@ def measure(
             if clock() + measurement.elapsed < deadline:
                 points.append(measurement.train(rows))
         ordered = [sorted(points, key=lambda point: point.seconds) for _, points in trials]
-        task = session.task
         feed = measurement.feed
         last_rows = trials[-1][0]
-        blocks, head = measurement.evaluate(
-            lambda: feed.batches(last_rows), lambda batch: task.evaluate_batch(measurement.objective, batch)
-        )
+        evaluate_rows = measurement.objective.evaluate_rows
+        blocks, head = measurement.evaluate(lambda: feed.batches(last_rows), evaluate_rows)
         decode = 0.0
-        if task.generates_text:
+        if session.task.generates_text:
             tokens = np.arange(DECODED_TOKENS, dtype=np.int32) % 16 + 1
             example = Example(1, tokens, np.arange(DECODED_TOKENS) > 0, 1, None)
             logits = CausalObjective(session.model).evaluate_rows
