@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from transformers import PreTrainedModel
 
@@ -12,15 +12,13 @@ from deltaw.data.row_reader import RowReader
 from deltaw.decoding.opening import SessionGenerator
 from deltaw.errors import UserError
 from deltaw.hub.sentence_layout import SentenceLayout
+from deltaw.inference.loaded_run import LoadedRun
 from deltaw.inference.scores import EvaluationScore, ScoreOptions
 from deltaw.progress import track_progress
 from deltaw.settings.data import DataSettings
 from deltaw.training.batcher import Batcher
 from deltaw.training.evaluation.answers import answers, exact_match_warning
 from deltaw.training.task import Classes, Rows, Task
-
-if TYPE_CHECKING:
-    from deltaw.inference.opened_run import OpenedRun
 
 # For each prediction named by the reader, a value per row.
 Predictions: TypeAlias = Sequence[Sequence[Any]]
@@ -47,11 +45,13 @@ class TaskInference(Generic[TaskType]):
         self.task = task
 
     def score(
-        self, opened: OpenedRun, rows: Rows, options: ScoreOptions, generator: SessionGenerator | None
+        self, opened: LoadedRun, rows: Rows, options: ScoreOptions, generator: SessionGenerator | None
     ) -> EvaluationScore:
-        """Evaluate a loaded model, for ``deltaw eval``. The arguments are those of :meth:`OpenedRun.score`.
+        """Evaluate a loaded model, for ``deltaw eval``. Override it if the evaluation needs completions of the model.
 
-        Override it if the evaluation needs completions of the model.
+        Args:
+            rows: Rows without virtual tokens.
+            generator: Generator of answers and samples. None uses transformers.
         """
         task = self.task
         model = opened.model

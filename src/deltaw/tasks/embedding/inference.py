@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from deltaw.decoding.opening import SessionGenerator
 from deltaw.hub.sentence_layout import SentenceLayout
-from deltaw.inference.opened_run import OpenedRun
+from deltaw.inference.loaded_run import LoadedRun
 from deltaw.inference.scores import EvaluationScore, ScoreOptions
 from deltaw.inference.task_inference import Predictions, TaskInference
 from deltaw.settings.data import DataSettings
@@ -55,7 +55,7 @@ class EmbeddingInference(TaskInference[EmbeddingTask]):
         return self.task.settings.dimensions
 
     def score(
-        self, opened: OpenedRun, rows: Rows, options: ScoreOptions, generator: SessionGenerator | None
+        self, opened: LoadedRun, rows: Rows, options: ScoreOptions, generator: SessionGenerator | None
     ) -> EvaluationScore:
         """Search all passages of the file."""
         self.task.max_searched_passages = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from deltaw.decoding.opening import SessionGenerator
-from deltaw.inference.opened_run import OpenedRun
+from deltaw.inference.loaded_run import LoadedRun
 from deltaw.inference.scores import EvaluationScore, ScoreOptions
 from deltaw.inference.text_inference import TextInference
 from deltaw.progress import ignore_line
@@ -20,7 +20,7 @@ class RewardInference(TextInference[RewardTask]):
     samples_completions = True
 
     def score(
-        self, opened: OpenedRun, rows: Rows, options: ScoreOptions, generator: SessionGenerator | None
+        self, opened: LoadedRun, rows: Rows, options: ScoreOptions, generator: SessionGenerator | None
     ) -> EvaluationScore:
         """See :meth:`RewardTask.score_completions`."""
         task = self.task
