@@ -18,7 +18,7 @@ from deltaw.atomic_files import write_text
 from deltaw.data.chunk import MAX_SYSTEM_CHARS
 from deltaw.data.example import Example, rows_of
 from deltaw.data.messages import Message
-from deltaw.data.prepare import encode_prompt
+from deltaw.data.prompt_tokens import encode_prompt
 from deltaw.data.report import quoted
 from deltaw.data.row_images import ImagePlacer
 from deltaw.data.rows import RowFolder

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data.chat_template import with_chat_template
 from deltaw.data.example import Item, rows_of
-from deltaw.data.prepare import TextReader
 from deltaw.data.prompts import QuestionReader
 from deltaw.data.row_images import image_groups
 from deltaw.data.row_reader import Reader, RunData
+from deltaw.data.stored_rows import TextReader
 from deltaw.errors import UserError
 from deltaw.methods.base import Method
 from deltaw.progress import LogFunction, ignore_line, track_progress
