@@ -25,7 +25,7 @@ from deltaw.data.rows import RowFolder
 from deltaw.errors import UserError
 from deltaw.settings.data import DataSettings
 from deltaw.training.evaluation.answers import question_of
-from deltaw.untrusted_paths import require_contained
+from deltaw.untrusted_paths import read_contained
 
 if TYPE_CHECKING:
     from deltaw.data.row_reader import RunData
@@ -161,13 +161,10 @@ def read_prompting(folder: Path) -> Prompting:
     Raises:
         UserError: if the file is a link that leaves the folder.
     """
-    path = folder / FILE
-    require_contained(folder, only=[path])
+    raw = read_contained(folder, FILE, _MAX_BYTES + 1) or b""
     try:
-        with path.open("rb") as file:
-            raw = file.read(_MAX_BYTES + 1)
         found = json.loads(raw) if len(raw) <= _MAX_BYTES else None
-    except (OSError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         return Prompting()
     if not isinstance(found, dict):
         return Prompting()
