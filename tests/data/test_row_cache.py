@@ -15,11 +15,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from deltaw.data import row_cache, row_stream, stored_rows
-from deltaw.data.chunk import ChunkReader
 from deltaw.data.row_cache import RowCache
 from deltaw.data.row_reader import RunData
 from deltaw.data.row_store import DiskRows, MemoryRows
-from deltaw.data.stored_rows import TextReader
+from deltaw.data.stored_rows import ChunkReader, TextReader
 from deltaw.settings.data import DataSettings
 from tests.caches import invalidate
 from tests.conftest import write_rows

@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerFast
 
 from deltaw.data import row_images
 from deltaw.data.bad_rows import BadRowError, BadRows
-from deltaw.data.chunk import ChunkReader
 from deltaw.data.example import Example, token_spans
 from deltaw.data.formats import choose_form
 from deltaw.data.messages import read_prompt
@@ -27,7 +26,7 @@ from deltaw.data.prompts import QuestionReader
 from deltaw.data.row_images import MARKER, PlacedImage, RowImage, take_images
 from deltaw.data.row_reader import RunData
 from deltaw.data.rows import NO_FOLDER, NumberedRows, RowFolder
-from deltaw.data.stored_rows import TextReader
+from deltaw.data.stored_rows import ChunkReader, TextReader
 from deltaw.data.templates import Encoder
 from deltaw.errors import UserError
 from deltaw.hub import packages

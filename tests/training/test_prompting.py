@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltaw.data.chunk import MAX_SYSTEM_CHARS
+from deltaw.data.report import MAX_SYSTEM_CHARS
 from deltaw.data.stored_rows import TextReader
 from deltaw.inference.open_run import open_run
 from deltaw.inference.prompting import (

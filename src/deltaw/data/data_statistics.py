@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deltaw.data.bad_rows import BadRowError, BadRows
-from deltaw.data.chunk import divides_image, example_of
 from deltaw.data.data_findings import MAX_LOCATIONS
 from deltaw.data.example import Example, special_tokens
 from deltaw.data.formats import Pair, Record, RowFormat, Text, choose_form, read_records, unused_columns, with_system
+from deltaw.data.long_rows import divides_image
 from deltaw.data.report import LabelNumbers
 from deltaw.data.row_images import MARKER, ImagePlacer
 from deltaw.data.row_selection import ReadResult
@@ -230,7 +230,7 @@ def _encode_chunk(
     records = [with_system(record, system) for record in read]
     for index, (record, parts) in enumerate(zip(records, encoder.encode(records, locations, on_bad), strict=True)):
         if record is not None and index not in rejected:
-            yield locations[index], record, [example_of(rows.number(index), part) for part in parts]
+            yield locations[index], record, [part.example(rows.number(index)) for part in parts]
 
 
 def _texts_of(record: Record) -> list[tuple[str, bool]]:

@@ -23,14 +23,14 @@ from deltaw.data.check import (
     sort_findings,
     summarize_lengths,
 )
-from deltaw.data.chunk import Account, LongRows, Systems, limit_length, no_rows_error, shared_system
 from deltaw.data.data_findings import DataFinding
 from deltaw.data.data_statistics import DataStatistics
 from deltaw.data.example import RowGroup, TokenSpan, concat_rows, rows_of, token_spans
 from deltaw.data.formats import check_columns, require
+from deltaw.data.long_rows import LongRows, limit_length
 from deltaw.data.messages import drop_nulls
 from deltaw.data.read_progress import ReadProgress
-from deltaw.data.report import PreparationReport, count_of
+from deltaw.data.report import Account, PreparationReport, Systems, count_of, no_rows_error, shared_system
 from deltaw.data.row_images import ImagePlacer
 from deltaw.data.row_selection import (
     ReadResult,

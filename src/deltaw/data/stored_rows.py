@@ -17,16 +17,26 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from deltaw.cache.keys import versions
-from deltaw.data.bad_rows import BadRows
+from deltaw.data.bad_rows import BadRowError, BadRows
 from deltaw.data.check import long_text_findings, text_findings, text_length_findings, text_summary_findings
-from deltaw.data.chunk import Account, ChunkReader, LongRows, Systems, frequent, no_rows_error, shared_system
 from deltaw.data.data_findings import DataFinding
 from deltaw.data.data_statistics import DataStatistics, collect_statistics
 from deltaw.data.example import Example, token_spans
-from deltaw.data.formats import RowFormat, choose_form, unused_columns
+from deltaw.data.formats import Record, RowFormat, choose_form, read_records, system_of, unused_columns, with_system
+from deltaw.data.long_rows import LongRows, divides_image, limit_length, split_long
 from deltaw.data.parallel_map import in_order, num_processes
 from deltaw.data.read_progress import ReadProgress
-from deltaw.data.report import LabelNumbers, PreparationReport, count_of
+from deltaw.data.report import (
+    Account,
+    LabelNumbers,
+    PreparationReport,
+    Systems,
+    count_of,
+    count_system,
+    frequent,
+    no_rows_error,
+    shared_system,
+)
 from deltaw.data.row_cache import RowCache, RowWriter, cache_key
 from deltaw.data.row_cache_keys import CACHE_DEPENDENCIES, IGNORED_SETTINGS, tokenizer_identity
 from deltaw.data.row_images import ImagePlacer
@@ -36,7 +46,7 @@ from deltaw.data.row_store import FORMAT, RowStore, RowView
 from deltaw.data.row_stream import RowStream
 from deltaw.data.rows import NumberedRows
 from deltaw.data.sources import open_source
-from deltaw.data.templates import Encoder
+from deltaw.data.templates import Encoded, Encoder
 from deltaw.errors import UserError
 from deltaw.hub.terminators import terminators_in
 from deltaw.progress import LogFunction, ignore_line
@@ -157,6 +167,81 @@ class TextReader(Reader):
             notes.append(f"refused: longer than data.max_length ({settings.max_length:,} tokens)")
         notes += _notes_of(reader.account, settings.max_length)
         return RowPreview(rows.number(index), rows.row_location(index), tuple(previews), tuple(notes))
+
+
+class ChunkReader:
+    """Converts the rows of one source to examples with labels and at most ``data.max_length`` tokens.
+
+    Args:
+        encoder: Renders and tokenizes records.
+        form: Row format.
+        settings: Provides ``columns``, ``system``, ``max_length`` and ``long_rows``.
+        bad: Collects unusable rows.
+
+    Attributes:
+        account: Counts of all rows read so far.
+        systems: Counts of their system messages.
+        long: Rows that exceed the length limit while ``data.long_rows`` is "error".
+    """
+
+    def __init__(self, encoder: Encoder, form: RowFormat, settings: DataSettings, bad: BadRows) -> None:
+        self.account = Account()
+        self.systems = Systems()
+        self.long = LongRows()
+        self._encoder = encoder
+        self._form = form
+        self._settings = settings
+        self._bad = bad
+
+    def read(self, rows: NumberedRows, indices: Sequence[int]) -> list[list[Example]]:
+        """Return the list of examples of each row at ``indices``.
+
+        A row becomes several examples if its template renders earlier turns differently when more turns follow, or if
+        it is divided. They have the same ``row`` and are on the same side of a split.
+
+        Raises:
+            BadRowError: if a row is unusable, and ``data.bad_rows`` is "error".
+        """
+        locations = [rows.row_location(index) for index in indices]
+
+        def on_bad(position: int, error: BadRowError) -> None:
+            self._bad.add(error, rows[indices[position]][1])
+
+        with_images = self._encoder.images is not None
+        read = read_records(rows, indices, self._form, self._settings.columns, on_bad, images=with_images)
+        records = [with_system(record, self._settings.system) for record in read]
+        encoded = self._encoder.encode(records, locations, on_bad)
+        result: list[list[Example]] = []
+        for position, (index, record, parts) in enumerate(zip(indices, records, encoded, strict=True)):
+            examples: list[Example] = []
+            if record is not None and parts:
+                try:
+                    examples = self._examples(rows[index][0], record, parts, locations[position])
+                except BadRowError as error:
+                    on_bad(position, error)
+                count_system(self.systems, system_of(record))
+            result.append(examples)
+        return result
+
+    def _examples(self, number: int, record: Record, parts: list[Encoded], location: str) -> list[Example]:
+        limit = self._settings.max_length
+        account = self.account
+        settings = self._settings
+        longest = max(len(part.tokens) for part in parts)
+        labels = sum(stop - start for part in parts for start, stop in part.spans)
+        images = self._encoder.images
+        divided = any(divides_image(part.tokens, settings, images) for part in parts)
+        if longest > limit and settings.long_rows == "split" and labels and not divided:
+            parts = split_long(record, parts, self._encoder, limit, location)
+            account["split"] += 1
+            account["split_examples"] += len(parts)
+        elif len(parts) > 1:
+            account["unrolled"] += 1
+            account["unrolled_examples"] += len(parts)
+        account["trailing_turns"] += getattr(record, "trailing", 0) > 0
+        examples = [(part.example(number),) for part in parts]
+        limited = (limit_length(part, location, settings, account, self.long, images) for part in examples)
+        return [example for part in limited for example in part or ()]
 
 
 def _notes_of(account: Account, limit: int) -> list[str]:

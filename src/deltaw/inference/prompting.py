@@ -15,11 +15,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from deltaw.atomic_files import write_text
-from deltaw.data.chunk import MAX_SYSTEM_CHARS
 from deltaw.data.example import Example, rows_of
 from deltaw.data.messages import Message
 from deltaw.data.prompt_tokens import encode_prompt
-from deltaw.data.report import quoted
+from deltaw.data.report import MAX_SYSTEM_CHARS, quoted
 from deltaw.data.row_images import ImagePlacer
 from deltaw.data.rows import RowFolder
 from deltaw.errors import UserError
