@@ -73,7 +73,7 @@ def measure(path: Path, template: str) -> None:
     import numpy as np
     import psutil
 
-    from deltaw.data.prepare import prepare
+    from deltaw.data.stored_rows import TextReader
     from deltaw.hub.tokenizers import load_tokenizer
     from deltaw.settings.data import DataSettings
 
@@ -97,7 +97,9 @@ def measure(path: Path, template: str) -> None:
 
     start = time.perf_counter()
     cpu_time = cpu_seconds()
-    prepared = prepare(DataSettings(str(path), template=template, cache=True, long_rows="cut"), tokenizer, log=log)  # type: ignore[arg-type]
+    prepared = TextReader(
+        DataSettings(str(path), template=template, cache=True, long_rows="cut"), tokenizer, log=log
+    ).prepare()  # type: ignore[arg-type]
     seconds = time.perf_counter() - start
     cpu_time = cpu_seconds() - cpu_time
     size = path.stat().st_size

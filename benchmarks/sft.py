@@ -20,7 +20,7 @@ from pathlib import Path
 from machine import print_machine
 from sft_side import run_side
 
-from deltaw.data.prepare import prepare
+from deltaw.data.stored_rows import TextReader
 from deltaw.hub.loading import load
 from deltaw.hub.packages import member
 from deltaw.lora import detach, load_adapter
@@ -91,7 +91,7 @@ def measure(data_name: str, args: argparse.Namespace, threads: int) -> dict[str,
         columns = {"text": "text"} if data_name == "reviews" else {}
         count = args.rows + args.held_out
         settings = DataSettings(train=reference, columns=columns, eval=args.held_out, rows=count)
-        data = prepare(settings, loaded.tokenizer, seed=0)
+        data = TextReader(settings, loaded.tokenizer).prepare()
         rows = [
             {
                 "input_ids": e.tokens.tolist(),

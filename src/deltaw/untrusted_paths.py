@@ -87,6 +87,21 @@ def require_contained(folder: Path, *, recursive: bool = False, only: Iterable[P
             raise UserError(message, location=str(folder), hint=hint)
 
 
+def read_contained(folder: Path, name: str, max_bytes: int) -> bytes | None:
+    """Return the first ``max_bytes`` bytes of a file in ``folder``, or None if it cannot be read.
+
+    Raises:
+        UserError: if the file is a link that leaves the folder.
+    """
+    path = folder / name
+    require_contained(folder, only=[path])
+    try:
+        with path.open("rb") as file:
+            return file.read(max_bytes)
+    except OSError:
+        return None
+
+
 def is_inside(folder: Path, name: str) -> bool:
     """Return True if ``name``, a path from a file in ``folder``, is inside the folder. The path need not exist."""
     if os.path.isabs(name) or ".." in Path(name).parts:

@@ -51,7 +51,7 @@ def transformers_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def generate_naively(folder: Path, prompts: tuple[str, ...], count: int, *, base: bool = False) -> list[str]:
     """Generate greedily with a full forward pass per token, without a cache."""
-    from deltaw.data.prepare import encode_prompt
+    from deltaw.data.prompt_tokens import encode_prompt
     from deltaw.inference.open_run import open_run
 
     session = open_run(str(folder), precision="fp32", log=lambda line: None)

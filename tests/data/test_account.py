@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from deltaw.data.bad_rows import BadRowError
-from deltaw.data.prepare import prepare, prepare_file
 from deltaw.data.row_reader import RunData
+from deltaw.data.stored_rows import TextReader
 from deltaw.settings.data import DataSettings
 from tests.data.chat_templates import tokenizer_of
 from tests.data.conftest import accounted, refusal
@@ -24,7 +24,7 @@ def messages(*contents: str, **more: object) -> dict[str, object]:
 
 def prepared(path: str, family: str, seed: int = 0, **settings: object) -> RunData:
     config = DataSettings(path, **{"eval": None, **settings})  # type: ignore[arg-type]
-    return prepare(config, tokenizer_of(family), seed=seed)
+    return TextReader(config, tokenizer_of(family)).prepare(seed)
 
 
 BAD = [
@@ -41,7 +41,7 @@ BAD = [
 
 def test_bad_rows_raise_or_are_skipped_and_counted_by_reason(write: Write) -> None:
     path = write(BAD)
-    error = refusal(prepare, DataSettings(path), tokenizer_of("gemma2"))
+    error = refusal(TextReader(DataSettings(path), tokenizer_of("gemma2")).prepare)
     assert isinstance(error, BadRowError) and "'user' cannot follow 'user'" in error.message
     assert error.location == f"{path}, row 3 (line 3), turn 2"
     data = prepared(path, "gemma2", bad_rows="skip")
@@ -102,7 +102,7 @@ def test_truncated_and_dropped_rows_are_counted_with_lost_labels(write: Write) -
     path = write([{"prompt": prompt, "completion": completion} for prompt, completion in texts])
     limits = {"max_length": 6, "template": "plain"}
     cut, dropped, split = (prepared(path, "base", long_rows=w, **limits).report for w in ("cut", "drop", "split"))
-    reference = prepare_file(path, DataSettings("x", template="plain"), tokenizer_of("base"))[1]
+    reference = TextReader(DataSettings("x", template="plain"), tokenizer_of("base")).file(path)[1]
     assert (cut.cut, cut.tokens_cut, cut.labels_cut, cut.without_label) == (1, 5, 5 + 2, 1)
     assert (dropped.dropped_long, dropped.labels_dropped) == (2, 10 + 2)
     assert split.label_tokens == reference.label_tokens

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deltaw.data.chat_template import read_chat_template, with_chat_template, with_date
 from deltaw.data.formats import Pair
-from deltaw.data.prepare import prepare
+from deltaw.data.stored_rows import TextReader
 from deltaw.data.templates import Encoder
 from deltaw.settings.data import DataSettings
 from tests.data.chat_templates import tokenizer_of
@@ -79,7 +79,7 @@ def test_date_defaults_to_today_and_can_be_set(write) -> None:
     for template in ("\n{{ strftime_now('%Y') }}|{{ strftime_now( \"%d\" ) }}", "{{ strftime_now(x) }}", "{{ 1 }}"):
         assert with_date(template, "2026-01-31").endswith(template)
     rows = write([{"prompt": "a", "completion": "b"}] * 2)
-    prepared = prepare(DataSettings(rows, eval=None, date="2026-02-28"), tokenizer)
+    prepared = TextReader(DataSettings(rows, eval=None, date="2026-02-28"), tokenizer).prepare()
     assert "28 Feb 2026" in tokenizer.decode(prepared.train[0].tokens) and prepared.report.date == "2026-02-28"
     assert "the date into each row: 2026-02-28" in "\n".join(prepared.report.lines())
-    assert prepare(DataSettings(rows, eval=None, template="plain"), tokenizer).report.date is None
+    assert TextReader(DataSettings(rows, eval=None, template="plain"), tokenizer).prepare().report.date is None

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.data.chunk import split_long, split_tokens
 from deltaw.data.formats import Pair, Record, Text
+from deltaw.data.long_rows import split_long, split_tokens
 from deltaw.data.templates import Encoded, Encoder
 from tests.data.chat_templates import tokenizer_of
 from tests.data.test_masks import exchange, marked

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaw.data.prepare import apply_weights, prepare
+from deltaw.data.row_selection import apply_weights
+from deltaw.data.stored_rows import TextReader
 from deltaw.settings.config import RunConfig
 from deltaw.settings.data import DataSettings
 from deltaw.settings.mixture import format_sources
@@ -46,7 +47,7 @@ def test_sources_are_read_in_order_with_their_weights(write, tokenizer):
     b = write(texts("b", 3), "b.jsonl")
     c = write(texts("c", 10), "c.jsonl")
     train = [a, {"from": b, "weight": 2}, {"from": c, "weight": 0.5}]
-    prepared = prepare(DataSettings(train, eval=None), tokenizer, seed=1)
+    prepared = TextReader(DataSettings(train, eval=None), tokenizer).prepare(1)
     times = occurrences(prepared, tokenizer)
     counts = {"a": 4, "b": 3, "c": 10}
     occurrence_counts = {name: sorted(times[f"{name} {n}"] for n in range(count)) for name, count in counts.items()}
@@ -59,14 +60,14 @@ def test_sources_are_read_in_order_with_their_weights(write, tokenizer):
     assert report.sources == {name: {"weight": weight, "rows": rows} for name, (weight, rows) in expected.items()}
     message = "\n".join(report.lines())
     assert f"{b}: weight 2, 6 rows in an epoch" in message and report.source == format_sources(train)
-    other = prepare(DataSettings(train, eval=None), tokenizer, seed=2)
+    other = TextReader(DataSettings(train, eval=None), tokenizer).prepare(2)
     assert occurrences(other, tokenizer) != times
 
 
 def test_duplicates_across_sources_and_unweighted_evaluation_rows(write, tokenizer):
     a = write(texts("x", 6), "a.jsonl")
     b = write(texts("x", 8), "b.jsonl")
-    prepared = prepare(DataSettings([a, {"from": b, "weight": 3}], eval=4), tokenizer)
+    prepared = TextReader(DataSettings([a, {"from": b, "weight": 3}], eval=4), tokenizer).prepare()
     assert (prepared.report.duplicates, len(prepared.held_out)) == (6, 4)
     times = occurrences(prepared, tokenizer)
     held_out = {tokenizer.decode(e.tokens, skip_special_tokens=True) for e in prepared.held_out}
@@ -78,7 +79,7 @@ def test_sources_can_have_separate_columns_and_formats(write, tokenizer):
     a = write([{"question": "q", "reply": "r", "text": "t"}], "a.jsonl")
     b = write([{"text": "plain", "prompt": "p", "completion": "c"}], "b.jsonl")
     train = [{"from": a, "columns": {"prompt": "question", "completion": "reply"}}, {"from": b, "form": "text"}]
-    prepared = prepare(DataSettings(train, eval=None), tokenizer)
+    prepared = TextReader(DataSettings(train, eval=None), tokenizer).prepare()
     first, second = (tokenizer.decode(example.tokens) for example in prepared.train)
     assert "q<|im_end|>" in first and first.endswith("r<|im_end|>") and second == "plain<|im_end|>"
     assert (prepared.report.form, prepared.report.template) == ("prompt-completion + text", "chat + plain")
@@ -87,7 +88,7 @@ def test_sources_can_have_separate_columns_and_formats(write, tokenizer):
 def test_selected_rows_are_sampled_from_all_sources(write, tokenizer):
     a = write(texts("a", 30), "a.jsonl")
     b = write(texts("b", 30), "b.jsonl")
-    prepared = prepare(DataSettings([a, b], rows=20, eval=None), tokenizer)
+    prepared = TextReader(DataSettings([a, b], rows=20, eval=None), tokenizer).prepare()
     assert len(prepared.train) == 20 and prepared.report.not_selected == 40
     assert {text[0] for text in occurrences(prepared, tokenizer)} == {"a", "b"}
 

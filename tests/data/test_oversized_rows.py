@@ -7,8 +7,8 @@ import pyarrow.parquet
 import pytest
 
 from deltaw.data.bad_rows import TOO_LONG
-from deltaw.data.prepare import prepare
 from deltaw.data.sources import open_source, read_rows
+from deltaw.data.stored_rows import TextReader
 from deltaw.settings.data import DataSettings
 from deltaw.tasks.classification.rows import LabelReader, RewardReader
 from tests.data.conftest import make_tokenizer, refusal
@@ -38,9 +38,9 @@ def test_row_limit_applies_to_every_reader_and_is_inclusive(write) -> None:
     short, long = (DataSettings(path, max_row_bytes=m, eval=None, columns={"text": "text"}) for m in (99, 999))
     tokenizer = make_tokenizer()
     for read in (
-        lambda settings: prepare(settings, tokenizer),
+        lambda settings: TextReader(settings, tokenizer).prepare(),
         lambda settings: LabelReader(settings, tokenizer, "sequence-classification").prepare(),
         lambda settings: RewardReader(settings, tokenizer).prepare(),
     ):
         assert "line 1 has more than the 99 bytes" in refusal(read, short).message
-    assert len(prepare(long, tokenizer).train) == 2
+    assert len(TextReader(long, tokenizer).prepare().train) == 2

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from deltaw.data.example import Example
-from deltaw.data.prepare import encode_prompt, prepare, prepare_file
+from deltaw.data.prompt_tokens import encode_prompt
 from deltaw.data.row_reader import RunData
+from deltaw.data.stored_rows import TextReader
 from deltaw.settings.data import DataSettings
 from tests.conftest import write_rows
 from tests.data.conftest import accounted, make_tokenizer, refusal
@@ -34,7 +35,7 @@ def ids(examples: Iterable[Example]) -> list[tuple[int, bytes]]:
 
 def prepared(train: str, tokenizer: PreTrainedTokenizerFast = TOKENIZER, seed: int = 0, **values: object) -> RunData:
     """Return training rows, without a split unless ``eval`` is passed."""
-    return prepare(DataSettings(train, **{"eval": None, **values}), tokenizer, seed=seed)  # type: ignore[arg-type]
+    return TextReader(DataSettings(train, **{"eval": None, **values}), tokenizer).prepare(seed)  # type: ignore[arg-type]
 
 
 def numbers(examples: Iterable[Example]) -> list[int]:
@@ -125,7 +126,7 @@ def test_separate_evaluation_file_is_complete_and_overlap_is_reported(write: Wri
     assert (full.evaluation.duplicates, full.evaluation.rows_kept) == (1, 3)
     assert any("also training rows" in line for line in full.lines())
     path = write(texts("a1", "a1", "bcd"))
-    examples, report = prepare_file(path, DataSettings("elsewhere.jsonl", rows=1), TOKENIZER)
+    examples, report = TextReader(DataSettings("elsewhere.jsonl", rows=1), TOKENIZER).file(path)
     assert numbers(examples) == [1, 2, 3]
     assert (report.rows_kept, report.duplicates, report.tokens, report.longest) == (3, 1, 10, 4)
     assert report.label_tokens == 7

@@ -15,11 +15,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from deltaw.data import row_cache, row_stream, stored_rows
-from deltaw.data.chunk import ChunkReader
-from deltaw.data.prepare import prepare, prepare_file
 from deltaw.data.row_cache import RowCache
 from deltaw.data.row_reader import RunData
 from deltaw.data.row_store import DiskRows, MemoryRows
+from deltaw.data.stored_rows import ChunkReader, TextReader
 from deltaw.settings.data import DataSettings
 from tests.caches import invalidate
 from tests.conftest import write_rows
@@ -53,7 +52,7 @@ def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def prepare_logged(data: Path, tokenizer: PreTrainedTokenizerFast = TOKENIZER, seed: int = 0, **settings: object):
     log_lines: list[str] = []
     config = DataSettings(str(data), **{"cache": True, "eval": 0.2, **settings})  # type: ignore[arg-type]
-    return prepare(config, tokenizer, seed=seed, log=log_lines.append), log_lines
+    return TextReader(config, tokenizer, log=log_lines.append).prepare(seed), log_lines
 
 
 def content(prepared: RunData) -> list[object]:
@@ -81,7 +80,7 @@ def test_second_preparation_reads_the_cached_rows(data: Path, folder: Path, toke
 
 
 def test_evaluation_file_is_cached(data: Path, folder: Path, tokenized: list[int]) -> None:
-    results = [prepare_file(str(data), DataSettings("elsewhere.jsonl", cache=True), TOKENIZER) for _ in range(2)]
+    results = [TextReader(DataSettings("elsewhere.jsonl", cache=True), TOKENIZER).file(str(data)) for _ in range(2)]
     assert tokenized == [60] and results[0][1] == results[1][1]
     assert [[e.row for e in rows] for rows, _ in results] == [list(range(1, 61))] * 2
 

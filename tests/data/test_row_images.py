@@ -18,15 +18,15 @@ from transformers import PreTrainedTokenizerFast
 
 from deltaw.data import row_images
 from deltaw.data.bad_rows import BadRowError, BadRows
-from deltaw.data.chunk import ChunkReader
 from deltaw.data.example import Example, token_spans
 from deltaw.data.formats import choose_form
 from deltaw.data.messages import read_prompt
-from deltaw.data.prepare import TextReader, encode_prompt, prepare
+from deltaw.data.prompt_tokens import encode_prompt
 from deltaw.data.prompts import QuestionReader
 from deltaw.data.row_images import MARKER, PlacedImage, RowImage, take_images
 from deltaw.data.row_reader import RunData
 from deltaw.data.rows import NO_FOLDER, NumberedRows, RowFolder
+from deltaw.data.stored_rows import ChunkReader, TextReader
 from deltaw.data.templates import Encoder
 from deltaw.errors import UserError
 from deltaw.hub import packages
@@ -375,7 +375,7 @@ def test_images_of_a_row_have_a_maximum_number_of_tokens(monkeypatch: pytest.Mon
 
 
 def run_data(path: str, placer: FakePlacer, tokenizer: PreTrainedTokenizerFast, **settings) -> RunData:
-    return prepare(DataSettings(train=path, **{"eval": None, **settings}), tokenizer, images=placer)
+    return TextReader(DataSettings(train=path, **{"eval": None, **settings}), tokenizer, images=placer).prepare()
 
 
 def test_files_are_read_in_order_without_cache_and_report_no_image_column(write: Write, tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ def test_files_are_read_in_order_without_cache_and_report_no_image_column(write:
         ids = [row.tokens[row.tokens >= FIRST_ID].tolist() for row in data.train]
         assert ids == [[400, 401], [402, 403], [404, 405]] * 2 + [[]]
         assert data.report.unused_columns == ("id",)
-    without = prepare(DataSettings(train=path, eval=None), tokenizer)
+    without = TextReader(DataSettings(train=path, eval=None), tokenizer).prepare()
     assert without.report.unused_columns == ("images", "id")
 
 

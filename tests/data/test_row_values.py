@@ -6,9 +6,9 @@ import pytest
 
 from deltaw.data import sources
 from deltaw.data.json_values import LEVELS
-from deltaw.data.prepare import prepare
 from deltaw.data.row_selection import choose_rows
 from deltaw.data.sources import open_source, read_rows
+from deltaw.data.stored_rows import TextReader
 from deltaw.reports.starter import preview_data
 from deltaw.settings.data import DataSettings
 from deltaw.tasks.classification.rows import LabelReader, RewardReader
@@ -19,8 +19,8 @@ from tests.data.conftest import make_tokenizer, refusal
 @pytest.mark.parametrize("row", ['{"text": X}', '{"text": "a", "more": X}', '{"messages": [X]}'])
 def test_deeply_nested_rows_are_bad_rows(levels: int, row: str, write) -> None:
     path = write(row.replace("X", "[" * levels + "]" * levels) + '\n{"text": "b"}\n{"messages": 1}\n')
-    assert "levels" in refusal(prepare, DataSettings(path, eval=None), make_tokenizer()).message
-    data = prepare(DataSettings(path, eval=None, bad_rows="skip", form="text"), make_tokenizer())
+    assert "levels" in refusal(TextReader(DataSettings(path, eval=None), make_tokenizer()).prepare).message
+    data = TextReader(DataSettings(path, eval=None, bad_rows="skip", form="text"), make_tokenizer()).prepare()
     assert len(data.train) == 1 and data.report.bad_rows["not JSON"] == 1
 
 
@@ -29,7 +29,7 @@ def test_deeply_nested_arguments_are_not_parsed(write) -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": '{"a":' * 500 + "1" + "}" * 500}}
     template = "{% for m in messages %}{{ m.role }}{{ m.content }}{{ m.tool_calls | tojson }}<|im_end|>{% endfor %}"
     path = write([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]}])
-    refusal(prepare, DataSettings(path, eval=None), make_tokenizer(template))
+    refusal(TextReader(DataSettings(path, eval=None), make_tokenizer(template)).prepare)
 
 
 def test_unrepresentable_values_are_bad_rows(write) -> None:
@@ -46,7 +46,7 @@ def test_unrepresentable_values_are_bad_rows(write) -> None:
 
 def test_row_error_truncates_long_values(write) -> None:
     path = write([{"messages": [{"role": "x" * 50_000, "content": "a"}]}])
-    error = refusal(prepare, DataSettings(path, eval=None), make_tokenizer())
+    error = refusal(TextReader(DataSettings(path, eval=None), make_tokenizer()).prepare)
     assert "the role is 'xxx" in error.message and len(str(error)) < 2000
 
 

@@ -9,9 +9,9 @@ from typing import ClassVar
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaw.data.prepare import prepare
 from deltaw.data.report import PreparationReport
-from deltaw.data.row_selection import group_keys, keys_of, split_rows
+from deltaw.data.row_selection import ReadResult, group_keys, keys_of, split_rows
+from deltaw.data.stored_rows import TextReader
 from deltaw.errors import UserError
 from deltaw.settings.data import DataSettings
 from tests.data.conftest import refusal
@@ -36,8 +36,8 @@ def split_examples(rows: list[Row], *, seed: int = 3, **settings):
     report = PreparationReport("f", "text", "plain", rows_read=len(rows), rows_kept=len(rows))
     keys = keys_of(rows, Row.key)
     groups = group_keys([row.group for row in rows])
-    options = {"seed": seed, "read_eval": lambda name: ([], keys[:0], report)}
-    return split_rows(rows, keys, groups, report, DataSettings("f", **settings), **options)
+    options = {"seed": seed, "read_eval": lambda name: ReadResult([], keys[:0], None, report)}
+    return split_rows(ReadResult(rows, keys, groups, report), DataSettings("f", **settings), **options)
 
 
 @given(
@@ -81,10 +81,10 @@ def test_single_group_cannot_be_split():
 
 def test_groups_apply_to_text_rows_and_missing_columns_suggest_names(write, tokenizer):
     path = write([{"text": f"line {i}", "film": i // 4} for i in range(40)])
-    prepared = prepare(DataSettings(train=path, eval=0.25, group="film"), tokenizer)
+    prepared = TextReader(DataSettings(train=path, eval=0.25, group="film"), tokenizer).prepare()
     sides = [{(example.row - 1) // 4 for example in side} for side in (prepared.train, prepared.held_out)]
     assert not sides[0] & sides[1] and len(prepared.held_out) in (8, 12) and prepared.report.unused_columns == ()
-    error = refusal(prepare, DataSettings(train=path, group="films"), tokenizer)
+    error = refusal(TextReader(DataSettings(train=path, group="films"), tokenizer).prepare)
     assert "no column 'films'" in error.message and "'film'" in str(error.hint)
 
 

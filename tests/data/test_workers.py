@@ -13,8 +13,8 @@ import pytest
 from deltaw.data import parallel_map, stored_rows
 from deltaw.data.bad_rows import BadRowError
 from deltaw.data.parallel_map import in_order, num_processes
-from deltaw.data.prepare import prepare
 from deltaw.data.row_cache import RowWriter
+from deltaw.data.stored_rows import TextReader
 from deltaw.settings.data import DataSettings
 from tests.data.conftest import make_tokenizer, refusal
 
@@ -79,13 +79,13 @@ def test_parallel_rows_equal_sequential_rows(write, monkeypatch):
     monkeypatch.setattr("deltaw.data.row_stream.CHUNK_ROWS", 9)
     monkeypatch.setattr("deltaw.data.row_stream.MEMORY_BYTES", 0)
     settings = DataSettings(path, eval=0.2, group="g", bad_rows="skip", rows=70)
-    single = prepare(settings, make_tokenizer())
+    single = TextReader(settings, make_tokenizer()).prepare()
     monkeypatch.setattr(stored_rows, "PARALLEL_BYTES", 0)
     monkeypatch.setattr(parallel_map, "num_processes", lambda: 3)
     added: list[int] = []
     add = RowWriter.add
     monkeypatch.setattr(RowWriter, "add", lambda self, *args: added.append(len(args[0])) or add(self, *args))
-    parallel = prepare(settings, make_tokenizer())
+    parallel = TextReader(settings, make_tokenizer()).prepare()
     assert len(added) > 3 and parallel.report == single.report and parallel.report.bad_rows["not JSON"] == 1
     assert list(parallel.skipped.lines()) == list(single.skipped.lines())
     for actual, expected in ((parallel.train, single.train), (parallel.held_out, single.held_out)):
@@ -99,5 +99,5 @@ def test_long_rows_are_counted_across_processes(write, monkeypatch: pytest.Monke
     messages = []
     for count in (1, 3):
         monkeypatch.setattr(parallel_map, "num_processes", lambda count=count: count)
-        messages.append(str(refusal(prepare, DataSettings(path, max_length=20), make_tokenizer())))
+        messages.append(str(refusal(TextReader(DataSettings(path, max_length=20), make_tokenizer()).prepare)))
     assert messages[0] == messages[1] and "row 20" in messages[0]

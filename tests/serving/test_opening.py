@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from deltaw.data.prepare import encode_prompt
+from deltaw.data.prompt_tokens import encode_prompt
 from deltaw.decoding.generation import GeneratedCompletion, generate
 from deltaw.decoding.opening import SESSION_ADAPTER, SessionGenerator, open_engine, verified_generator
 from deltaw.decoding.request import Constraint, Request, Sampling

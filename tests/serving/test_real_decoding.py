@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deltaw.data.prepare import prepare
+from deltaw.data.stored_rows import TextReader
 from deltaw.decoding.generation import generate
 from deltaw.decoding.opening import open_engine
 from deltaw.decoding.request import Request
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.network, pytest.mark.slow]
 def test_greedy_completions_of_real_model_equal_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DELTAW_CACHE", str(Path.home() / ".cache" / "deltaw"))
     session = open_run(MODEL, precision="fp32", device="cpu", log=lambda line: None)
-    rows = prepare(DataSettings(train=DATA, eval=None, rows=100), session.tokenizer, seed=3).train
+    rows = TextReader(DataSettings(train=DATA, eval=None, rows=100), session.tokenizer).prepare(3).train
     prompts = [row.tokens[: row.prompt_length] for row in rows]
     expected = generate(session.model, session.tokenizer, prompts, max_new_tokens=NEW)
     # The engine logs a line only if it falls back to transformers.

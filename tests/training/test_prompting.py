@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltaw.data.chunk import MAX_SYSTEM_CHARS
-from deltaw.data.prepare import prepare
+from deltaw.data.report import MAX_SYSTEM_CHARS
+from deltaw.data.stored_rows import TextReader
 from deltaw.inference.open_run import open_run
 from deltaw.inference.prompting import (
     FILE,
@@ -52,7 +52,7 @@ def prompting_of_rows(tmp_path: Path, rows: list[dict[str, Any]], family: str = 
     """Return the prompting derived from rows with a family's tokenizer."""
     settings = DataSettings(str(write_rows(tmp_path / "rows.jsonl", rows)), eval=1, **values)  # type: ignore[arg-type]
     tokenizer = tokenizer_of(family)
-    data = prepare(settings, tokenizer)
+    data = TextReader(settings, tokenizer).prepare()
     prompting = prompting_of(tokenizer, data, settings)
     # Encoding the prompts again reproduces tokens of the rows.
     prompts = [row.tokens[: row.prompt_length].tolist() for row in (*data.train, *data.held_out)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deltaw.data.bad_rows import SKIPPED_ROWS
-from deltaw.data.prepare import encode_prompt
+from deltaw.data.prompt_tokens import encode_prompt
 from deltaw.decoding.generation import generate
 from deltaw.errors import UserError
 from deltaw.inference.open_run import open_run

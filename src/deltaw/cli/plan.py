@@ -89,15 +89,13 @@ def command(
         if not (config.track or config.memory or getattr(config.section, "code_keys", None)):
             return  # all checks are done, without importing torch
 
-    from deltaw.runs.checks import check_rows, check_settings
-    from deltaw.training.session import read_data
+    from deltaw.runs.checks import check_settings, read_checked
 
-    check_settings(config)
     if cached is not None:
+        check_settings(config)
         return
     lines: list[str] = []
-    task, data = read_data(config, lines.append)
-    check_rows(config, task, data)
+    task, data = read_checked(config, lines.append)
     if size is not None or seconds is not None:
         budgets = _search(config, (task, data), (size, seconds), names, processes, out)
         if as_json:
@@ -106,8 +104,9 @@ def command(
     from deltaw.training.planning.budget import settings_for_card
     from deltaw.training.planning.plan_run import plan_methods
 
-    config = settings_for_card(config, task, data, out.print_line, processes)
-    plans = plan_methods(config, task, data, names, on_error=_append_to(lines), processes=processes)
+    config, planned = settings_for_card(config, task, data, out.print_line, processes)
+    on_error = _append_to(lines)
+    plans = plan_methods(config, task, data, names, on_error=on_error, processes=processes, planned=planned)
     if not plans:
         hint = "start deltaw train anyway: it works without a plan"
         raise UserError("no method can be planned", location=config.model, hint=hint)

@@ -9,7 +9,7 @@ import numpy as np
 
 from deltaw.data.bad_rows import BadRows
 from deltaw.data.data_findings import MAX_LOCATIONS, DataFinding, Level
-from deltaw.data.data_statistics import DataStatistics
+from deltaw.data.data_statistics import DataStatistics, repeated_indices
 from deltaw.data.report import LabelNumbers, count_of
 from deltaw.data.row_images import COLUMNS
 from deltaw.settings.data import DataSettings
@@ -97,52 +97,6 @@ class DataCheck:
         }
 
 
-def build_check(
-    statistics: DataStatistics,
-    settings: DataSettings,
-    source: str,
-    *,
-    end_names: Mapping[int, str],
-    eval_sets: Sequence[tuple[str, DataStatistics]] = (),
-) -> DataCheck:
-    """Build the check of a causal language model's rows from statistics.
-
-    Args:
-        statistics: Statistics of the training rows.
-        source: Name of the training rows.
-        settings: The ``data:`` section of the run.
-        end_names: Names of the tokens that end a text.
-        eval_sets: Name and statistics of each separate evaluation file.
-    """
-    examples = statistics.examples
-    lengths = examples["length"]
-    labels = examples["labels"]
-    findings = [*bad_row_findings(statistics.bad, settings, ""), *_row_count_findings(statistics)]
-    findings += _long_row_findings(statistics, settings, "")
-    findings += _unlabeled_findings(statistics, labels)
-    findings += _end_token_findings(statistics, labels, end_names)
-    findings += _duplicate_findings(statistics, settings)
-    findings += _contradiction_findings(statistics)
-    for name, (level, text, hint) in _TEXTS.items():
-        count = statistics.counts[name]
-        locations = tuple(statistics.remark_locations.get(name, ()))
-        findings.append(DataFinding(name, level, count, f"{count_of(count)} {text}", hint, locations))
-    for name, eval_statistics in eval_sets:
-        findings += bad_row_findings(eval_statistics.bad, settings, f" of {name}")
-        findings += _long_row_findings(eval_statistics, settings, f" of {name}")
-        findings += _overlap_findings(statistics, eval_statistics, name)
-    findings += _proportion_findings(statistics, lengths, labels)
-    unused = sorted(statistics.unused_columns - {settings.group})
-    text = f"columns that are not read: {', '.join(unused)}"
-    images = next(filter(IMAGE_NAME.search, unused), None)
-    hint = f"if it has images: data.columns: {{image: {images}}}" if images and images not in COLUMNS else None
-    findings.append(DataFinding("unused_columns", "warning" if images else "note", len(unused), text, hint))
-    counts = statistics.rows + len(statistics.bad), len(examples), int(lengths.sum()), int(labels.sum())
-    results = summarize_lengths(lengths), sort_findings(findings)
-    ends = {end_names[token]: count for token, count in statistics.end_tokens.most_common()}
-    return DataCheck(source, statistics.form, statistics.template, *counts, *results, ends=ends)
-
-
 def summarize_lengths(lengths: np.ndarray) -> Lengths | None:
     """Return quantiles and a histogram, or None if no lengths are given."""
     if not len(lengths):
@@ -197,6 +151,99 @@ def bad_row_findings(bad: BadRows, settings: DataSettings, location: str) -> lis
     return findings
 
 
+def long_row_findings(
+    statistics: DataStatistics,
+    settings: DataSettings,
+    text: str = "longer than",
+    location: str = "",
+    results: Mapping[str, str] | None = None,
+    error_hint: str = "",
+) -> list[DataFinding]:
+    """Return a finding about rows longer than ``data.max_length``.
+
+    Args:
+        text: Text before the limit.
+        location: Suffix that names the file, see :func:`bad_row_findings`.
+        results: Consequence of each value of ``data.long_rows``.
+        error_hint: Added to the hint if ``data.long_rows`` is "error".
+    """
+    lengths = statistics.examples["length"]
+    indices = np.flatnonzero(lengths > settings.max_length)
+    if not len(indices):
+        return []
+    policy = settings.long_rows
+    levels: dict[str, Level] = {"error": "error", "split": "note"}
+    result = ({"drop": ": dropped", "cut": ": truncated"} if results is None else results).get(policy, "")
+    text = f"{count_of(len(indices))}{location} {text} data.max_length ({settings.max_length:,} tokens){result}"
+    hint = f"data.max_length: {lengths.max()} fits all" + (error_hint if policy == "error" else "")
+    level = levels.get(policy, "warning")
+    return [DataFinding("long_rows", level, len(indices), text, hint, statistics.locations(indices))]
+
+
+def overlap_findings(
+    train: DataStatistics, evaluation: DataStatistics, name: str, unit: str, prompt_text: str
+) -> list[DataFinding]:
+    """Return findings about evaluation rows that are also training rows, or have the content of one.
+
+    Args:
+        name: Reference of the evaluation file.
+        unit: Name of an item.
+        prompt_text: Text of the finding about rows with the content of a training row.
+    """
+    examples = evaluation.examples
+    is_exact = np.isin(examples["key"], train.examples["key"])
+    has_train_prompt = np.isin(examples["prompt"], train.examples["prompt"]) & (examples["prompt"] != 0) & ~is_exact
+    exact = np.flatnonzero(is_exact)
+    same_prompt = np.flatnonzero(has_train_prompt)
+    exact_text = f"{count_of(len(exact), unit)} of {name} that are also training rows, which inflates the scores"
+    text = f"{count_of(len(same_prompt), unit)} of {name} {prompt_text}"
+    hint = "remove them from one of the files"
+    return [
+        DataFinding("overlap", "warning", len(exact), exact_text, hint, evaluation.locations(exact)),
+        DataFinding("prompt_overlap", "warning", len(same_prompt), text, None, evaluation.locations(same_prompt)),
+    ]
+
+
+# Findings about text rows.
+
+
+def text_length_findings(
+    statistics: DataStatistics, settings: DataSettings, end_names: Mapping[int, str]
+) -> list[DataFinding]:
+    """Return findings about the number of rows, their lengths and labels, and trained end tokens.
+
+    Args:
+        end_names: Names of the tokens that end a text.
+    """
+    labels = statistics.examples["labels"]
+    return [
+        *_row_count_findings(statistics),
+        *long_text_findings(statistics, settings, ""),
+        *_unlabeled_findings(statistics, labels),
+        *_end_token_findings(statistics, labels, end_names),
+    ]
+
+
+def text_findings(statistics: DataStatistics) -> list[DataFinding]:
+    """Return findings about similar texts, equal answers, and remarks."""
+    findings = [*_near_duplicate_findings(statistics), *_single_answer_findings(statistics)]
+    for name, (level, text, hint) in _TEXTS.items():
+        count = statistics.counts[name]
+        locations = tuple(statistics.remark_locations.get(name, ()))
+        findings.append(DataFinding(name, level, count, f"{count_of(count)} {text}", hint, locations))
+    return findings
+
+
+def text_summary_findings(statistics: DataStatistics, settings: DataSettings) -> list[DataFinding]:
+    """Return findings about the share of labels, rows that became several examples, and unused columns."""
+    unused = sorted(statistics.unused_columns - {settings.group})
+    text = f"columns that are not read: {', '.join(unused)}"
+    images = next(filter(IMAGE_NAME.search, unused), None)
+    hint = f"if it has images: data.columns: {{image: {images}}}" if images and images not in COLUMNS else None
+    columns = DataFinding("unused_columns", "warning" if images else "note", len(unused), text, hint)
+    return [*_proportion_findings(statistics), columns]
+
+
 def _row_count_findings(statistics: DataStatistics) -> list[DataFinding]:
     if len(statistics.examples):
         text = f"the data has only {count_of(statistics.rows)}"
@@ -204,22 +251,17 @@ def _row_count_findings(statistics: DataStatistics) -> list[DataFinding]:
     return [DataFinding("no_rows", "error", 1, "no usable rows")]
 
 
-def _long_row_findings(statistics: DataStatistics, settings: DataSettings, location: str) -> list[DataFinding]:
+def long_text_findings(statistics: DataStatistics, settings: DataSettings, location: str) -> list[DataFinding]:
+    """Return a finding about long rows and the labels that they lose. Arguments as for :func:`long_row_findings`."""
     examples = statistics.examples
-    indices = np.flatnonzero(examples["length"] > settings.max_length)
-    if not len(indices):
-        return []
-    text = f"{count_of(len(indices))}{location} longer than data.max_length ({settings.max_length:,} tokens)"
-    hint = f"data.max_length: {examples['length'].max()} fits all"
-    hint += "; data.long_rows: cut, drop or split" if settings.long_rows == "error" else ""
-    results: dict[str, tuple[Level, str]] = {
-        "error": ("error", ""),
-        "drop": ("warning", f": dropped, with {examples['labels'][indices].sum():,} labels"),
-        "cut": ("warning", f": truncated, {examples['lost'][indices].sum():,} labels lost"),
-        "split": ("note", ": divided, no label lost"),
+    long = examples[examples["length"] > settings.max_length]
+    results = {
+        "drop": f": dropped, with {long['labels'].sum():,} labels",
+        "cut": f": truncated, {long['lost'].sum():,} labels lost",
+        "split": ": divided, no label lost",
     }
-    level, result = results[settings.long_rows]
-    return [DataFinding("long_rows", level, len(indices), text + result, hint, statistics.locations(indices))]
+    hint = "; data.long_rows: cut, drop or split"
+    return long_row_findings(statistics, settings, location=location, results=results, error_hint=hint)
 
 
 def _unlabeled_findings(statistics: DataStatistics, labels: np.ndarray) -> list[DataFinding]:
@@ -247,56 +289,20 @@ def _end_token_findings(stats: DataStatistics, labels: np.ndarray, end_names: Ma
     return [DataFinding("end_not_trained", "warning", num_missing, text)]
 
 
-def _duplicate_findings(statistics: DataStatistics, settings: DataSettings) -> list[DataFinding]:
-    kept = np.flatnonzero(statistics.examples["labels"])
-    repeated = kept[_repeated_indices(statistics.examples["key"][kept])]
-    action = "dropped" if settings.duplicates == "drop" else "kept because data.duplicates is keep"
-    exact = f"{count_of(len(repeated), 'example')} with the same tokens and labels as an earlier one ({action})"
-    distinct = np.setdiff1d(np.intersect1d(statistics.first_examples(), kept), repeated)
-    near = distinct[_repeated_indices(statistics.examples["text"][distinct])]
-    similar = f"{count_of(len(near))} with the text of an earlier one except for case, spacing or punctuation"
-    return [
-        DataFinding("duplicates", "warning", len(repeated), exact, None, statistics.locations(repeated)),
-        DataFinding("near_duplicates", "note", len(near), similar, None, statistics.locations(near)),
-    ]
+def _near_duplicate_findings(statistics: DataStatistics) -> list[DataFinding]:
+    labeled = np.flatnonzero(statistics.examples["labels"])
+    distinct = np.setdiff1d(np.intersect1d(statistics.first_examples(), labeled), statistics.duplicates())
+    near = distinct[repeated_indices(statistics.examples["text"][distinct])]
+    text = f"{count_of(len(near))} with the text of an earlier one except for case, spacing or punctuation"
+    return [DataFinding("near_duplicates", "note", len(near), text, None, statistics.locations(near))]
 
 
-def _contradiction_findings(statistics: DataStatistics) -> list[DataFinding]:
-    with_prompt = np.flatnonzero((statistics.examples["prompt"] != 0) & (statistics.examples["labels"] > 0))
-    if not len(with_prompt):
-        return []
-    prompts = statistics.examples["prompt"][with_prompt]
-    answers = statistics.examples["answer"][with_prompt]
-    order = np.lexsort((answers, prompts))
-    same_prompt = prompts[order][1:] == prompts[order][:-1]
-    different_answer = answers[order][1:] != answers[order][:-1]
-    contradicted = np.unique(prompts[order][1:][same_prompt & different_answer])
-    rows = with_prompt[np.isin(prompts, contradicted)]
-    num_examples = f"({count_of(len(rows), 'example')})"
-    text = f"{count_of(len(contradicted), 'prompt')} with different answers in different rows {num_examples}"
-    hint = "if one answer is right, correct the others; with data.group they stay on one side of the split"
-    findings = [DataFinding("contradictions", "warning", len(contradicted), text, hint, statistics.locations(rows))]
-    if len(np.unique(answers)) == 1 and len(np.unique(prompts)) > 1:
-        text = "every prompt has the same answer, so the model will learn to give it to any prompt"
-        findings.append(DataFinding("single_answer", "warning", len(with_prompt), text))
-    return findings
-
-
-def _overlap_findings(statistics: DataStatistics, eval_statistics: DataStatistics, name: str) -> list[DataFinding]:
-    train = statistics.examples
-    evaluation = eval_statistics.examples
-    is_exact = np.isin(evaluation["key"], train["key"])
-    has_train_prompt = np.isin(evaluation["prompt"], train["prompt"]) & (evaluation["prompt"] != 0) & ~is_exact
-    exact = np.flatnonzero(is_exact)
-    same_prompt = np.flatnonzero(has_train_prompt)
-    exact_text = f"{count_of(len(exact), 'example')} of {name} that are also training rows, which inflates the scores"
-    prompt_text = f"{count_of(len(same_prompt), 'example')} of {name} with the prompt of a training row"
-    hint = "remove them from one of the files"
-    prompt_locations = eval_statistics.locations(same_prompt)
-    return [
-        DataFinding("overlap", "warning", len(exact), exact_text, hint, eval_statistics.locations(exact)),
-        DataFinding("prompt_overlap", "warning", len(same_prompt), prompt_text, None, prompt_locations),
-    ]
+def _single_answer_findings(statistics: DataStatistics) -> list[DataFinding]:
+    examples = statistics.examples
+    with_prompt = examples[(examples["prompt"] != 0) & (examples["labels"] > 0)]
+    is_single = len(np.unique(with_prompt["answer"])) == 1 and len(np.unique(with_prompt["prompt"])) > 1
+    text = "every prompt has the same answer, so the model will learn to give it to any prompt"
+    return [DataFinding("single_answer", "warning", len(with_prompt) if is_single else 0, text)]
 
 
 _SPECIAL_TOKENS = "with a special token in the text, which the tokenizer encodes as the special token"
@@ -312,16 +318,12 @@ _TEXTS: dict[str, tuple[Level, str, str | None]] = {
 }
 
 
-def _proportion_findings(statistics: DataStatistics, lengths: np.ndarray, labels: np.ndarray) -> list[DataFinding]:
-    share = labels.sum() / max(1, lengths.sum())
+def _proportion_findings(statistics: DataStatistics) -> list[DataFinding]:
+    labels = int(statistics.examples["labels"].sum())
+    share = labels / max(1, statistics.lengths.sum())
     text = f"only {share:.1%} of the tokens are labels; the others are computed without being trained on"
     unrolled = "that became several examples because the template rewrites earlier turns"
     return [
-        DataFinding("few_labels", "note", int(0 < share < _LOW_LABEL_SHARE) and int(labels.sum()), text),
+        DataFinding("few_labels", "note", int(0 < share < _LOW_LABEL_SHARE) and labels, text),
         DataFinding("unrolled", "note", statistics.unrolled, f"{count_of(statistics.unrolled)} {unrolled}"),
     ]
-
-
-def _repeated_indices(keys: np.ndarray) -> np.ndarray:
-    """Return the indices of keys that occurred before, in ascending order."""
-    return np.setdiff1d(np.arange(len(keys)), np.unique(keys, return_index=True)[1])

@@ -1,4 +1,4 @@
-"""Statistics of examples. Texts are stored as 8-byte hashes, so that each example takes about 50 bytes."""
+"""Statistics of rows for data checks. Texts are stored as 8-byte hashes, so that each example takes about 50 bytes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deltaw.data.bad_rows import BadRowError, BadRows
-from deltaw.data.chunk import divides_image, example_of
 from deltaw.data.data_findings import MAX_LOCATIONS
 from deltaw.data.example import Example, special_tokens
 from deltaw.data.formats import Pair, Record, RowFormat, Text, choose_form, read_records, unused_columns, with_system
+from deltaw.data.long_rows import divides_image
+from deltaw.data.report import LabelNumbers
 from deltaw.data.row_images import MARKER, ImagePlacer
+from deltaw.data.row_selection import ReadResult
 from deltaw.data.rows import NumberedRows
 from deltaw.data.sources import open_source
 from deltaw.data.templates import Encoder
@@ -32,20 +34,27 @@ _NO_LETTERS = re.compile(r"[\W_]+")
 
 # Per example: row number, token count, label count and number of labels beyond ``data.max_length`` (lost). Hashes of
 # tokens and labels (key), of the prompt (0 if it is empty), of the answer, and of the text without case, spacing and
-# punctuation (text).
+# punctuation (text). Items of other rows have their content in place of a prompt, and their key in place of an answer.
 _HASHES = [(name, "u8") for name in ("key", "prompt", "answer", "text")]
 _NUMBERS = np.dtype([("row", "i8"), ("length", "i4"), ("labels", "i4"), ("lost", "i4"), *_HASHES])
 
 
 @dataclass
 class DataStatistics:
-    """Statistics of the examples of one or several sources.
+    """Statistics of the examples of text rows, or of the items of other rows, of one or several sources.
 
     Attributes:
         form: Row format, as in the preparation report.
         template: Template, as in the preparation report.
         rows: Number of usable rows.
+        rows_read: Number of all rows.
         bad: Rows that cannot be used.
+        lengths: Numbers of tokens. Empty if rows have no tokens.
+        label_tokens: Number of label tokens, or None if rows have one label each.
+        class_counts: Number of items of each class.
+        label_numbers: Distribution of each target of a regression.
+        ends: Number of examples that each end token ends, by its name, or None if rows have one label each.
+        read: Rows in memory, if they are kept.
         unrolled: Number of rows that became several examples.
         unused_columns: Columns that are not read.
         end_tokens: For each end token, the number of examples with it as last label.
@@ -57,7 +66,14 @@ class DataStatistics:
     form: str = ""
     template: str = ""
     rows: int = 0
+    rows_read: int = 0
     bad: BadRows = field(default_factory=lambda: BadRows("skip"))
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    label_tokens: int | None = None
+    class_counts: Mapping[str, int] = field(default_factory=dict)
+    label_numbers: Sequence[LabelNumbers] = ()
+    ends: Mapping[str, int] | None = None
+    read: ReadResult | None = None
     unrolled: int = 0
     unused_columns: set[str] = field(default_factory=set)
     end_tokens: Counter[int] = field(default_factory=Counter)
@@ -84,6 +100,22 @@ class DataStatistics:
         rows = self.examples["row"][examples]
         return tuple(dict.fromkeys(f"{file}, row {row}" for file, row in zip(files, rows, strict=True)))
 
+    def duplicates(self) -> np.ndarray:
+        """Return the indices of examples with labels that are equal to an earlier one."""
+        labeled = np.flatnonzero(self.examples["labels"])
+        return labeled[repeated_indices(self.examples["key"][labeled])]
+
+    def contradictions(self) -> tuple[np.ndarray, int]:
+        """Return the indices of examples whose prompt has different answers, and the number of these prompts."""
+        with_prompt = np.flatnonzero((self.examples["prompt"] != 0) & (self.examples["labels"] > 0))
+        prompts = self.examples["prompt"][with_prompt]
+        answers = self.examples["answer"][with_prompt]
+        order = np.lexsort((answers, prompts))
+        same_prompt = prompts[order][1:] == prompts[order][:-1]
+        different_answer = answers[order][1:] != answers[order][:-1]
+        contradicted = np.unique(prompts[order][1:][same_prompt & different_answer])
+        return with_prompt[np.isin(prompts, contradicted)], len(contradicted)
+
     def add_remark(self, remark: str, location: str) -> None:
         """Count a row with a remark."""
         self.counts[remark] += 1
@@ -98,10 +130,6 @@ class DataStatistics:
             text: Hash of the normalized text of the row.
             end_tokens: Tokens that end a text.
         """
-        file = location.rpartition(", row ")[0]
-        if not self._files or self._files[-1] != file:
-            self._starts.append(len(self._numbers) // _NUMBERS.itemsize)
-            self._files.append(file)
         tokens = example.tokens
         labels = np.flatnonzero(example.is_label)
         prompt = tokens[: example.prompt_length]
@@ -109,11 +137,27 @@ class DataStatistics:
         lengths = len(example), len(labels), int((labels >= max_length).sum())
         key = digest_of(tokens.tobytes(), np.packbits(example.is_label).tobytes())
         hashes = key, digest_of(prompt.tobytes()) if len(prompt) else 0, digest_of(answer.tobytes()), text
-        self._numbers += np.array((example.row, *lengths, *hashes), _NUMBERS).tobytes()
+        self._append(location.rpartition(", row ")[0], example.row, *lengths, *hashes)
         last = int(tokens[labels[-1]]) if len(labels) else -1
         if last in end_tokens:
             self.num_terminated += 1
             self.end_tokens[last] += 1
+
+    def add_item(self, row: int, file: str, length: int, *, key: bytes, content: bytes) -> None:
+        """Add one item of rows that are not text.
+
+        Args:
+            key: Bytes that are equal for duplicates.
+            content: Bytes that are equal for items that contradict each other if their keys differ.
+        """
+        key_hash = digest_of(key)
+        self._append(file, row, length, 1, 0, key_hash, digest_of(content), key_hash, 0)
+
+    def _append(self, file: str, *numbers: int) -> None:
+        if not self._files or self._files[-1] != file:
+            self._starts.append(len(self._numbers) // _NUMBERS.itemsize)
+            self._files.append(file)
+        self._numbers += np.array(numbers, _NUMBERS).tobytes()
 
 
 def collect_statistics(
@@ -160,6 +204,9 @@ def collect_statistics(
                 text_hash = digest_of(normalized, *(b"" if images is None else _image_ids(e, images) for e in examples))
                 for example in examples:
                     statistics.add(example, location, text_hash, settings.max_length, frozenset(end_tokens))
+    statistics.rows_read = statistics.rows + len(statistics.bad)
+    statistics.lengths = statistics.examples["length"]
+    statistics.label_tokens = int(statistics.examples["labels"].sum())
     return statistics
 
 
@@ -183,7 +230,7 @@ def _encode_chunk(
     records = [with_system(record, system) for record in read]
     for index, (record, parts) in enumerate(zip(records, encoder.encode(records, locations, on_bad), strict=True)):
         if record is not None and index not in rejected:
-            yield locations[index], record, [example_of(rows.number(index), part) for part in parts]
+            yield locations[index], record, [part.example(rows.number(index)) for part in parts]
 
 
 def _texts_of(record: Record) -> list[tuple[str, bool]]:
@@ -224,3 +271,8 @@ def digest_of(*parts: bytes) -> int:
     for part in parts:
         digest.update(part)
     return int.from_bytes(digest.digest(), "little") or 1
+
+
+def repeated_indices(keys: np.ndarray) -> np.ndarray:
+    """Return the indices of keys that occurred before, in ascending order."""
+    return np.setdiff1d(np.arange(len(keys)), np.unique(keys, return_index=True)[1])

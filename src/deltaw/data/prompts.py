@@ -29,9 +29,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 from deltaw.data.bad_rows import OnBadRow
-from deltaw.data.chunk import count_system, differ, example_of, frequent
-from deltaw.data.formats import read_pair, require, with_images, with_system
+from deltaw.data.formats import read_pair, require, system_of, with_images, with_system
+from deltaw.data.long_rows import differ
 from deltaw.data.messages import WRONG_TYPE
+from deltaw.data.report import count_system, frequent
 from deltaw.data.row_reader import RowReader
 from deltaw.data.rows import NumberedRows
 from deltaw.data.templates import Encoded, Encoder
@@ -150,7 +151,7 @@ class AnswerReader(RowReader[RowGroup]):
         encoded = self.encode(records, locations, on_bad)
         for record in records[::count]:
             if record is not None:
-                count_system(self.systems, record)
+                count_system(self.systems, system_of(record))
         self.systems = frequent(self.systems)
         return [None if n in bad else encoded[count * n : count * (n + 1)] for n in range(len(indices))]
 
@@ -168,7 +169,7 @@ class AnswerReader(RowReader[RowGroup]):
         if not all(encoded):
             self.account["without_label"] += 1
             return None
-        examples = tuple(example_of(rows.number(index), parts[0]) for parts in encoded)
+        examples = tuple(parts[0].example(rows.number(index)) for parts in encoded)
         if not differ(examples):
             raise _identical_answers(location)
         group = self.limit_length(RowGroup(examples), location)

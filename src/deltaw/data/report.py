@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from deltaw.data.bad_rows import BadRows
 from deltaw.data.class_names import almost_equal_text, merge_setting, similar_text
+from deltaw.errors import UserError
 from deltaw.progress import Detail
 from deltaw.settings.row_kinds import IMAGE_NAME
 
@@ -242,3 +246,44 @@ def quoted(text: str, max_chars: int) -> str:
 def count_of(count: int, noun: str = "row") -> str:
     """Return ``1 row`` or ``2 rows``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+# Counts of :class:`PreparationReport` by field name.
+Account = Counter[str]
+# Number of rows per system message. "" counts rows without one, or with a rare or very long one.
+Systems = Counter[str]
+# Share of rows that must have the same system message to store it with the run, and its maximum number of characters.
+SHARED = 0.9
+MAX_SYSTEM_CHARS = 32_768
+# Number of system messages that are counted separately, because each row may have another one.
+_SYSTEMS = 8
+
+
+def count_system(systems: Systems, text: str) -> None:
+    """Count the system message of one row, which is empty for a row without one."""
+    systems[text if text.strip() and len(text) <= MAX_SYSTEM_CHARS else ""] += 1
+
+
+def frequent(systems: Systems) -> Systems:
+    """Return the counts of the most frequent system messages, and count all other rows as ""."""
+    most_common = Systems(dict(systems.most_common(_SYSTEMS)))
+    most_common[""] += systems.total() - most_common.total()
+    return most_common
+
+
+def shared_system(systems: Systems) -> dict[str, Any]:
+    """Return ``system`` and ``system_rows`` of :class:`PreparationReport`."""
+    nonempty = Systems({text: count for text, count in systems.items() if text})
+    text, count = next(iter(nonempty.most_common(1)), (None, 0))
+    return {"system": text if count >= SHARED * systems.total() else None, "system_rows": nonempty.total()}
+
+
+def no_rows_error(name: str, account: Account, bad: BadRows, skipped: int, hint: str) -> UserError:
+    """Return the error for a file without usable rows. It contains the first reason if rows are unusable."""
+    long = account["dropped_long"]
+    unlabeled = account["without_label"]
+    invalid = f", {skipped:,} invalid" if skipped else ""
+    message = f"no usable rows: {long:,} too long, {unlabeled:,} without a label{invalid}"
+    if skipped and (first := next(bad.lines(), None)) is not None:
+        hint = f"correct the rows; the first error is in {first['where']}: {first['error']}"
+    return UserError(message, location=name, hint=hint)

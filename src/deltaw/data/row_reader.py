@@ -1,7 +1,7 @@
-"""Base class of readers that convert file rows to examples in memory.
+"""Base classes of the readers of tasks.
 
-Rows are opened, chosen, skipped with a reason, counted, deduplicated, split, checked and displayed in the same way for
-all tasks. :mod:`deltaw.data.prepare.prepare` streams text from files of any size instead.
+Rows are deduplicated, split, reported and checked in the same way for all tasks. Storage differs: :class:`RowReader`
+keeps rows as objects in memory, and :class:`deltaw.data.stored_rows.TextReader` streams text from files of any size.
 """
 
 from __future__ import annotations
@@ -10,21 +10,30 @@ import abc
 import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
 from deltaw.data.bad_rows import BadRowError, BadRows, OnBad
-from deltaw.data.check import DataCheck, bad_row_findings, sort_findings, summarize_lengths
-from deltaw.data.chunk import Account, LongRows, Systems, limit_length, no_rows_error, shared_system
+from deltaw.data.check import (
+    DataCheck,
+    bad_row_findings,
+    long_row_findings,
+    overlap_findings,
+    sort_findings,
+    summarize_lengths,
+)
 from deltaw.data.data_findings import DataFinding
+from deltaw.data.data_statistics import DataStatistics
 from deltaw.data.example import RowGroup, TokenSpan, concat_rows, rows_of, token_spans
 from deltaw.data.formats import check_columns, require
+from deltaw.data.long_rows import LongRows, limit_length
 from deltaw.data.messages import drop_nulls
 from deltaw.data.read_progress import ReadProgress
-from deltaw.data.report import PreparationReport, count_of
+from deltaw.data.report import Account, PreparationReport, Systems, count_of, no_rows_error, shared_system
 from deltaw.data.row_images import ImagePlacer
 from deltaw.data.row_selection import (
+    ReadResult,
     check_group,
     choose_rows,
     group_keys,
@@ -47,12 +56,12 @@ if TYPE_CHECKING:
 
 # Length limit that no row reaches.
 UNLIMITED = 2**30
-MAX_LOCATIONS = 5  # maximum number of row locations in a finding
 
 # Rows per tokenizer call.
 ROWS_AT_ONCE = 4096
 
 Item = TypeVar("Item")
+ReaderType = TypeVar("ReaderType", bound="Reader")
 Text = TypeVar("Text")
 Tokens = TypeVar("Tokens")
 
@@ -133,33 +142,63 @@ class RowPreview:
     notes: tuple[str, ...] = ()
 
 
-class Reader(Protocol):
-    """Interface of a task's data reader."""
+class Reader(abc.ABC):
+    """Reads the rows of a task. A subclass implements :meth:`read` and defines how rows are stored: :class:`RowReader`
+    as objects in memory, :class:`deltaw.data.stored_rows.TextReader` as compact token arrays that can be cached.
 
-    def prepare(self, seed: int = 0) -> RunData:
-        """Return the rows of a run.
+    Args:
+        settings: The ``data:`` section.
+        tokenizer: Tokenizer of the model.
+        log: Receives progress lines.
 
-        Args:
-            seed: Seed for choosing rows (``data.rows``) and for holding rows out.
+    Attributes:
+        classes: Class names of labeled rows.
+        images: See :class:`deltaw.data.templates.Encoder`.
+        bad: Unusable rows.
+        unit: Name of a checked item in findings.
+        too_long_text: Text of the finding about rows that are too long.
+        duplicate_text: Text of the finding about duplicates.
+        keep_text: Reason for which duplicates are kept, for this finding.
+        contradiction_hint: Hint of the finding about contradicting rows.
+        contradictions_by_content: Count contradicting contents instead of rows.
+        overlap_text: Text of the finding about evaluation rows with the content of a training row.
+    """
+
+    classes: tuple[str, ...] | None = None
+    images: ImagePlacer | None = None
+    unit = "row"
+    too_long_text = "longer than"
+    duplicate_text = "with the same content as an earlier one"
+    keep_text = "kept"
+    contradiction_hint = "if one is right, remove the other"
+    contradictions_by_content = True
+    overlap_text = "with the content of a training row and another label"
+
+    def __init__(
+        self,
+        settings: DataSettings,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        log: LogFunction = ignore_line,
+    ) -> None:
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.bad = BadRows(settings.bad_rows)
+        self._log = log
+
+    @abc.abstractmethod
+    def read(self, train: Train, seed: int | None = None) -> ReadResult:
+        """Return all usable rows of ``train`` (see ``data.train``), or those that ``seed`` chooses (``data.rows``).
 
         Raises:
-            UserError: if the data cannot be used. The message names the file and the row.
+            UserError: if a row is unusable, or no usable row exists.
         """
 
-    def file(self, reference: str) -> tuple[Sequence[Any], PreparationReport]:
-        """Read one file as evaluation data, with all rows including duplicates.
+    @abc.abstractmethod
+    def collect(self, train: Train) -> DataStatistics:
+        """Return statistics of all rows of ``train`` for :meth:`check`, regardless of their length."""
 
-        Raises:
-            UserError: if the data cannot be used. The message names the file and the row.
-        """
-
-    def check(self, eval_files: Sequence[str]) -> DataCheck:
-        """Check the training rows and separate evaluation files.
-
-        Args:
-            eval_files: References of evaluation files.
-        """
-
+    @abc.abstractmethod
     def rows(self, bad: BadRows) -> Iterator[RowPreview]:
         """Yield the training rows with their examples.
 
@@ -167,14 +206,116 @@ class Reader(Protocol):
             bad: Collects rows that cannot be read, before the first row of their source is yielded.
         """
 
+    def finalize(self, items: Sequence[Any], seed: int) -> Sequence[Any]:
+        """Convert the rows of one side of the split to their final form."""
+        return items
 
-class RowReader(abc.ABC, Generic[Item]):
-    """Reads rows into memory. A subclass implements :meth:`example`, which converts a row to an example or a group.
+    def add_counts(self, report: PreparationReport, items: Sequence[Any]) -> PreparationReport:
+        """Add counts that are specific to this kind of rows to the report."""
+        return report
 
-    Args:
-        settings: The ``data:`` section.
-        tokenizer: Tokenizer of the model.
-        log: Receives progress lines.
+    @row_errors()
+    def prepare(self, seed: int = 0) -> RunData:
+        """Return the rows of a run.
+
+        Args:
+            seed: Seed for choosing rows (``data.rows``), holding rows out, and sampling fractions of sources.
+
+        Raises:
+            UserError: if the data cannot be used. The message names the file and the row.
+        """
+        read = self.read(self.settings.train, seed)
+        train, eval_rows, report = split_rows(read, self.settings, seed=seed, read_eval=self._read_eval)
+        sides = self.finalize(train, seed), self.finalize(eval_rows, seed)
+        return RunData(*sides, self.add_counts(report, train), self.bad, self.classes)
+
+    @row_errors()
+    def file(self, reference: str) -> tuple[Sequence[Any], PreparationReport]:
+        """Read one file as evaluation data, with all rows including duplicates.
+
+        Raises:
+            UserError: if the data cannot be used. The message names the file and the row.
+        """
+        read = self._read_eval(reference)
+        return self.finalize(read.rows, 0), read.report
+
+    def _read_eval(self, reference: Train) -> ReadResult:
+        read = with_eval_counts(self.read(reference))
+        return replace(read, report=self.add_counts(read.report, read.rows))
+
+    def check(self, eval_files: Sequence[str]) -> DataCheck:
+        """Check the training rows and separate evaluation files.
+
+        Args:
+            eval_files: References of evaluation files.
+        """
+        settings = self.settings
+        reader = self.without_limits()
+        train = reader.collect(settings.train)
+        action = "dropped" if settings.duplicates == "drop" else self.keep_text
+        duplicates = train.duplicates()
+        contradictory, num_contents = train.contradictions()
+        num_contradictions = num_contents if self.contradictions_by_content else len(contradictory)
+        text = f"{count_of(len(duplicates), self.unit)} {self.duplicate_text} ({action})"
+        findings = bad_row_findings(train.bad, settings, "")
+        findings += self.length_findings(train)
+        findings.append(DataFinding("duplicates", "warning", len(duplicates), text, rows=train.locations(duplicates)))
+        text = self.describe_contradictions(len(contradictory), num_contents)
+        locations = train.locations(contradictory)
+        hint = self.contradiction_hint
+        findings.append(DataFinding("contradictions", "warning", num_contradictions, text, hint, locations))
+        findings += reader.row_findings(train)
+        for name in eval_files:
+            evaluation = reader.without_limits().collect(name)
+            findings += bad_row_findings(evaluation.bad, settings, f" of {name}")
+            findings += self.eval_findings(train, evaluation, name)
+        findings += self.summary_findings(train)
+        return DataCheck(
+            source=format_sources(settings.train),
+            form=train.form,
+            template=train.template,
+            rows=train.rows_read,
+            examples=len(train.lengths) or train.rows,
+            tokens=int(train.lengths.sum()),
+            label_tokens=train.label_tokens,
+            lengths=summarize_lengths(train.lengths),
+            findings=sort_findings(findings),
+            class_counts=train.class_counts,
+            label_numbers=train.label_numbers,
+            ends=train.ends,
+        )
+
+    def without_limits(self: ReaderType) -> ReaderType:
+        """Return a reader of the same rows that skips unusable rows and does not apply the length limit."""
+        reader = copy.copy(self)
+        reader.settings = replace(self.settings, bad_rows="skip", long_rows="cut", max_length=UNLIMITED)
+        reader.bad = BadRows("skip")
+        return reader
+
+    def length_findings(self, train: DataStatistics) -> list[DataFinding]:
+        """Return findings about the number of tokens and labels of rows."""
+        return long_row_findings(train, self.settings, self.too_long_text)
+
+    @abc.abstractmethod
+    def describe_contradictions(self, num_rows: int, num_contents: int) -> str:
+        """Return the text of the finding about rows that contradict each other."""
+
+    def row_findings(self, train: DataStatistics) -> list[DataFinding]:
+        """Return findings that are specific to this kind of rows."""
+        return []
+
+    def eval_findings(self, train: DataStatistics, evaluation: DataStatistics, name: str) -> list[DataFinding]:
+        """Return findings about a separate evaluation file."""
+        return overlap_findings(train, evaluation, name, self.unit, self.overlap_text)
+
+    def summary_findings(self, train: DataStatistics) -> list[DataFinding]:
+        """Return notes about all rows."""
+        return []
+
+
+class RowReader(Reader, Generic[Item]):
+    """Reads rows as objects in memory. A subclass implements :meth:`example`, which converts a row to an example or a
+    group.
 
     Attributes:
         columns_task: Task whose columns (:mod:`deltaw.settings.columns`) the rows must have, or empty for any columns.
@@ -183,36 +324,23 @@ class RowReader(abc.ABC, Generic[Item]):
         template: "chat", "plain" or an empty string, for the report.
         needs: Required columns.
         can_use: Optional columns.
-        too_long_text: Text of the finding about rows that are too long.
-        duplicate_text: Text of the finding about duplicates.
         contradiction_text: Text of the finding about contradicting rows.
-        contradiction_hint: Hint of the finding about contradicting rows.
-        contradictions_by_content: Count contradicting contents instead of rows.
-        classes: Class names of labeled rows.
         date: Date that the template writes into rows.
         predicts: Names of the predictions, for rows read for prediction.
-        bad: Unusable rows.
         errors: Errors of the unusable rows of the last read, by index.
         account: Counts of skipped and changed rows.
         long: Rows that exceed the length limit.
         systems: Counts of system messages.
-        images: See :class:`deltaw.data.templates.Encoder`.
     """
 
     columns_task = ""
     predicts: tuple[str, ...] = ()
-    images: ImagePlacer | None = None
     form = "rows"
     noun = "a row"
     template = ""
     needs: tuple[str, ...] = ()
     can_use: tuple[str, ...] = ()
-    too_long_text = "longer than"
-    duplicate_text = "with the same content as an earlier one"
     contradiction_text = "with the content of another row and another label"
-    contradiction_hint = "if one is right, remove the other"
-    contradictions_by_content = True
-    classes: tuple[str, ...] | None = None
     date: str | None = None
 
     def __init__(
@@ -224,14 +352,11 @@ class RowReader(abc.ABC, Generic[Item]):
     ) -> None:
         if settings.long_rows == "split":
             raise UserError(f"{self.noun} cannot be divided", location="data.long_rows: split", hint="set cut or drop")
-        self.settings = settings
-        self.tokenizer = tokenizer
-        self.bad = BadRows(settings.bad_rows)
+        super().__init__(settings, tokenizer, log=log)
         self.errors: dict[int, BadRowError] = {}
         self.account = Account()
         self.long = LongRows()
         self.systems = Systems()
-        self._log = log
 
     def example(self, row: Row, number: int, location: str) -> Item:
         """Convert a row to an :class:`deltaw.data.example.Example` or a group of examples.
@@ -276,14 +401,6 @@ class RowReader(abc.ABC, Generic[Item]):
         """
         return [None] * len(items)
 
-    def finalize(self, items: list[Item], seed: int) -> Sequence[Any]:
-        """Convert the rows of one side of the split to their final form."""
-        return items
-
-    def add_counts(self, report: PreparationReport, items: Sequence[Item]) -> PreparationReport:
-        """Add counts that are specific to this kind of rows to the report."""
-        return report
-
     def findings(self, items: Sequence[Item], report: PreparationReport) -> list[DataFinding]:
         """Return findings that are specific to this kind of rows."""
         return []
@@ -300,28 +417,6 @@ class RowReader(abc.ABC, Generic[Item]):
     def read_source(self, reference: str, on_bad: OnBad | None) -> NumberedRows:
         """Read the rows of one source."""
         return read_rows(reference, on_bad, max_bytes=self.settings.max_row_bytes)
-
-    @row_errors()
-    def prepare(self, seed: int = 0) -> RunData:
-        items, groups, report = self._read(self.settings.train, seed)
-        report = replace(report, source=format_sources(self.settings.train))
-        keys = keys_of(items, self.key)
-        group_digests = group_keys(groups)
-        train, eval_rows, report = split_rows(
-            items, keys, group_digests, report, self.settings, seed=seed, read_eval=self._read_eval
-        )
-        sides = self.finalize(list(train), seed), self.finalize(list(eval_rows), seed)
-        return RunData(*sides, self.add_counts(report, train), self.bad, self.classes)
-
-    @row_errors()
-    def file(self, reference: str) -> tuple[Sequence[Any], PreparationReport]:
-        items, _, report = self._read_eval(reference)
-        return self.finalize(items, 0), report
-
-    def _read_eval(self, reference: Train) -> tuple[list[Item], np.ndarray, PreparationReport]:
-        items, _, report = self._read(reference)
-        keys = keys_of(items, self.key)
-        return items, keys, self.add_counts(with_eval_counts(items, report, keys), items)
 
     def row(self, rows: NumberedRows, index: int) -> Row:
         """Return a row with its columns under the names that the task uses (``data.columns``)."""
@@ -449,12 +544,7 @@ class RowReader(abc.ABC, Generic[Item]):
             hint = f"{did_you_mean(missing[0], rows.columns)}; map other names with data.columns: {{{missing[0]}: …}}"
             raise UserError(f"{self.form} need the column '{missing[0]}'", location=location, hint=hint)
 
-    def _read(self, train: Train, seed: int | None = None) -> tuple[list[Item], list[Hashable], PreparationReport]:
-        """Return all usable rows, or those that ``seed`` chooses, with their groups and the report.
-
-        Raises:
-            UserError: if a row is unusable, or no usable row exists.
-        """
+    def read(self, train: Train, seed: int | None = None) -> ReadResult:
         previous_counts = self.bad.counts.copy()
         self.errors = {}
         self.account = Account()
@@ -494,94 +584,52 @@ class RowReader(abc.ABC, Generic[Item]):
             **shared_system(self.systems),
             **self.account,  # type: ignore[arg-type]
         )
-        return items, groups_of(rows, kept_indices, group) if group else self.groups(items), report
+        groups = groups_of(rows, kept_indices, group) if group else self.groups(items)
+        return ReadResult(items, keys_of(items, self.key), group_keys(groups), report)
 
-    def _without_limits(self) -> RowReader[Item]:
-        """Return a reader of the same rows that skips unusable rows and does not apply the length limit."""
-        reader = copy.copy(self)
-        reader.settings = replace(self.settings, bad_rows="skip", long_rows="cut", max_length=UNLIMITED)
-        reader.bad = BadRows("skip")
-        return reader
+    def collect(self, train: Train) -> DataStatistics:
+        read = self._read_eval(train)
+        report = read.report
+        source = format_sources(train)
+        statistics = DataStatistics(
+            form=report.form,
+            template=report.template,
+            rows=len(read.rows),
+            rows_read=report.rows_read,
+            bad=self.bad,
+            read=read,
+            lengths=np.array(self._lengths(read.rows)),
+            label_tokens=report.label_tokens if report.template else None,
+            class_counts=report.class_counts,
+            label_numbers=report.label_numbers,
+        )
+        for item in read.rows:
+            length = max(self._lengths([item]), default=0)
+            statistics.add_item(item.row, source, length, key=self.key(item), content=self.content(item))
+        return statistics
 
-    def check(self, eval_files: Sequence[str]) -> DataCheck:
-        reader = self._without_limits()
-        settings = self.settings
-        source = format_sources(self.settings.train)
-        items, _, report = reader._read_eval(settings.train)
-        report = replace(report, source=source)
-        keys = list(map(self.key, items))
-        contents = list(map(self.content, items))
-        known_keys = set[bytes]()
-        keys_by_content = dict[bytes, set[bytes]]()
-        duplicates = list[Item]()
-        for item, key, content in zip(items, keys, contents, strict=True):
-            keys_by_content.setdefault(content, set()).add(key)
-            duplicates += [item] if key in known_keys else []
-            known_keys.add(key)
-        contradictions = [item for item, text in zip(items, contents, strict=True) if len(keys_by_content[text]) > 1]
-        num_contents = sum(len(content_keys) > 1 for content_keys in keys_by_content.values())
-        num_contradictions = num_contents if self.contradictions_by_content else len(contradictions)
-        action = "dropped" if settings.duplicates == "drop" else "kept"
-        findings = bad_row_findings(reader.bad, settings, "")
-        findings += self._long(items, source)
-        findings.append(_finding("duplicates", duplicates, source, f"{self.duplicate_text} ({action})"))
-        text = self.contradiction_text
-        hint = self.contradiction_hint
-        findings.append(_finding("contradictions", contradictions, source, text, hint, num_contradictions))
-        findings += reader.findings(items, report)
-        if unlabeled := report.without_label:
-            text = f"{count_of(unlabeled)} without a label (dropped)"
-            findings.append(DataFinding("without_label", "warning", unlabeled, text))
-        for name in eval_files:
-            file_reader = reader._without_limits()
-            eval_items = file_reader._read_eval(name)[0]
-            findings += bad_row_findings(file_reader.bad, settings, f" of {name}")
-            exact = [item for item in eval_items if self.key(item) in known_keys]
-            others = [item for item in eval_items if self.key(item) not in known_keys]
-            contradicting = [item for item in others if self.content(item) in keys_by_content]
-            text = f"of {name} that are also training rows, which inflates the scores"
-            findings.append(_finding("overlap", exact, name, text, "remove them from one of the files"))
-            text = f"of {name} with the content of a training row and another label"
-            findings.append(_finding("prompt_overlap", contradicting, name, text))
-        lengths = np.array(self._lengths(items))
-        label_tokens = report.label_tokens if report.template else None
-        counts = report.rows_read, len(lengths) or len(items), int(lengths.sum()), label_tokens
-        results = summarize_lengths(lengths), sort_findings(findings), report.class_counts
-        check = DataCheck(source, report.form, report.template, *counts, *results)
-        return replace(check, label_numbers=report.label_numbers)
+    def describe_contradictions(self, num_rows: int, num_contents: int) -> str:
+        return f"{count_of(num_rows)} {self.contradiction_text}"
+
+    def row_findings(self, train: DataStatistics) -> list[DataFinding]:
+        assert train.read is not None
+        report = train.read.report
+        text = f"{count_of(report.without_label)} without a label (dropped)"
+        unlabeled = DataFinding("without_label", "warning", report.without_label, text)
+        return [*self.findings(train.read.rows, report), unlabeled]
 
     def rows(self, bad: BadRows) -> Iterator[RowPreview]:
-        reader = self._without_limits()
+        reader = self.without_limits()
         limit = self.settings.max_length
         source = format_sources(self.settings.train)
         reader.bad = bad
-        for item in reader._read_eval(self.settings.train)[0]:
+        for item in reader._read_eval(self.settings.train).rows:
             notes = self.notes(item)
             if max(self._lengths([item]), default=0) > limit:
                 notes.append(f"longer than data.max_length ({limit:,} tokens): {self.settings.long_rows}")
-            examples = tuple(reader.show(row, item) for row in rows_of(item))  # type: ignore[arg-type]
-            row = item.row  # type: ignore[attr-defined]
-            yield RowPreview(row, f"{source}, row {row}", examples, tuple(notes))
+            examples = tuple(reader.show(row, item) for row in rows_of(item))
+            yield RowPreview(item.row, f"{source}, row {item.row}", examples, tuple(notes))
 
     def _lengths(self, items: Sequence[Item]) -> list[int]:
         """Return the number of tokens of each row of these items."""
         return [len(row) for item in items for row in rows_of(item) if hasattr(row, "tokens")]  # type: ignore[arg-type]
-
-    def _long(self, items: Sequence[Item], source: str) -> list[DataFinding]:
-        limit = self.settings.max_length
-        policy = self.settings.long_rows
-        long = [item for item in items if max(self._lengths([item]), default=0) > limit]
-        action = {"error": "", "drop": ": dropped", "cut": ": truncated"}.get(policy, "")
-        text = f"{self.too_long_text} data.max_length ({limit:,} tokens){action}"
-        hint = f"data.max_length: {max(self._lengths(long), default=0)} fits all"
-        finding = _finding("long_rows", long, source, text, hint)
-        return [replace(finding, level="error" if policy == "error" else "warning")]
-
-
-def _finding(
-    name: str, items: Sequence[Any], source: str, text: str, hint: str | None = None, count: int | None = None
-) -> DataFinding:
-    """Return a warning about items of a file, with ``count`` (by default the number of items)."""
-    locations = tuple(f"{source}, row {item.row}" for item in items[:MAX_LOCATIONS])
-    count = len(items) if count is None else count
-    return DataFinding(name, "warning", count, f"{count_of(len(items))} {text}", hint, locations)

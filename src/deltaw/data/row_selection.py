@@ -7,8 +7,9 @@ rows of one group are on the same side of the split.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,10 +19,12 @@ from deltaw.data.report import PreparationReport
 from deltaw.data.rows import NumberedRows
 from deltaw.errors import UserError, did_you_mean
 from deltaw.settings.data import DataSettings, EvalSets, eval_reference, eval_size
+from deltaw.settings.mixture import format_sources, sources_of
 
 # independent random streams of one seed
 _CHOOSING = 1
 _SPLITTING = 2
+_WEIGHING = 3
 # Approximate number of keys that are sorted at a time.
 _BUCKET = 2**20
 KEY_BYTES = 16
@@ -114,65 +117,118 @@ def split_indices(
     return selected[~is_held_out], selected[is_held_out], duplicates, counts
 
 
-def split_rows(
-    rows: Sequence[Any],
-    keys: np.ndarray,
-    groups: np.ndarray | None,
-    report: PreparationReport,
-    settings: DataSettings,
-    *,
-    seed: int,
-    read_eval: Callable[[str], tuple[Sequence[Any], np.ndarray, PreparationReport]],
-    linked: np.ndarray | None = None,
-    weigh: Callable[[np.ndarray], np.ndarray] = lambda indices: indices,
-) -> tuple[Sequence[Any], Sequence[Any], PreparationReport]:
-    """Drop duplicates, and sample or read the evaluation rows.
+@dataclass(frozen=True)
+class ReadResult:
+    """Usable rows of one or several sources, before they are split.
 
-    Args:
-        rows: Usable rows of the training files: a list, or a view of stored rows.
+    Attributes:
+        rows: Items in memory, or a view of stored examples.
         keys: Keys of the rows, see :func:`split_indices`.
         groups: Groups of the rows, see :func:`split_indices`.
-        report: Report so far.
-        read_eval: Reads the evaluation file that ``data.eval`` names. Returns its rows, their keys and their report.
-        linked: See :func:`split_indices`.
-        weigh: Maps indices of training rows to indices of an epoch, which may repeat or omit rows.
+        report: Row counts.
+        ordinals: (n,) number of each example's row over all sources. None if sources have no weights and each row is
+            one item.
+        ends: For each source, the cumulative number of rows. Empty without ``ordinals``.
+    """
+
+    rows: Sequence[Any]
+    keys: np.ndarray
+    groups: np.ndarray | None
+    report: PreparationReport
+    ordinals: np.ndarray | None = None
+    ends: Sequence[int] = ()
+
+    def source_of(self, indices: np.ndarray) -> np.ndarray:
+        """Return (n,) the source index of each example."""
+        if self.ordinals is None or len(self.ends) == 1:
+            return np.zeros(len(indices), np.int64)
+        return np.searchsorted(self.ends, self.ordinals[indices], side="right")
+
+    @property
+    def linked(self) -> np.ndarray | None:
+        """Return ``ordinals`` if one row became several examples, which are on the same side of the split."""
+        return None if self.ordinals is None or (np.diff(self.ordinals) != 0).all() else self.ordinals
+
+
+def split_rows(
+    read: ReadResult, settings: DataSettings, *, seed: int, read_eval: Callable[[str], ReadResult]
+) -> tuple[Sequence[Any], Sequence[Any], PreparationReport]:
+    """Drop duplicates, sample or read the evaluation rows, and apply the weights of the sources.
+
+    Args:
+        read: Usable rows of the training files.
+        read_eval: Reads the evaluation file that ``data.eval`` names.
 
     Returns:
-        Training rows, evaluation rows, and the complete report.
+        Training rows of an epoch, evaluation rows, and the complete report.
 
     Raises:
         UserError: if ``data.eval`` requests more rows than exist, or if all rows are in one group.
     """
-    split = split_indices(keys, groups, settings, seed, linked)
+    split = split_indices(read.keys, read.groups, settings, seed, read.linked)
     train_indices, eval_indices, duplicates, (train_groups, eval_groups) = split
-    epoch_indices = weigh(train_indices)
-    train = select_rows(rows, epoch_indices)
+    sources = sources_of(settings.train)
+    weights = [source.weight for source in sources]
+    epoch_indices = apply_weights(train_indices, read.source_of(train_indices), weights, seed)
+    train = select_rows(read.rows, epoch_indices)
     num_distinct = len(np.unique(epoch_indices))
     report = replace(
-        with_token_counts(report, train),
+        with_token_counts(read.report, train),
+        source=format_sources(settings.train),
         rows_kept=num_distinct,
         repeated=len(epoch_indices) - num_distinct,
         not_sampled=len(train_indices) - num_distinct,
         duplicates=duplicates,
         duplicates_kept=settings.duplicates == "keep",
     )
+    if len(read.ends) > 1:
+        counts = np.bincount(read.source_of(epoch_indices), minlength=len(sources)).tolist()
+        source_counts = zip(sources, counts, strict=True)
+        by_source = {source.reference: {"weight": source.weight, "rows": count} for source, count in source_counts}
+        report = replace(report, sources=by_source)
     reference = eval_reference(settings.eval)
     if reference is not None:
-        eval_rows, eval_keys, evaluation = read_eval(reference)
-        overlap = count_overlap(keys[train_indices], eval_keys)
-        report = replace(report, held_out_source=reference, overlap=overlap, evaluation=evaluation)
+        evaluation = read_eval(reference)
+        eval_rows = evaluation.rows
+        overlap = count_overlap(read.keys[train_indices], evaluation.keys)
+        report = replace(report, held_out_source=reference, overlap=overlap, evaluation=evaluation.report)
     else:
-        eval_rows = select_rows(rows, eval_indices)
+        eval_rows = select_rows(read.rows, eval_indices)
         if settings.group is not None:
             report = replace(report, group=settings.group, groups=train_groups, held_out_groups=eval_groups)
     report = replace(report, held_out=len(eval_rows), longest=max(report.longest, _longest(eval_rows)))
     return train, eval_rows, report
 
 
-def with_eval_counts(rows: Sequence[Any], report: PreparationReport, keys: np.ndarray) -> PreparationReport:
-    """Return the report of an evaluation file, in which duplicates are used."""
-    duplicates = int((first_occurrences(keys) != np.arange(len(keys))).sum())
-    return replace(with_token_counts(report, rows), duplicates=duplicates, duplicates_kept=True)
+def apply_weights(rows: np.ndarray, source_of: np.ndarray, weights: Sequence[float], seed: int) -> np.ndarray:
+    """Return the rows of an epoch: rows of a source with weight 2 twice, half of the rows of a source with weight 0.5.
+
+    Args:
+        rows: (n,) indices of the training rows, ascending.
+        source_of: (n,) source of each row.
+        weights: Weight of each source.
+        seed: Seed for sampling fractions. The sample is the same in all epochs.
+
+    Returns:
+        Ascending indices, repeated as often as they occur in an epoch.
+    """
+    if all(weight == 1 for weight in weights):
+        return rows
+    random = _random(seed, _WEIGHING)
+    parts = []
+    for number, weight in enumerate(weights):
+        source_rows = rows[source_of == number]
+        repeats = math.floor(weight)
+        num_sampled = round((weight - repeats) * len(source_rows))
+        parts += [np.repeat(source_rows, repeats), random.choice(source_rows, size=num_sampled, replace=False)]
+    return np.sort(np.concatenate(parts))
+
+
+def with_eval_counts(read: ReadResult) -> ReadResult:
+    """Return the rows of an evaluation file, in which duplicates are used, with the counts in their report."""
+    duplicates = int((first_occurrences(read.keys) != np.arange(len(read.keys))).sum())
+    report = replace(with_token_counts(read.report, read.rows), duplicates=duplicates, duplicates_kept=True)
+    return replace(read, report=report)
 
 
 def with_token_counts(report: PreparationReport, rows: Sequence[Any]) -> PreparationReport:

@@ -77,12 +77,12 @@ class TaskStarter:
         Args:
             tokenizer: Tokenizer of the model. None if the reader only checks the rows.
         """
-        from deltaw.data.prepare import TextReader
         from deltaw.data.prompts import PromptReader
+        from deltaw.data.stored_rows import TextReader
 
         if self.samples:
             return PromptReader(settings, tokenizer)
-        return TextReader(settings, tokenizer, bad=BadRows("skip")) if self.writes and tokenizer is not None else None
+        return TextReader(settings, tokenizer) if self.writes and tokenizer is not None else None
 
     def usable_rows(self, rows: NumberedRows, settings: DataSettings, bad: BadRows) -> Sequence[int]:
         """Return the indices of rows that can be read, as far as this is known without a tokenizer.

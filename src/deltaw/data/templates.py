@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from deltaw.data.bad_rows import BadRowError, OnBadRow, raise_error
 from deltaw.data.chat_rendering import AssistantTurn, ChatRenderer, label_error
 from deltaw.data.chat_template import asks_for_date, todays_date
-from deltaw.data.example import special_tokens
+from deltaw.data.example import Example, special_tokens
 from deltaw.data.formats import Pair, Record, Text
 from deltaw.data.messages import Conversation, Message, unlabel_blank_answers
 from deltaw.data.plain_text import TextSpan, plain_parts
@@ -73,6 +75,14 @@ class Encoded:
     prompt_length: int
     answer: str | None
     turns: tuple[int, ...] = ()
+
+    def example(self, number: int) -> Example:
+        """Return the example of row ``number``."""
+        tokens = np.asarray(self.tokens, dtype=np.int32)
+        is_label = np.zeros(len(tokens), dtype=bool)
+        for start, end in self.spans:
+            is_label[start:end] = True
+        return Example(number, tokens, is_label, min(self.prompt_length, len(tokens)), self.answer)
 
 
 class Encoder:

@@ -22,7 +22,7 @@ from deltaw.memory.simulation import simulate
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from deltaw.methods.start import open_start, resolve_start
 from deltaw.progress import LogFunction, ignore_line, track_progress, use_listener
-from deltaw.runs.checks import check_folder, check_rows, check_settings, check_start_folders, record_file_digests
+from deltaw.runs.checks import check_folder, check_start_folders, read_checked, record_file_digests
 from deltaw.runs.folder import FINISHED, Run, settings_text
 from deltaw.runs.memory_check import plan_memory
 from deltaw.runs.save_adapter import save_adapter
@@ -30,7 +30,6 @@ from deltaw.settings.config import SETTINGS, RunConfig
 from deltaw.settings.stages import Chain, Stage, at_stage, map_references
 from deltaw.training.callbacks import Callback
 from deltaw.training.planning.fake_model import FakeModel
-from deltaw.training.session import read_data
 from deltaw.training.task import Task
 
 
@@ -155,10 +154,8 @@ class _ChainChecks:
             self._adapters[stage.name] = self._save_placeholder(stage, config, task, data)
 
     def _check_without_model(self, config: RunConfig) -> tuple[Task[Any], RunData]:
-        check_settings(config)
         with track_progress("checking the rows"):
-            task, data = read_data(config, ignore_line)
-            check_rows(config, task, data)
+            task, data = read_checked(config)
             if self._call_functions:
                 task.check(data, call=True)
         return task, data

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deltaw.data.prepare import encode_prompt
+from deltaw.data.prompt_tokens import encode_prompt
 from deltaw.errors import UserError
 from deltaw.export.adapters import ParameterChange
 from deltaw.export.base import MergePlan

@@ -15,17 +15,16 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from deltaw.atomic_files import write_text
-from deltaw.data.chunk import MAX_SYSTEM_CHARS
 from deltaw.data.example import Example, rows_of
 from deltaw.data.messages import Message
-from deltaw.data.prepare import encode_prompt
-from deltaw.data.report import quoted
+from deltaw.data.prompt_tokens import encode_prompt
+from deltaw.data.report import MAX_SYSTEM_CHARS, quoted
 from deltaw.data.row_images import ImagePlacer
 from deltaw.data.rows import RowFolder
 from deltaw.errors import UserError
 from deltaw.settings.data import DataSettings
 from deltaw.training.evaluation.answers import question_of
-from deltaw.untrusted_paths import require_contained
+from deltaw.untrusted_paths import read_contained
 
 if TYPE_CHECKING:
     from deltaw.data.row_reader import RunData
@@ -161,13 +160,10 @@ def read_prompting(folder: Path) -> Prompting:
     Raises:
         UserError: if the file is a link that leaves the folder.
     """
-    path = folder / FILE
-    require_contained(folder, only=[path])
+    raw = read_contained(folder, FILE, _MAX_BYTES + 1) or b""
     try:
-        with path.open("rb") as file:
-            raw = file.read(_MAX_BYTES + 1)
         found = json.loads(raw) if len(raw) <= _MAX_BYTES else None
-    except (OSError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         return Prompting()
     if not isinstance(found, dict):
         return Prompting()

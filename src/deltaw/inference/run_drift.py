@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from deltaw.data.example import Example
-from deltaw.data.prepare import encode_prompt
+from deltaw.data.prompt_tokens import encode_prompt
 from deltaw.decoding.generation import TextGenerator
 from deltaw.inference.opened_run import OpenedRun
 from deltaw.training.drift import BATCH_TOKENS, Drift, measure_drift

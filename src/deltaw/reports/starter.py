@@ -489,7 +489,7 @@ def _count_tokens(
         estimates = [_estimate_tokens(values) + TOKENS_PER_ROW + image_tokens for values in cells]
         return _with_lengths(replace(preview, estimated=reason), file, bad, estimates)
     if vision is not None:
-        reader = replace(reader, images=vision.images)
+        reader.images = vision.images
     examples, report = reader.file(file)
     groups = len(examples) and isinstance(examples[0], RowGroup)
     lengths = [max(map(len, group.rows)) for group in examples] if groups else lengths_of(examples).tolist()

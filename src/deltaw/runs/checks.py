@@ -135,21 +135,36 @@ def check_folder(config: RunConfig) -> None:
         decide_start(output, config, False, ignore_line)
 
 
-def with_refusal(check: DataCheck, config: RunConfig, *, folder: bool, dry_run: bool = True) -> DataCheck:
-    """Return a check of rows with the error that ``deltaw train`` would raise before it loads weights, if any.
+def read_checked(config: RunConfig, log: LogFunction = ignore_line) -> tuple[Task[Any], RunData]:
+    """Check the settings, read the rows, and check that they fit: everything that needs no model.
+
+    Raises:
+        UserError: If ``deltaw train`` would reject the run.
+    """
+    check_settings(config)
+    task, data = read_data(config, log)
+    check_rows(config, task, data)
+    return task, data
+
+
+def check_run(config: RunConfig, log: LogFunction = ignore_line, *, folder: bool, dry_run: bool = True) -> DataCheck:
+    """Check the rows, and add the error that ``deltaw train`` would raise before it loads weights, if any.
 
     Args:
-        check: Check of the rows. It is returned unchanged if it contains an error already.
+        config: Settings of the run.
+        log: Receives messages.
         folder: Check the output folder, too.
         dry_run: Also compute the plan of the run, which reports errors of the model.
+
+    Raises:
+        UserError: if the data cannot be read.
     """
+    check = check_data(config, log)
     if not check.usable:
         return check
     try:
-        check_settings(config)
         with preserved_process_state():
-            task, data = read_data(config, ignore_line)
-            check_rows(config, task, data)
+            task, data = read_checked(config)
             try:
                 if dry_run:
                     plan_run(config, task, data)

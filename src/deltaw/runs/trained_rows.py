@@ -13,7 +13,7 @@ import numpy as np
 
 from deltaw.atomic_files import atomic_path
 from deltaw.data.row_store import row_keys
-from deltaw.untrusted_paths import require_contained
+from deltaw.untrusted_paths import read_contained
 
 FILE = "trained_rows.bin"
 # Maximum number of digests. With more rows, the smallest digests are stored, which are a random sample.
@@ -35,12 +35,6 @@ def count_trained_rows(folder: Path, rows: Sequence[Any]) -> int:
     Raises:
         UserError: if the file is a link that leaves the folder.
     """
-    path = folder / FILE
-    require_contained(folder, only=[path])
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_ROWS * _DIGEST.itemsize)
-    except OSError:
-        return 0
+    content = read_contained(folder, FILE, MAX_ROWS * _DIGEST.itemsize) or b""
     trained = np.frombuffer(content[: len(content) // _DIGEST.itemsize * _DIGEST.itemsize], _DIGEST)
     return int(np.isin(row_keys(rows), trained).sum())

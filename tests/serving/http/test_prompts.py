@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deltaw.data.prepare import encode_prompt
+from deltaw.data.prompt_tokens import encode_prompt
 from deltaw.errors import UserError
 from deltaw.inference.prompting import Prompting
 from deltaw.settings.data import DataSettings

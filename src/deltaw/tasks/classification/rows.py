@@ -27,6 +27,7 @@ from deltaw.data.pixels import AnyExample, ImageExample, LabelColumns, image_row
 from deltaw.data.prompts import read_prompt_row
 from deltaw.data.report import LabelNumbers, PreparationReport
 from deltaw.data.row_reader import ExamplePreview, RowReader, RunData
+from deltaw.data.row_selection import ReadResult
 from deltaw.data.rows import NumberedRows, Row
 from deltaw.data.sources import open_source
 from deltaw.data.starter import TaskStarter
@@ -408,10 +409,11 @@ class LabelReader(RowReader[AnyExample]):
             hint = "add rows with other labels, or hold out fewer rows with data.eval"
             raise UserError(message, location=format_sources(self.settings.train), hint=hint)
 
-    def _read(self, train: Train, seed: int | None = None) -> tuple[list[AnyExample], list[Any], PreparationReport]:
+    def read(self, train: Train, seed: int | None = None) -> ReadResult:
         self._num_other_files = 0
-        examples, groups, report = super()._read(train, seed)
-        sizes = np.array([example.size for example in examples if isinstance(example, ImageExample)])
+        read = super().read(train, seed)
+        report = read.report
+        sizes = np.array([example.size for example in read.rows if isinstance(example, ImageExample)])
         if (sizes != sizes[:1]).any():
             low_height, low_width = sizes.min(0).tolist()
             height, width = sizes.max(0).tolist()
@@ -422,7 +424,7 @@ class LabelReader(RowReader[AnyExample]):
             other_classes=self._num_other_classes,
             matched_labels=self._matched_labels,
         )
-        return examples, groups, report
+        return replace(read, report=report)
 
     def add_counts(self, report: PreparationReport, items: Sequence[AnyExample]) -> PreparationReport:
         if self.classes is None:
@@ -639,7 +641,7 @@ class RewardReader(PairReader):
     def group(self, examples: tuple[Example, ...], row: Row, location: str) -> RowGroup:
         return RewardPair(examples, _margin(row.get("margin"), location))
 
-    def finalize(self, items: list[RowGroup], seed: int) -> list[RewardPair]:
+    def finalize(self, items: Sequence[RowGroup], seed: int) -> list[RewardPair]:
         """Convert pairs to inputs of a classifier."""
         pairs = []
         for pair in items:

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data.chat_template import with_chat_template
 from deltaw.data.example import Item, rows_of
-from deltaw.data.prepare import TextReader
 from deltaw.data.row_reader import Reader, RunData
+from deltaw.data.stored_rows import TextReader
 from deltaw.progress import LogFunction, ignore_line, track_progress
 from deltaw.settings.data import DataSettings
 from deltaw.training.batcher import Batcher

@@ -151,7 +151,7 @@ class UnpairedReader(AnswerReader):
                 self._log(f"{finding.text}: {finding.hint}")
         return data
 
-    def finalize(self, items: list[RowGroup], seed: int) -> list[RowGroup]:
+    def finalize(self, items: Sequence[RowGroup], seed: int) -> list[RowGroup]:
         return add_mismatched(items, self.settings.max_length, seed)
 
     def findings(self, items: Sequence[RowGroup], report: PreparationReport) -> list[DataFinding]:

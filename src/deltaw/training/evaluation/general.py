@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deltaw.cache.results import load_result, store_result
 from deltaw.data.example import Example
 from deltaw.data.packing import MicroBatch, epoch_order
-from deltaw.data.prepare import encode_prompt
+from deltaw.data.prompt_tokens import encode_prompt
 from deltaw.decoding.generation import GeneratedCompletion, Progress, TextGenerator, generate, position_limit
 from deltaw.errors import UserError
 from deltaw.hub.skeletons import has_values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from deltaw.progress import LogFunction, ignore_line
 from deltaw.settings.config import RunConfig
 from deltaw.settings.data import eval_size
 from deltaw.training.optimizer import count_steps
-from deltaw.training.planning.plan_run import plan_run, with_time
+from deltaw.training.planning.plan_run import dry_run_errors, plan_run, with_time
 from deltaw.training.task import Task
 
 # Share of a budget that is reserved for errors of the plan.
@@ -301,15 +300,25 @@ def fit_card(
 
 def settings_for_card(
     config: RunConfig, task: Task[Any], data: RunData, log: LogFunction, processes: int = 1
-) -> RunConfig:
-    """Return the settings that ``deltaw train`` would choose for a run on a card. Other runs keep their settings."""
+) -> tuple[RunConfig, Plan | None]:
+    """Return the settings that ``deltaw train`` would choose for a run on a card, and their plan. The settings are
+    unchanged if none fit.
+
+    Other runs keep their settings, without a plan.
+
+    Raises:
+        UserError: if the run cannot be planned.
+    """
     device = choose_device(config.device).value
     limit = available_bytes(config.memory, device) if device.startswith("cuda") else None
-    if limit is not None:
-        with contextlib.suppress(Exception):  # planning the unchanged settings reports the error
-            plan = plan_run(config, task, data, processes=processes)
-            return fit_card(config, task, data, plan, limit, log, processes)[0]
-    return config
+    if limit is None:
+        return config, None
+    with dry_run_errors():
+        plan = plan_run(config, task, data, processes=processes)
+        try:
+            return fit_card(config, task, data, plan, limit, log, processes)
+        except UserError:
+            return config, plan
 
 
 def count_blocks(config: RunConfig, task: Task[Any], log: LogFunction = ignore_line) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -277,6 +277,7 @@ def plan_methods(
     *,
     on_error: Callable[[str, UserError], None],
     processes: int = 1,
+    planned: Plan | None = None,
 ) -> dict[str, Plan]:
     """Return the plan of each method on the same model and rows.
 
@@ -287,6 +288,7 @@ def plan_methods(
         methods: Methods to plan.
         on_error: Receives methods that do not fit, with the error.
         processes: Number of processes.
+        planned: Plan of ``config``, if it is known.
     """
     plans: dict[str, Plan] = {}
     for method in methods:
@@ -294,22 +296,29 @@ def plan_methods(
             # A plan increases the memory of the process. Use the value before the first one.
             process_bytes = next((plan.resident["process"] for plan in plans.values()), None)
             settings = config.model_copy(update={"method": method})
-            new_plan = plan_run(settings, task, data, process_bytes=process_bytes, processes=processes)
-            plans[method] = with_time(new_plan, settings, task, data) if method == config.method else new_plan
+            new_plan = planned if method == config.method else None
+            with dry_run_errors():
+                if new_plan is None:
+                    new_plan = plan_run(settings, task, data, process_bytes=process_bytes, processes=processes)
+                plans[method] = with_time(new_plan, settings, task, data) if method == config.method else new_plan
         except UserError as error:
             if method == config.method:
                 raise
             on_error(method, error)
-        except Exception as error:  # a third-party model can raise any error on fake tensors
-            if method == config.method:
-                raise _dry_run_error(error) from error
-            on_error(method, _dry_run_error(error))
     return plans
 
 
-def _dry_run_error(error: Exception) -> UserError:
-    message = f"no plan: the model cannot be run on fake tensors ({type(error).__name__}: {str(error)[:100]})"
-    return UserError(message, location="the plan", hint="train it anyway: deltaw train then runs without a plan")
+@contextlib.contextmanager
+def dry_run_errors() -> Iterator[None]:
+    """Convert errors of the dry run to a UserError, because a third-party model can raise any error on fake tensors."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        message = f"no plan: the model cannot be run on fake tensors ({type(error).__name__}: {str(error)[:100]})"
+        hint = "train it anyway: deltaw train then runs without a plan"
+        raise UserError(message, location="the plan", hint=hint) from error
 
 
 def evaluate_rows(session: Session, rows: Sequence[Any]) -> None:

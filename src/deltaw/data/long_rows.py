@@ -1,21 +1,18 @@
-"""Conversion of row chunks to examples, with counts of skipped, dropped and divided rows."""
+"""Rows longer than ``data.max_length``: rejected, truncated, dropped, or divided."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from deltaw.data.bad_rows import BadRowError, BadRows
 from deltaw.data.example import Example
-from deltaw.data.formats import Pair, Record, RowFormat, Text, read_records, system_of, with_system
+from deltaw.data.formats import Pair, Record, Text
 from deltaw.data.messages import Conversation, unlabel_blank_answers
+from deltaw.data.report import Account
 from deltaw.data.row_images import ImagePlacer
 from deltaw.data.row_store import key_of
-from deltaw.data.rows import NumberedRows
 from deltaw.data.templates import Encoded, Encoder
 from deltaw.errors import UserError
 from deltaw.settings.data import DataSettings
@@ -141,37 +138,6 @@ class _ConversationPart:
         return {self._numbers[turn] for piece in pieces for turn in piece.turns}
 
 
-# Counts of :class:`deltaw.data.report.PreparationReport` by field name.
-Account = Counter[str]
-# Number of rows per system message. "" counts rows without one, or with a rare or very long one.
-Systems = Counter[str]
-# Share of rows that must have the same system message to store it with the run, and its maximum number of characters.
-SHARED = 0.9
-MAX_SYSTEM_CHARS = 32_768
-# Number of system messages that are counted separately, because each row may have another one.
-_SYSTEMS = 8
-
-
-def count_system(systems: Systems, record: Record) -> None:
-    """Count the system message of one row."""
-    text = system_of(record)
-    systems[text if text.strip() and len(text) <= MAX_SYSTEM_CHARS else ""] += 1
-
-
-def frequent(systems: Systems) -> Systems:
-    """Return the counts of the most frequent system messages, and count all other rows as ""."""
-    most_common = Systems(dict(systems.most_common(_SYSTEMS)))
-    most_common[""] += systems.total() - most_common.total()
-    return most_common
-
-
-def shared_system(systems: Systems) -> dict[str, Any]:
-    """Return ``system`` and ``system_rows`` of :class:`deltaw.data.report.PreparationReport`."""
-    nonempty = Systems({text: count for text, count in systems.items() if text})
-    text, count = next(iter(nonempty.most_common(1)), (None, 0))
-    return {"system": text if count >= SHARED * systems.total() else None, "system_rows": nonempty.total()}
-
-
 @dataclass
 class LongRows:
     """Rows that exceed the length limit while ``data.long_rows`` is "error".
@@ -203,92 +169,6 @@ class LongRows:
         message = f"{subject} longer than {limit:,} tokens; the first has {self.tokens:,}"
         hint = f"set data.max_length: {self.longest} to fit all, or data.long_rows: {policies}"
         return UserError(message, location=self.first, hint=hint)
-
-
-def no_rows_error(name: str, account: Account, bad: BadRows, skipped: int, hint: str) -> UserError:
-    """Return the error for a file without usable rows. It contains the first reason if rows are unusable."""
-    long = account["dropped_long"]
-    unlabeled = account["without_label"]
-    invalid = f", {skipped:,} invalid" if skipped else ""
-    message = f"no usable rows: {long:,} too long, {unlabeled:,} without a label{invalid}"
-    if skipped and (first := next(bad.lines(), None)) is not None:
-        hint = f"correct the rows; the first error is in {first['where']}: {first['error']}"
-    return UserError(message, location=name, hint=hint)
-
-
-class ChunkReader:
-    """Converts the rows of one source to examples with labels and at most ``data.max_length`` tokens.
-
-    Args:
-        encoder: Renders and tokenizes records.
-        form: Row format.
-        settings: Provides ``columns``, ``system``, ``max_length`` and ``long_rows``.
-        bad: Collects unusable rows.
-
-    Attributes:
-        account: Counts of all rows read so far.
-        systems: Counts of their system messages.
-        long: Rows that exceed the length limit while ``data.long_rows`` is "error".
-    """
-
-    def __init__(self, encoder: Encoder, form: RowFormat, settings: DataSettings, bad: BadRows) -> None:
-        self.account = Account()
-        self.systems = Systems()
-        self.long = LongRows()
-        self._encoder = encoder
-        self._form = form
-        self._settings = settings
-        self._bad = bad
-
-    def read(self, rows: NumberedRows, indices: Sequence[int]) -> list[list[Example]]:
-        """Return the list of examples of each row at ``indices``.
-
-        A row becomes several examples if its template renders earlier turns differently when more turns follow, or if
-        it is divided. They have the same ``row`` and are on the same side of a split.
-
-        Raises:
-            BadRowError: if a row is unusable, and ``data.bad_rows`` is "error".
-        """
-        locations = [rows.row_location(index) for index in indices]
-
-        def on_bad(position: int, error: BadRowError) -> None:
-            self._bad.add(error, rows[indices[position]][1])
-
-        with_images = self._encoder.images is not None
-        read = read_records(rows, indices, self._form, self._settings.columns, on_bad, images=with_images)
-        records = [with_system(record, self._settings.system) for record in read]
-        encoded = self._encoder.encode(records, locations, on_bad)
-        result: list[list[Example]] = []
-        for position, (index, record, parts) in enumerate(zip(indices, records, encoded, strict=True)):
-            examples: list[Example] = []
-            if record is not None and parts:
-                try:
-                    examples = self._examples(rows[index][0], record, parts, locations[position])
-                except BadRowError as error:
-                    on_bad(position, error)
-                count_system(self.systems, record)
-            result.append(examples)
-        return result
-
-    def _examples(self, number: int, record: Record, parts: list[Encoded], location: str) -> list[Example]:
-        limit = self._settings.max_length
-        account = self.account
-        settings = self._settings
-        longest = max(len(part.tokens) for part in parts)
-        labels = sum(stop - start for part in parts for start, stop in part.spans)
-        images = self._encoder.images
-        divided = any(divides_image(part.tokens, settings, images) for part in parts)
-        if longest > limit and settings.long_rows == "split" and labels and not divided:
-            parts = split_long(record, parts, self._encoder, limit, location)
-            account["split"] += 1
-            account["split_examples"] += len(parts)
-        elif len(parts) > 1:
-            account["unrolled"] += 1
-            account["unrolled_examples"] += len(parts)
-        account["trailing_turns"] += getattr(record, "trailing", 0) > 0
-        examples = [(example_of(number, part),) for part in parts]
-        limited = (limit_length(part, location, settings, account, self.long, images) for part in examples)
-        return [example for part in limited for example in part or ()]
 
 
 def divides_image(tokens: Sequence[int] | np.ndarray, settings: DataSettings, images: ImagePlacer | None) -> bool:
@@ -340,12 +220,3 @@ def limit_length(
 def differ(examples: tuple[Example, ...]) -> bool:
     """Return True if all examples have different tokens or labels."""
     return len(examples) == 1 or len({key_of(example) for example in examples}) == len(examples)
-
-
-def example_of(number: int, part: Encoded) -> Example:
-    """Convert tokens and label spans to an example."""
-    tokens = np.asarray(part.tokens, dtype=np.int32)
-    is_label = np.zeros(len(tokens), dtype=bool)
-    for start, end in part.spans:
-        is_label[start:end] = True
-    return Example(number, tokens, is_label, min(part.prompt_length, len(tokens)), part.answer)
