@@ -12,9 +12,11 @@ import copy
 import gc
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 import torch
@@ -103,15 +105,39 @@ def _isolated_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _frozen_heap() -> None:
-    """Exclude objects that exist before a module's tests from garbage collections.
+class FullCollections:
+    """Callback of the garbage collector that measures the longest full collection."""
 
-    A run collects garbage several times. Without this, the objects of torch, pytest and earlier modules would take more
+    def __init__(self) -> None:
+        self.longest = math.inf
+        self._start = 0.0
+
+    def __call__(self, phase: str, info: Mapping[str, int]) -> None:
+        if phase == "start":
+            self._start = perf_counter()
+        elif info["generation"] == 2:
+            self.longest = max(self.longest, perf_counter() - self._start)
+
+
+@pytest.fixture(scope="session")
+def full_collections() -> Iterator[FullCollections]:
+    collections = FullCollections()
+    gc.callbacks.append(collections)
+    yield collections
+    gc.callbacks.remove(collections)
+
+
+@pytest.fixture(autouse=True)
+def _frozen_heap(full_collections: FullCollections) -> None:
+    """Exclude objects that exist before a test from garbage collections, if one took a hundredth of a second.
+
+    A run collects garbage several times. Without this, the objects of torch, pytest and earlier tests would take more
     time than short runs: several hundred thousand objects, or a second per run, at the end of the tests.
     """
-    gc.collect()
-    gc.freeze()
+    if full_collections.longest > 0.01:
+        gc.collect()
+        gc.freeze()
+        full_collections.longest = 0.0
 
 
 @pytest.fixture(autouse=True)

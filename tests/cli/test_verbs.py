@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 
-import pytest
 import yaml
 
 from deltaw.cli.options import nested_settings
 from deltaw.settings.config import settings as all_settings
 from tests.cli.conftest import tree
-
-
-def run_in_subprocess(*arguments, stdin=""):
-    command = [sys.executable, "-m", "deltaw", *map(str, arguments)]
-    result = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr
-    return result.stdout, result.stderr
 
 
 def test_train_eval_generate_chat_and_inspect_work_in_sequence(call, flags, tmp_path, rows_file):
@@ -114,46 +104,3 @@ def test_help_all_lists_every_setting(call):
         assert verb in call("--help").out
         assert call(verb, "--help").status == 0
     assert re.search(r"\d+\.\d+", call("--version").out)
-
-
-def test_output_contains_no_foreign_lines(call, flags, tmp_path):
-    """Libraries print no advice, progress bars or warnings to the streams."""
-    arguments = flags(tmp_path / "run", train__checkpointing="true")
-    out, err = run_in_subprocess("train", *arguments, "--json")
-    json.loads(out)
-    lines = err.splitlines()
-    assert not any(line.startswith("still ") for line in lines)
-    first = lines[: next(number for number, line in enumerate(lines) if line.startswith("step 1/2"))]
-    header = ("rows:", "memory:", "precision: fp32", "steps:", "output:")  # a long path has a line to itself
-    warnings = (
-        "1 held-out row is few",
-        "2 steps are few",
-        "precision: int8 would take about",
-        "compiled kernels",
-        "time: about",
-    )
-    assert sum(line.startswith(header) for line in first) == 5, first
-    assert all(line.startswith((*header, *warnings, "  ")) for line in first)
-    expected_starts = (
-        *(*header, *warnings, "step 1/2", "step 2/2", "training: 9 rows, 2 steps in ", "training loss", "held-out "),
-        *("time: ", "drift: ", "adapter:", "report:", "next:", "  "),
-    )
-    assert [line for line in lines if not line.startswith(expected_starts)] == []
-    assert [line for line in lines if len(line) > 80 and str(tmp_path) not in line] == []
-
-    output = call("train", "-v", *arguments, "--fresh", "--json", status=0).unwrapped
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    for name in ("device: cpu", "threads: 1", "attention: sdpa", "kernels: ", "blocks: ", "14 adapted", "read as"):
-        assert name in output and name not in " ".join(first)
-    reported = [*record["notes"], *record["data"]["lines"]]
-    reported += [f"{name}: {choice['value']} ({choice['why']})" for name, choice in record["chosen"].items()]
-    assert [line for line in reported if " ".join(line.split()) not in output] == []
-    stored = (tmp_path / "run" / "run.yaml").read_text()
-    assert all(f"# {record['chosen'][name]['value']}" in stored for name in ("device", "precision", "threads"))
-    assert "# kernels: " in stored and "# attention: " in stored
-
-
-@pytest.mark.slow
-def test_generate_in_subprocess_prints_no_warnings(finished_run):
-    out, err = run_in_subprocess("generate", finished_run, "--max-new-tokens", "2", stdin="paint it red\n")
-    assert err == "" and out

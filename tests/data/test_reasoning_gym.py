@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import pytest
 
 from deltaw.data.sources import read_rows
 from tests.conftest import refusal
 
-pytest.importorskip("reasoning_gym", reason="the extra reward is not installed")
+# The package is imported by the first test only, because that takes seconds.
+pytestmark = pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="the extra reward is not installed")
 
 
 def rows(reference: str) -> list[dict]:

@@ -152,25 +152,6 @@ def test_other_commands_name_the_problem(shared, stages, tmp_path):
 # Checks before the first stage.
 
 
-@pytest.mark.parametrize(
-    ("second", "message"),
-    [
-        ({"lora": {"rank": 2}}, "lower than the adapter's rank 4"),
-        ({"lora": {"alpha": 9}}, "changes the scaling"),
-        ({"method": "head"}, "of method 'lora'"),
-        ({"model": "elsewhere"}, "elsewhere"),
-        ({"task": "embedding"}, "cannot start from an adapter of the task"),
-        ({"data": {"train": "missing.jsonl"}}, "missing.jsonl"),
-    ],
-)
-def test_invalid_stage_is_rejected_before_training(shared, stages, tmp_path, second, message):
-    chain = parsed({**shared(tmp_path / "c"), "stages": [stages[0], deep_merge(stages[1], second)]})
-    error = refusal(list, train_stages(chain))
-    assert message in f"{error.message} {error.location}"
-    assert "stage 'dpo'" in error.location
-    assert not (tmp_path / "c").exists()
-
-
 def test_other_files_in_folder_are_kept(chain):
     chain.folder.mkdir()
     (chain.folder / "thesis.txt").write_text("mine")
@@ -222,7 +203,15 @@ def test_chain_equals_separate_runs(finished, shared, stages, tmp_path):
     assert file_bytes(finished.chain) == [(folder / ADAPTER).read_bytes() for folder in expected]
 
 
-@pytest.mark.parametrize(("stage", "steps"), [("sft", 2), ("sft", 4), ("dpo", 1), ("dpo", 3)])
+@pytest.mark.parametrize(
+    ("stage", "steps"),
+    [
+        pytest.param("sft", 2, marks=pytest.mark.slow),
+        ("sft", 4),
+        ("dpo", 1),
+        pytest.param("dpo", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_interrupted_chain_resumes_to_same_adapters(finished, chain, stage, steps):
     def open_callback(opened) -> Callback:
         return RecordingCallback(stop_after=steps) if opened.name == stage else Callback()

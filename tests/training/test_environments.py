@@ -17,7 +17,7 @@ from deltaw.tasks.reward.settings import RewardSettings
 from tests.byte_models import byte_tokenizer
 from tests.conftest import refusal, write_rows
 from tests.data.chat_templates import tokenizer_of
-from tests.training.runs import ADAPTER, load_eval_rows, metrics, open_on_cpu, stopped_run
+from tests.training.runs import ADAPTER, load_eval_rows, metrics, open_on_cpu, slow_except, stopped_run
 
 ENVIRONMENTS = '''
 import os, time
@@ -189,7 +189,11 @@ FAULTS += [("Number", "step must return a text"), ("Long", "gave an answer longe
 FAULTS += [("Bytes", "step must return a text"), ("Nothere", "no function 'Nothere'")]
 
 
-@pytest.mark.parametrize(("name", "message"), FAULTS)
+# Rewards and environments run in the same kind of process. tests/training/test_rewards.py tests its other faults.
+QUICK = ("Raises", "Hangs", "Nan", "Few", "Number")
+
+
+@pytest.mark.parametrize(("name", "message"), slow_except(*QUICK, names=FAULTS))
 def test_environment_errors_name_the_row(play, name, message):
     rows = [{"prompt": f"play {n}", "wanted": 3} for n in range(2)]
     error = refusal(play, name, rows, ["7", "5"], seconds=1, match=message)

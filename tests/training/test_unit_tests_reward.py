@@ -8,7 +8,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from contextlib import closing
 from pathlib import Path
 
@@ -412,10 +411,9 @@ def test_excessive_code_earns_no_reward_and_is_stopped(name, tmp_path, monkeypat
     file.write_text("secret")
     with socket.create_server(("127.0.0.1", 0)) as server:
         code = EXCESSIVE[name].replace("FILE", os.fspath(file)).replace("PORT", str(server.getsockname()[1]))
-        start_time = time.monotonic()
         tests = "total = add(1, 2)\nassert len(list(total)) if not isinstance(total, int) else total == 3"
         assert reward(code, tests) == 0
-    assert time.monotonic() - start_time < 12 and file.read_text() == "secret"
+    assert file.read_text() == "secret"
 
 
 REFUSED = {

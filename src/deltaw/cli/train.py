@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -33,10 +34,12 @@ def command(settings: str | None, resume: str | None, fresh: bool, as_json: bool
     """
     start_time = time.monotonic()
     out = console(as_json)
+    flags = nested_settings(arguments)
+    if resume is None and os.environ.get("WORLD_SIZE", "1") == "1":
+        _require_valid(settings, flags)
     with track_progress("starting"):
         from deltaw.training.parallel.joining import join_processes
     with join_processes() as processes:
-        flags = nested_settings(arguments)
         chain = None if resume is not None or settings is None else _read_chain(settings, flags)
         if processes.rank:
             from deltaw.runs.worker_rank import follow
@@ -70,6 +73,14 @@ def command(settings: str | None, resume: str | None, fresh: bool, as_json: bool
         if as_json:
             print_json(result.as_dict())
         return 130 if result.interrupted else 0
+
+
+def _require_valid(settings: str | None, flags: dict[str, Any]) -> None:
+    """Report invalid settings before the seconds that importing torch takes. Several processes must connect first."""
+    from deltaw.settings.config import RunConfig
+
+    if settings is None or _read_chain(settings, flags) is None:
+        RunConfig.read(settings, flags)
 
 
 def _read_chain(settings: str, flags: dict[str, Any]) -> Chain | None:

@@ -6,7 +6,9 @@ sections, reads them from YAML, flags or a dictionary, and explains invalid valu
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -660,6 +662,11 @@ def parse_yaml(text: str) -> object:
     Raises:
         yaml.YAMLError: if the text is not valid YAML, is nested too deeply, or expands to too many values.
     """
+    return copy.deepcopy(_parsed_yaml(text))
+
+
+@functools.lru_cache(maxsize=16)  # the settings of a run are read several times, and each time takes 10 milliseconds
+def _parsed_yaml(text: str) -> object:
     try:
         value = yaml.load(text, Loader=_Loader)
         if _expanded(value, {}) > _MAX_VALUES:
