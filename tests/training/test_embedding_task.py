@@ -17,7 +17,8 @@ from transformers import AutoModel
 from deltaw.errors import UserError
 from deltaw.hub.sentence_layout import SentenceLayout, write_layout
 from deltaw.machine.choices import Choice
-from deltaw.runs.checks import check_data, check_rows, with_refusal
+from deltaw.runs.checks import check_rows, with_refusal
+from deltaw.runs.data_checks import check_data
 from deltaw.runs.fit import fit
 from deltaw.settings.config import RunConfig
 from deltaw.tasks.embedding.losses import step_loss

@@ -8,7 +8,8 @@ import pytest
 import deltaw
 from deltaw.errors import UserError
 from deltaw.reports.page.run_view import notices, score_warnings
-from deltaw.runs.checks import check_data, with_refusal
+from deltaw.runs.checks import with_refusal
+from deltaw.runs.data_checks import check_data
 from deltaw.runs.folder import read_run
 from deltaw.settings.config import RunConfig
 from tests.conftest import refusal, write_rows

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltaw.errors import UserError, validate_key
-from deltaw.export.base import MergeOptions, resolve_base
+from deltaw.export.base import resolve_base
 from deltaw.export.hub_card import PublicBase, local_paths, model_card, public_name, public_settings
 from deltaw.export.secrets import path_in, remove_secrets
 from deltaw.hub.folders import find_cached, resolve, resolve_hub_id
@@ -156,7 +156,8 @@ def public_base(run: Run, config: RunConfig, hub_id: str | None, log: LogFunctio
     is_same = None
     if cached is not None:
         with track_progress("comparing the base model's weights"):
-            fingerprint = resolve_base(run.path, "bf16", MergeOptions(model=cached), log).fingerprint()
+            base = resolve_base(run.path, dtype="bf16", model=cached, trust_remote_code=False, log=log)
+            fingerprint = base.fingerprint()
             is_same = same_base(read_metadata(run.path).get(FINGERPRINT_KEY), fingerprint)
         public_model = replace(public_model, revision=cached.rpartition("@")[2])
     if is_same is False and ".gguf" not in config.model.lower() and not config.model.startswith("pypi:"):

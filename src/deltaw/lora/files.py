@@ -33,7 +33,8 @@ from deltaw.lora.layers import LoRAConv, LoRALayer
 from deltaw.lora.peft_format import PREFIX, FilePaths, without_wrappers
 from deltaw.lora.select import NamedModule, Selection, Target, format_names, select, unique_modules, values_by_pattern
 from deltaw.tensor_files import TensorFile, save_tensors
-from deltaw.untrusted_paths import record_reference, require_contained
+from deltaw.untrusted_paths import require_contained
+from deltaw.user_references import record_reference
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -45,7 +45,8 @@ from deltaw.settings.config import RunConfig, parse_yaml
 from deltaw.settings.data import DataSettings
 from deltaw.settings.model_parts import parse_parts
 from deltaw.settings.row_kinds import IMAGES, JUDGED_COLUMNS, LABELED_IMAGES, LABELED_ROWS, SINGLE_ANSWERS
-from deltaw.training.optimizer import count_steps, eval_share, eval_size_warning, recommended_settings
+from deltaw.training.optimizer import count_steps
+from deltaw.training.small_data import eval_share, eval_size_warning, recommended_settings
 from deltaw.training.task import Task, task_of
 
 # Files with more rows are not tokenized: tokens are estimated, as without a tokenizer.

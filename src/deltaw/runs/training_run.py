@@ -55,10 +55,10 @@ from deltaw.training.monitoring.best import now
 from deltaw.training.monitoring.generation import GenerationCheck
 from deltaw.training.monitoring.monitor import Monitor
 from deltaw.training.monitoring.rates import choose_rate
-from deltaw.training.optimizer import small_data_warnings
 from deltaw.training.parallel.joining import apply_parallelism
 from deltaw.training.reducer import Reducer
 from deltaw.training.session import Session, read_data
+from deltaw.training.small_data import small_data_warnings
 from deltaw.training.state import Outcome
 from deltaw.training.task import Task
 from deltaw.training.trained_check import UntrainedParameterError

@@ -38,7 +38,8 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
 
     The plan of the run is a call of its own, with a shorter time limit.
     """
-    from deltaw.runs.checks import check_data, with_refusal
+    from deltaw.runs.checks import with_refusal
+    from deltaw.runs.data_checks import check_data
     from deltaw.settings.config import RunConfig
 
     run_config = RunConfig.read(config)
@@ -50,7 +51,7 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
 def rows(config: Mapping[str, Any], first: int, count: int) -> dict[str, Any]:
     """Return rows with the tokens of their examples, or the name of the model if it has to be downloaded first."""
     from deltaw.reports.rendered_rows import row_as_dict
-    from deltaw.runs.checks import preview_rows
+    from deltaw.runs.data_checks import preview_rows
     from deltaw.settings.config import RunConfig
 
     run_config = RunConfig.read(config)
