@@ -13,10 +13,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from deltaw.data.chat_template import with_chat_template
 from deltaw.errors import UserError
 from deltaw.export.adapters import AdapterChanges
-from deltaw.hub.checkpoint import ParameterNames, WeightFiles, match_names, read_checkpoint
+from deltaw.hub.checkpoint import WeightFiles, read_checkpoint
 from deltaw.hub.empty_models import read_config
 from deltaw.hub.folders import ModelSource, local_folder, resolve
 from deltaw.hub.loading import LoadedModel, load
+from deltaw.hub.parameter_names import ParameterNames, match_names
 from deltaw.hub.skeletons import skeleton
 from deltaw.hub.tokenizers import tokenizer_in
 from deltaw.hub.transformers_private import complete_skeleton, quiet

@@ -109,7 +109,7 @@ def deploy(
         model: Base model, as in :func:`deltaw.export.formats.export`.
         trust_remote_code: Run the Python files of the base model.
         overwrite: Replace an existing model with this name.
-        precision: Precision of the run's own answers.
+        precision: Precision of the answers of the run.
         questions: Number of questions, or 0 to skip the comparison.
         make_writer: Creates the function that generates the run's answers. The default is transformers.
         log: Receives messages for the user.

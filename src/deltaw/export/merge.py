@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from deltaw.errors import UserError
@@ -101,6 +101,7 @@ def merge_run(
             log(f"{reason_to_load}: loading the entire model for this merge")
         planned = read_checkpoint(job.base.folder).tensors.values() if merged is None else merged.tensors
         required_bytes = sum(tensor.bytes for tensor in planned)
+        verification: object = None
         verification_error: UserError | None = None
         with atomic_folder(target, overwrite=options.overwrite, needed=required_bytes, log=log) as folder:
             if merged is None:
@@ -111,32 +112,32 @@ def merge_run(
             for note in merged.notes:
                 log(note)
             write_metadata_files(merged, folder)
-            errors, error = ({}, None) if job.combination is None else job.combination.errors()
-            result = MergeResult(
-                output=target,
-                base=job.base.reference,
-                method=job.adapters[0].method,
-                precision=options.precision,
-                files=files,
-                bytes=sum(output.bytes for output in merged.tensors),
-                tensors=len(merged.tensors),
-                changed=sorted(merged.changed),
-                untied=list(merged.untied),
-                dropped=list(merged.dropped),
-                same_base=merged.same_base,
-                in_memory=reason_to_load,
-                seconds=time.perf_counter() - start_time,
-                notes=list(merged.notes),
-                errors=errors,
-                error=error,
-            )
-            if verify is not None:
-                try:
-                    result = replace(result, verification=verify(job, folder))
-                except UserError as error:
-                    if not keep:
-                        raise
-                    verification_error = error
+            errors, total_error = ({}, None) if job.combination is None else job.combination.errors()
+            seconds = time.perf_counter() - start_time
+            try:
+                verification = None if verify is None else verify(job, folder)
+            except UserError as error:
+                if not keep:
+                    raise
+                verification_error = error
         if verification_error is not None:
             raise verification_error
-        return result
+    return MergeResult(
+        output=target,
+        base=job.base.reference,
+        method=job.adapters[0].method,
+        precision=options.precision,
+        files=files,
+        bytes=sum(output.bytes for output in merged.tensors),
+        tensors=len(merged.tensors),
+        changed=sorted(merged.changed),
+        untied=list(merged.untied),
+        dropped=list(merged.dropped),
+        same_base=merged.same_base,
+        in_memory=reason_to_load,
+        seconds=seconds,
+        notes=list(merged.notes),
+        errors=errors,
+        error=total_error,
+        verification=verification,
+    )

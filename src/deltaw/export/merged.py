@@ -19,7 +19,8 @@ from deltaw.export.adapters import BiasChange, ReplacedTensor, WeightChange
 from deltaw.export.base import AdapterBase, check_base
 from deltaw.export.merge_plan import MergePlan
 from deltaw.export.merged_config import DAMAGED_HINT, PRECISIONS, merged_config, read_settings, tied_names
-from deltaw.hub.checkpoint import ParameterNames, WeightFiles, find_stored_name, match_names, read_checkpoint
+from deltaw.hub.checkpoint import WeightFiles, read_checkpoint
+from deltaw.hub.parameter_names import ParameterNames, find_stored_name, match_names
 from deltaw.methods.parameters import parameters_by_name
 from deltaw.tensor_files import StoredTensor, row_blocks
 

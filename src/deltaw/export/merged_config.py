@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from deltaw.errors import UserError
 from deltaw.export.base import AdapterBase
 from deltaw.export.merge_plan import MergePlan
-from deltaw.hub.checkpoint import match_names
+from deltaw.hub.parameter_names import match_names
 from deltaw.methods.parameters import parameters_by_name
 from deltaw.settings.task_registry import entry_of
 

@@ -359,7 +359,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if platforms.WINDOWS:  # a file whose tensors are mapped cannot be replaced
+            if platforms.WINDOWS:  # a file with mapped tensors cannot be replaced
                 tensors = {name: tensor.clone() for name, tensor in tensors.items()}
             return tensors, dict(file.metadata() or {})
     except (safetensors.SafetensorError, OSError, ValueError) as error:

@@ -139,7 +139,7 @@ class DataPreview:
     def length(self) -> tuple[int, int]:
         """Return ``data.max_length`` and the number of longer rows.
 
-        The limit is the longest row, without outliers: the longest 1 % of the rows, if they are :data:`OUTLIER_RATIO`
+        The limit is the longest row, without outliers: the longest 1% of the rows, if they are :data:`OUTLIER_RATIO`
         times as long as all other rows. It is rounded up to a multiple of 64 and capped at the model's maximum.
         """
         lengths = self.lengths * (ESTIMATE_MARGIN if self.estimated else 1.0)

@@ -18,8 +18,8 @@ from deltaw.data.check import DataCheck
 from deltaw.data.data_findings import DataFinding
 from deltaw.data.row_reader import RunData
 from deltaw.errors import UserError, first_line
-from deltaw.hub.checkpoint import match_names
 from deltaw.hub.folders import config_folder, resolve
+from deltaw.hub.parameter_names import match_names
 from deltaw.hub.skeletons import skeleton
 from deltaw.hub.weight_digests import folder_digests, record_stored_digests
 from deltaw.lora.fingerprint import base_fingerprint

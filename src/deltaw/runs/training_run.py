@@ -329,7 +329,7 @@ class TrainingRun:
             self.callback.on_line(f"the adapter from before that step is in {self.folder.path}")
 
     def compare_with_base(self) -> None:
-        """Record and log the task's own measurements, such as the comparison with a distilled prompt."""
+        """Record and log the measurements of the task, such as the comparison with a distilled prompt."""
         if not self.outcome.interrupted:
             for name, result in self.task.final_measurements(self.session, self.evaluation):
                 self.folder.write_metrics({"step": self.outcome.steps, name: result.as_dict()})

@@ -38,7 +38,7 @@ def recommended_settings(num_rows: int) -> tuple[int, int]:
 
 
 def eval_share(num_rows: int) -> float | None:
-    """Return the share of rows to hold out: :data:`MIN_EVAL_ROWS` rows, but 5 to 20 %. None below 10 rows."""
+    """Return the share of rows to hold out: :data:`MIN_EVAL_ROWS` rows, but 5 to 20%. None below 10 rows."""
     return None if num_rows < 10 else min(0.2, max(0.05, math.ceil(100 * MIN_EVAL_ROWS / num_rows) / 100))
 
 

@@ -26,7 +26,7 @@ class Completion:
         answer: Answer of the row, or None.
         row: Number of the row in its file.
         columns: Columns of the row.
-        ended: True if the model ended the completion, False if it reached the token limit.
+        ended: True if the model finished the completion, False if it reached the token limit.
     """
 
     prompt: str
