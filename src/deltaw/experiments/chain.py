@@ -1,8 +1,9 @@
 """Train the stages of a chain in order, and score the adapter of each stage on the same held-out rows.
 
 Each stage is a run in a separate folder (:func:`deltaw.runs.fit.fit`), so a finished stage is skipped and an
-interrupted one is resumed. Afterwards, the base model and the adapter of each stage are scored on the held-out rows of every stage.
-Scores are stored immediately, and computed again only if an adapter, the rows or the settings change.
+interrupted one is resumed. Afterwards, the base model and the adapter of each stage are scored on the
+held-out rows of every stage. Scores are stored immediately, and computed again only if an adapter, the rows or the
+settings change.
 """
 
 from __future__ import annotations

@@ -112,8 +112,8 @@ class TrainOptions:
         add_gradients: Called with the index of the step and the loss scale after the gradients of the step are
             computed. Adds the scaled gradients of another loss and returns the loss.
         groups: Group of each row, see :class:`RowOrder`.
-        skip_not_finite: Skip steps with a loss or gradient that is not finite, up to ``MAX_SKIPPED_IN_ROW`` in a row. If
-            False, the first one stops the training.
+        skip_not_finite: Skip steps with a loss or gradient that is not finite, up to ``MAX_SKIPPED_IN_ROW`` in a row.
+            If False, the first one stops the training.
         loss_scaling: Scale the loss dynamically, for fp16 models. A step with a gradient overflow is skipped.
     """
 
