@@ -52,7 +52,7 @@ def command(run: str, system: str | None, with_base: bool, text_settings: TextSe
         # Generate zero tokens to validate the flags before the first question.
         engine.generate_all([replace(text_settings.request(np.zeros(1, dtype=np.int64)), max_new_tokens=0)])
         system = resolve_system_prompt(session, system, notes.print_line)
-        conversation = _Conversation(session, system)
+        conversation = _ChatConversation(session, system)
 
         def generate(tokens: np.ndarray, number: int) -> str:
             if with_base and session.adapter:
@@ -65,7 +65,7 @@ def command(run: str, system: str | None, with_base: bool, text_settings: TextSe
             command_name, _, file = line.partition(" ")
             try:
                 if line == "/new":
-                    conversation = _Conversation(session, system)
+                    conversation = _ChatConversation(session, system)
                 elif command_name == "/image":
                     conversation.images.append(decode(Path(file.strip()), file.strip()))
                 else:
@@ -74,7 +74,7 @@ def command(run: str, system: str | None, with_base: bool, text_settings: TextSe
                 notes.print_line(str(error))
 
 
-class _Conversation:
+class _ChatConversation:
     """Messages and images of a conversation.
 
     Attributes:
