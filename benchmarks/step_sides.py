@@ -177,8 +177,8 @@ def train_deltaw(model: Any, job: dict[str, Any], tokens: Any, candidates: tuple
     from deltaw.data.example import Example
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
     from deltaw.machine.memory import retain_freed_memory
-    from deltaw.runtime.huge_pages import use_large_pages
     from deltaw.runtime.packed import packed_rows
+    from deltaw.runtime.weights_in_huge_pages import move_to_huge_pages
     from deltaw.training.approximations import Approximations, GradientCheck, applicable
     from deltaw.training.batchers import BatcherOptions, choose_causal_batcher
     from deltaw.training.causal_objective import CausalObjective
@@ -194,7 +194,7 @@ def train_deltaw(model: Any, job: dict[str, Any], tokens: Any, candidates: tuple
     if job.get("checkpointing"):
         checkpoint_blocks(model)
     retain_freed_memory()  # like the command line
-    use_large_pages(model)  # like a run
+    move_to_huge_pages(model)  # like a run
     objective = CausalObjective(model)
     seconds = []
     turns = Turns(job)

@@ -79,7 +79,16 @@ def test_row_dependencies_include_all_modules_that_read_rows():
     """Modules that ``data`` imports must be dependencies, except those for batches, file lookup, CPUs and settings."""
     from deltaw.data.row_cache_keys import CACHE_DEPENDENCIES
 
-    exempt = {"kernels", "errors", "atomic_files", "cache", "untrusted_paths", "progress", "platforms"}
+    exempt = {
+        "kernels",
+        "errors",
+        "atomic_files",
+        "cache",
+        "untrusted_paths",
+        "user_references",
+        "progress",
+        "platforms",
+    }
     exempt |= {"settings.registry", "settings.task_registry", "settings.fields", "settings.local_names"}
     exempt |= {"worker_process", "hub.packages", "hub.folders", "hub.hub_errors"}
     exempt |= {"machine.choices", "machine.memory", "lora.config"}

@@ -26,7 +26,7 @@ PACKAGE = SOURCE / "deltaw"
 # From bottom to top. A package may import earlier packages only, including imports for the type checker.
 ORDER = (
     *("errors", "version", "platforms", "worker_process", "atomic_files", "progress", "cache"),
-    *("untrusted_paths", "tensor_files", "settings", "kernels", "lora", "machine"),
+    *("untrusted_paths", "user_references", "tensor_files", "settings", "kernels", "lora", "machine"),
     *("hub", "runtime", "methods", "data", "memory", "decoding", "training", "inference", "tasks"),
     *("runs", "experiments", "export", "serving", "evaluation", "reports", "studio", "cli"),
     *("", "__main__"),  # the public face
@@ -183,7 +183,16 @@ def test_only_task_packages_know_the_tasks(imports: list[Import]) -> None:
 
 @pytest.mark.parametrize("package", ["kernels", "lora"])
 def test_foundation_imports_only_torch_safetensors_and_numpy(package: str, imports: list[Import]) -> None:
-    below = ("errors", "platforms", "untrusted_paths", "atomic_files", "tensor_files", "kernels", package)
+    below = (
+        "errors",
+        "platforms",
+        "untrusted_paths",
+        "user_references",
+        "atomic_files",
+        "tensor_files",
+        "kernels",
+        package,
+    )
     allowed = {f"deltaw.{name}" for name in below} | FOUNDATION | sys.stdlib_module_names
     lines = [str(i) for i in imports if _package_of(i.module) == package]
     allowed.add("deltaw.settings.dataclass_fields")  # requires only the standard library

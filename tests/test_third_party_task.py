@@ -17,7 +17,8 @@ from deltaw.cli import main
 from deltaw.errors import UserError
 from deltaw.experiments.compare import compare
 from deltaw.inference.open_run import open_run
-from deltaw.runs.checks import check_data, check_run, preview_rows
+from deltaw.runs.checks import check_run
+from deltaw.runs.data_checks import check_data, preview_rows
 from deltaw.runs.folder import Run
 from deltaw.settings import task_registry
 from deltaw.settings.config import RunConfig

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from deltaw import untrusted_paths
+from deltaw import user_references
 from deltaw.errors import UserError
 from deltaw.hub.shards import shard_names
-from deltaw.untrusted_paths import is_inside, record_reference, require_contained, was_referenced
+from deltaw.untrusted_paths import is_inside, require_contained
+from deltaw.user_references import record_reference, was_referenced
 
 
 def _tree(root: Path, *files: str) -> Path:
@@ -98,7 +99,7 @@ def test_unusable_cache_records_no_references(tmp_path, monkeypatch):
 
 def test_network_share_is_not_accessed(tmp_path, monkeypatch):
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(untrusted_paths.os.path, "exists", lambda path: pytest.fail(path))
+    monkeypatch.setattr(user_references.os.path, "exists", lambda path: pytest.fail(path))
     for name in ("//host/share", "\\\\host\\share"):
         assert not was_referenced("model", name)
 

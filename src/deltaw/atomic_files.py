@@ -59,7 +59,7 @@ def apply_umask(path: Path, mode: int) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Atomically write ``text`` to ``path`` as UTF-8, without translating line ends."""
+    """Atomically write ``text`` to ``path`` as UTF-8, without newline translation."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 

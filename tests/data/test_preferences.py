@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deltaw.data.example import RowGroup
-from deltaw.runs.checks import check_data, preview_rows
+from deltaw.runs.data_checks import check_data, preview_rows
 from deltaw.settings.config import RunConfig
 from deltaw.settings.data import DataSettings
 from deltaw.tasks.preference.rows import PairReader

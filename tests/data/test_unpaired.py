@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deltaw.runs.checks import check_data, preview_rows
+from deltaw.runs.data_checks import check_data, preview_rows
 from deltaw.settings.config import RunConfig
 from deltaw.settings.data import DataSettings
 from deltaw.tasks.preference.rows import UnpairedReader

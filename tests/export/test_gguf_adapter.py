@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from deltaw.errors import UserError
-from deltaw.export.base import MergeOptions
 from deltaw.export.gguf_adapter import export_gguf_adapter, unify_alpha
 from deltaw.export.gguf_architectures import adjacent_pairs, find_architecture
+from deltaw.export.merge_plan import MergeOptions
 from deltaw.export.portable import PlainUpdate
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
 from tests.export import models

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
 from deltaw.errors import UserError
-from deltaw.export.base import MergeOptions
 from deltaw.export.merge import merge_run
+from deltaw.export.merge_plan import MergeOptions
 from deltaw.lora import LoRAConfig, attach, save_adapter
 from deltaw.methods.files import method_from_folder
 from deltaw.runtime.quantized_weights import quantize_int8

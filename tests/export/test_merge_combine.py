@@ -12,9 +12,9 @@ from torch import Tensor
 
 from deltaw.errors import UserError
 from deltaw.export.as_adapter import write_adapter
-from deltaw.export.base import MergeOptions
 from deltaw.export.combine import METHODS, Recipe, dare, ties, trim
 from deltaw.export.merge import merge_run
+from deltaw.export.merge_plan import MergeOptions
 from deltaw.lora import read_adapter
 from deltaw.lora.peft_updates import read_content
 from tests.export.merge_cases import (

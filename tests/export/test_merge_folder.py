@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from deltaw.errors import UserError
-from deltaw.export import base as output_folder
-from deltaw.export.base import MergeOptions, atomic_folder
+from deltaw.export import output_folder
 from deltaw.export.merge import merge_run
+from deltaw.export.merge_plan import MergeOptions
+from deltaw.export.output_folder import atomic_folder
 from tests.export.merge_cases import adapter_folder, assert_merged, base_folder, load_model, text_base
 
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deltaw.errors import UserError
-from deltaw.export.base import MergeOptions, MergePlan
 from deltaw.export.combine import Recipe
 from deltaw.export.merge import merge_run
+from deltaw.export.merge_plan import MergeOptions, MergePlan
 from deltaw.export.verify import SMALL_SAMPLE, MergeVerifier, SampleSize, Verification
 from tests.export.merge_cases import adapter_folder, text_base
 

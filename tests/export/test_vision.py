@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from deltaw.export.as_adapter import write_adapter
-from deltaw.export.base import MergeOptions
 from deltaw.export.combine import Recipe
 from deltaw.export.gguf_adapter import export_gguf_adapter
 from deltaw.export.gguf_model import export_gguf
 from deltaw.export.merge import merge_run
+from deltaw.export.merge_plan import MergeOptions
 from deltaw.export.portable import export_folder
 from deltaw.export.verify import MergeVerifier, Verification
 from deltaw.hub.vision import text_view

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deltaw.decoding.request import Request
-from deltaw.export.base import MergeOptions, prepare_merge
+from deltaw.export.merge_plan import MergeOptions, prepare_merge
 from deltaw.export.merged import assemble
 from deltaw.hub.loading import load
 from deltaw.inference.open_run import open_run

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deltaw.hub.checkpoint import match_names, read_checkpoint
+from deltaw.hub.checkpoint import read_checkpoint
+from deltaw.hub.parameter_names import match_names
 from deltaw.hub.vision import Tower, is_vision_language, text_view
 from deltaw.runtime.image_tokens import verify_view
 from tests.conftest import refusal

@@ -10,18 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from deltaw.kernels import large_pages, loader
-from deltaw.runtime import huge_pages
-from deltaw.runtime.huge_pages import use_large_pages
+from deltaw.kernels import huge_pages, loader
+from deltaw.runtime import weights_in_huge_pages
+from deltaw.runtime.weights_in_huge_pages import move_to_huge_pages
 from tests.mapped_files import resident_bytes
 
 SIZE = 1024  # a square fp32 weight of this size has 4 MiB
 
 
 @pytest.fixture(autouse=True)
-def require_large_pages() -> None:
-    if not large_pages.large_page_bytes():
-        pytest.skip("the system gives no large pages")
+def require_huge_pages() -> None:
+    if not huge_pages.huge_page_bytes():
+        pytest.skip("the system gives no huge pages")
     if loader.unavailable_reason():
         pytest.skip(f"no compiled kernels: {loader.unavailable_reason()}")
 
@@ -68,7 +68,7 @@ def test_large_frozen_weights_move_without_changing_values(tied: bool, tmp_path:
     before = _addresses(model)
     values = {name: parameter.clone() for name, parameter in parameters.items()}
     moved = {"middle.weight", "head.weight", "rows.weight"} if tied else {"middle.weight", "head.weight"}
-    assert use_large_pages(model) == 2 * 4 * SIZE * SIZE
+    assert move_to_huge_pages(model) == 2 * 4 * SIZE * SIZE
     after = _addresses(model)
     assert {name for name in after if after[name] != before[name]} == moved
     assert not tied or model.head.weight is model.rows.weight
@@ -78,7 +78,7 @@ def test_large_frozen_weights_move_without_changing_values(tied: bool, tmp_path:
 
 
 def _large_bytes(tensor: Tensor) -> int:
-    """Return the bytes of large pages in the mapping that contains a tensor."""
+    """Return the bytes of huge pages in the mapping that contains a tensor."""
     for part in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
         span = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", part)
         if span and int(span[1], 16) <= tensor.data_ptr() < int(span[2], 16):
@@ -86,11 +86,11 @@ def _large_bytes(tensor: Tensor) -> int:
     return 0
 
 
-def test_moved_weight_is_in_large_pages(tmp_path: Path) -> None:
+def test_moved_weight_is_in_huge_pages(tmp_path: Path) -> None:
     model = _mapped_model(tmp_path / "weights.safetensors")
-    assert use_large_pages(model)
+    assert move_to_huge_pages(model)
     if not _large_bytes(model.middle.weight):
-        pytest.skip("the system has no large page left")
+        pytest.skip("the system has no huge page left")
     assert _large_bytes(model.middle.weight) == _large_bytes(model.head.weight) == 4 * SIZE * SIZE
 
 
@@ -101,9 +101,9 @@ def test_pages_of_mapped_file_are_released(tmp_path: Path, monkeypatch: pytest.M
     model.weight = nn.Parameter(load_file(file)["weight"], requires_grad=False)
     assert float(model.weight[-1, -1]) == 8 * SIZE * SIZE - 1
     assert model.weight.sum() > 0 and resident_bytes(file) > 30 << 20
-    monkeypatch.setattr(huge_pages, "MOVE_CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(weights_in_huge_pages, "MOVE_CHUNK_BYTES", 1 << 20)
     other = model.weight.detach()  # prevents the file from being unmapped
-    assert use_large_pages(model) == 32 << 20
+    assert move_to_huge_pages(model) == 32 << 20
     assert resident_bytes(file) < 2 << 20
     assert torch.equal(model.weight, other)
 
@@ -111,7 +111,7 @@ def test_pages_of_mapped_file_are_released(tmp_path: Path, monkeypatch: pytest.M
 def test_weights_do_not_move_if_allocated_or_memory_is_low(tmp_path, monkeypatch):
     allocated = Model()
     mapped = _mapped_model(tmp_path / "weights.safetensors")
-    for model, free in ((allocated, huge_pages.free_memory_bytes()), (mapped, 12 * SIZE * SIZE)):
-        monkeypatch.setattr(huge_pages, "free_memory_bytes", lambda free=free: free)
+    for model, free in ((allocated, weights_in_huge_pages.free_memory_bytes()), (mapped, 12 * SIZE * SIZE)):
+        monkeypatch.setattr(weights_in_huge_pages, "free_memory_bytes", lambda free=free: free)
         before = _addresses(model)
-        assert use_large_pages(model) == 0 and _addresses(model) == before
+        assert move_to_huge_pages(model) == 0 and _addresses(model) == before

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from deltaw.errors import UserError
-from deltaw.export.base import MergeOptions, prepare_merge
+from deltaw.export.merge_plan import MergeOptions, prepare_merge
 from deltaw.export.merged import assemble
 from deltaw.hub import gguf, gguf_loading
 from deltaw.hub.loading import load

@@ -10,17 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.training.evaluation import retrieval
+from deltaw.training.evaluation import vector_search
 from deltaw.training.evaluation.base import bootstrap_interval, spearman
-from deltaw.training.evaluation.retrieval import (
-    nearest,
-    nearest_of_parts,
-    neighbor_agreement,
-    pair_accuracy,
-    ranking_metrics,
-    retrieval_evaluation,
-    shared_neighbors,
-)
+from deltaw.training.evaluation.neighbors import neighbor_agreement, shared_neighbors
+from deltaw.training.evaluation.retrieval import pair_accuracy, ranking_metrics, retrieval_evaluation
+from deltaw.training.evaluation.vector_search import nearest, nearest_of_parts
 from tests.conftest import refusal
 
 
@@ -37,7 +31,7 @@ def brute_force(queries: torch.Tensor, passages: torch.Tensor, count: int) -> tu
 
 @pytest.mark.parametrize("block", [1, 7, 64, 4096])
 def test_nearest_matches_float64_products(block, monkeypatch):
-    monkeypatch.setattr(retrieval, "MAX_SCORES", 5 * block)  # several parts of the queries, too
+    monkeypatch.setattr(vector_search, "MAX_SCORES", 5 * block)  # several parts of the queries, too
     queries = random_vectors(23, 12, seed=1)
     passages = random_vectors(211, 12, seed=2)
     scores, indices = nearest(queries, passages, 17, block=block)

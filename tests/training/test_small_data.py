@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from deltaw.settings.config import TrainSettings
-from deltaw.training.optimizer import (
+from deltaw.training.optimizer import count_steps
+from deltaw.training.small_data import (
     MIN_STEPS,
-    count_steps,
     eval_share,
     eval_size_warning,
     recommended_settings,

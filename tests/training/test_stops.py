@@ -13,7 +13,7 @@ from deltaw.decoding.generation import generate
 from deltaw.errors import UserError
 from deltaw.inference.open_run import open_run
 from deltaw.methods.trust import read_run_settings
-from deltaw.runs.checks import preview_rows
+from deltaw.runs.data_checks import preview_rows
 from deltaw.runs.fit import fit
 from tests.byte_models import tiny_llama
 from tests.conftest import COLORS, write_rows

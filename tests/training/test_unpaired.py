@@ -10,13 +10,13 @@ import torch
 
 from deltaw.cli import main
 from deltaw.data.example import RowGroup
-from deltaw.runs.checks import check_data
+from deltaw.runs.data_checks import check_data
 from deltaw.runs.fit import fit
 from deltaw.runtime.packed import packed_rows
 from deltaw.settings.config import RunConfig
-from deltaw.tasks.preference.losses import UnpairedLoss
 from deltaw.tasks.preference.settings import PreferenceSettings
 from deltaw.tasks.preference.task import PreferenceTask, UnpairedMicroBatcher
+from deltaw.tasks.preference.unpaired_loss import UnpairedLoss
 from deltaw.training.losses import RowLogProbs
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import COLORS, refusal, write_rows

@@ -115,7 +115,7 @@ class Cache:
             shutil.rmtree(partial, ignore_errors=True)
 
     def touch(self, name: str) -> None:
-        """Update the last-use time of an entry. Does nothing if the folder is not writable."""
+        """Update the last-use time of an entry. Has no effect if the folder is not writable."""
         with contextlib.suppress(OSError):
             os.utime(self.folder / self._mark.format(name))
 

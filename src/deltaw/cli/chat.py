@@ -17,11 +17,14 @@ from deltaw.errors import UserError
 from deltaw.progress import track_progress
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     from PIL.Image import Image
 
     from deltaw.data.messages import Message
     from deltaw.decoding.engine import Engine
+    from deltaw.inference.opened_run import OpenedRun
 
 
 @click.command("chat")
@@ -40,7 +43,6 @@ def command(run: str, system: str | None, with_base: bool, text_settings: TextSe
         import numpy as np
 
         from deltaw.data.image_files import decode
-        from deltaw.data.row_images import MARKER, without_markers
         from deltaw.decoding.opening import base_engine
         from deltaw.inference.open_run import open_run
     session = open_run(run, log=notes.print_line, **opening)
@@ -50,46 +52,66 @@ def command(run: str, system: str | None, with_base: bool, text_settings: TextSe
         # Generate zero tokens to validate the flags before the first question.
         engine.generate_all([replace(text_settings.request(np.zeros(1, dtype=np.int64)), max_new_tokens=0)])
         system = resolve_system_prompt(session, system, notes.print_line)
-        start: list[Message] = [{"role": "system", "content": system}] if system else []
-        messages = list(start)
-        images: list[Image] = []  # of sent messages, then of the next one
-        num_sent = 0
-        placer = session.task.images
+        conversation = _ChatConversation(session, system)
+
+        def generate(tokens: np.ndarray, number: int) -> str:
+            if with_base and session.adapter:
+                with base_engine(session, engine, notes.print_line) as bare_engine:
+                    _answer(bare_engine, None, tokens, number, text_settings, "base")
+            name = "adapter" if session.adapter else "model"
+            return _answer(engine, engine.session_adapter, tokens, number, text_settings, name)
+
         while (line := _read_line()) is not None:
-            if line == "/new":
-                messages = list(start)
-                images = []
-                num_sent = 0
-                continue
             command_name, _, file = line.partition(" ")
-            if command_name == "/image":
-                try:
-                    images.append(decode(Path(file.strip()), file.strip()))
-                except UserError as error:
-                    notes.print_line(str(error))
-                continue
-            if placer is not None and len(images) == num_sent:
-                line = without_markers(line, placer)
-            elif MARKER not in line:
-                line = "\n".join([MARKER] * (len(images) - num_sent) + [line])
-            messages.append({"role": "user", "content": line})
             try:
-                require_utf8(line, "your line")
-                number = sum(message["role"] == "user" for message in messages) - 1
-                tokens = session.encode(messages, images)
-                if with_base and session.adapter:
-                    with base_engine(session, engine, notes.print_line) as bare_engine:
-                        _answer(bare_engine, None, tokens, number, text_settings, "base")
-                name = "adapter" if session.adapter else "model"
-                answer = _answer(engine, engine.session_adapter, tokens, number, text_settings, name)
-                answer = answer if placer is None else without_markers(answer, placer)
-                messages.append({"role": "assistant", "content": answer})
-                num_sent = len(images)
+                if line == "/new":
+                    conversation = _ChatConversation(session, system)
+                elif command_name == "/image":
+                    conversation.images.append(decode(Path(file.strip()), file.strip()))
+                else:
+                    conversation.answer(line, generate)
             except UserError as error:
-                # For example, the conversation is too long: remove the question and continue.
                 notes.print_line(str(error))
-                messages.pop()
-                del images[num_sent:]
+
+
+class _ChatConversation:
+    """Messages and images of a conversation.
+
+    Attributes:
+        images: Images of the answered questions, then of the next one.
+    """
+
+    def __init__(self, session: OpenedRun, system: str | None) -> None:
+        self.images: list[Image] = []
+        self._session = session
+        self._messages: list[Message] = [{"role": "system", "content": system}] if system else []
+        self._num_answered_images = 0
+
+    def answer(self, line: str, generate: Callable[[np.ndarray, int], str]) -> None:
+        """Add a question and the answer that ``generate`` returns for the tokens and the number of the question.
+
+        Raises:
+            UserError: for example if the conversation is too long. The question and its images are removed.
+        """
+        from deltaw.data.row_images import MARKER, without_markers
+
+        placer = self._session.task.images
+        num_new_images = len(self.images) - self._num_answered_images
+        if placer is not None and not num_new_images:
+            line = without_markers(line, placer)
+        elif MARKER not in line:
+            line = "\n".join([MARKER] * num_new_images + [line])
+        number = sum(message["role"] == "user" for message in self._messages)
+        question: Message = {"role": "user", "content": line}
+        try:
+            require_utf8(line, "your line")
+            answer = generate(self._session.encode([*self._messages, question], self.images), number)
+        except UserError:
+            del self.images[self._num_answered_images :]
+            raise
+        answer = answer if placer is None else without_markers(answer, placer)
+        self._messages += [question, {"role": "assistant", "content": answer}]
+        self._num_answered_images = len(self.images)
 
 
 def _read_line() -> str | None:

@@ -53,7 +53,7 @@ def show(
     FILE is a data file, a run's YAML file, or a run's folder. --model selects the tokenizer.
     """
     from deltaw.reports.rendered_rows import LEGEND, PLAIN_LEGEND, row_as_dict, row_lines
-    from deltaw.runs.checks import preview_rows
+    from deltaw.runs.data_checks import preview_rows
 
     out = console(as_json)
     config = _config(file, settings, arguments, out.print_line)

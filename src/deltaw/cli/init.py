@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def command(file: str, model: str | None, data: str | None, task: str | None, yes: bool, force: bool) -> None:
     """Ask for the rows, the task and the model, inspect the rows, and create a commented settings FILE.
 
-    Without a terminal, no questions are asked and unusable rows are skipped.
+    Without a terminal, there are no questions and unusable rows are skipped.
     """
     from deltaw.atomic_files import write_text
     from deltaw.data.class_names import merged_classes

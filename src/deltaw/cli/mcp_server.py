@@ -49,7 +49,7 @@ MAX_ERROR_LENGTH = 3000
 # Number of steps whose mean duration predicts the remaining time.
 RECENT_STEPS = 20
 # A child receives SIGINT when the server exits, even if the server is killed. A training run then saves a checkpoint.
-_CHILD = """\
+_CHILD_CODE = """\
 import contextlib, ctypes, signal, sys
 with contextlib.suppress(Exception):
     ctypes.CDLL(None).prctl(1, signal.SIGINT)
@@ -63,7 +63,7 @@ INSTRUCTIONS = (
 )
 
 
-def _bounded(settings: dict[str, Any]) -> dict[str, Any]:
+def _check_size(settings: dict[str, Any]) -> dict[str, Any]:
     """Reject settings that are too large or too deep."""
 
     def depth(value: Any) -> int:
@@ -93,7 +93,7 @@ class SettingsArguments(NoArguments):
     """Settings of a run."""
 
     file: PathText | None = Field(None, description=FILE_DESCRIPTION)
-    settings: Annotated[dict[str, Any], AfterValidator(_bounded)] = Field({}, description=SETTINGS_DESCRIPTION)
+    settings: Annotated[dict[str, Any], AfterValidator(_check_size)] = Field({}, description=SETTINGS_DESCRIPTION)
 
 
 class RowsArguments(SettingsArguments):
@@ -184,25 +184,37 @@ class AgentServer:
     Args:
         allowed: Permissions of the agent.
         seconds: Time limit of a call.
-        work: Empty folder for the server's files.
+        work_folder: Empty folder for the server's files.
     """
 
-    def __init__(self, allowed: FolderPermissions, seconds: float, work: Path) -> None:
+    def __init__(self, allowed: FolderPermissions, seconds: float, work_folder: Path) -> None:
         self.allowed = allowed
         self.seconds = seconds
-        self.work = work
+        self.work_folder = work_folder
         self.training: BackgroundTraining | None = None
-        self._one_at_a_time = asyncio.Lock()
-        self._files = 0
+        self._command_lock = asyncio.Lock()
+        self._num_settings_files = 0
 
     @property
     def tools(self) -> dict[str, tuple[type[NoArguments], Callable[[Any], Awaitable[object]], str]]:
         """Tools by name: class of the arguments, implementation and description."""
         return {
             "doctor": (NoArguments, self._doctor, "Describe this machine, and report causes of slow training."),
-            "data_check": (SettingsArguments, partial(self._verb, ("data", "check")), "Report errors in the rows."),
-            "data_show": (RowsArguments, partial(self._verb, ("data", "show")), "Show rows as tokens and labels."),
-            "plan": (SettingsArguments, partial(self._verb, ("plan",)), "Predict the memory of a training run."),
+            "data_check": (
+                SettingsArguments,
+                partial(self._settings_command, ("data", "check")),
+                "Report errors in the rows.",
+            ),
+            "data_show": (
+                RowsArguments,
+                partial(self._settings_command, ("data", "show")),
+                "Show rows as tokens and labels.",
+            ),
+            "plan": (
+                SettingsArguments,
+                partial(self._settings_command, ("plan",)),
+                "Predict the memory of a training run.",
+            ),
             "train": (TrainArguments, self._train, "Start a training run in the background. Only one runs at a time."),
             "train_status": (NoArguments, self._status, "Return step, loss and remaining time, or the run's result."),
             "train_stop": (NoArguments, self._stop, "Stop the training run. It saves a checkpoint and can be resumed."),
@@ -238,19 +250,19 @@ class AgentServer:
     async def _doctor(self, args: NoArguments) -> object:
         return await self._run(["doctor", "--json", f"--output={self.allowed.folders[0]}"])
 
-    async def _verb(self, verb: Sequence[str], args: SettingsArguments) -> object:
+    async def _settings_command(self, command: Sequence[str], args: SettingsArguments) -> object:
         config = await self._config(args)
-        extra = [f"--methods={config['method']}"] if verb == ("plan",) else []
+        extra = [f"--methods={config['method']}"] if command == ("plan",) else []
         if isinstance(args, RowsArguments):
             extra = [f"--limit={args.rows}"] if args.row is None else [f"--row={args.row}"]
-        return await self._run([*verb, str(self._write(config)), "--json", *extra])
+        return await self._run([*command, str(self._write_settings(config)), "--json", *extra])
 
     async def _config(self, args: SettingsArguments) -> dict[str, Any]:
         return await asyncio.to_thread(self.allowed.config, args.file, args.settings)
 
-    def _write(self, config: Mapping[str, Any]) -> Path:
-        self._files += 1
-        file = self.work / f"settings-{self._files}.yaml"
+    def _write_settings(self, config: Mapping[str, Any]) -> Path:
+        self._num_settings_files += 1
+        file = self.work_folder / f"settings-{self._num_settings_files}.yaml"
         file.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
         return file
 
@@ -264,10 +276,10 @@ class AgentServer:
         else:
             config = await self._config(args)
             folder = config["output"]
-            arguments = [str(self._write(config))]
+            arguments = [str(self._write_settings(config))]
         if self.training is not None and self.training.is_running:
             raise UserError("a training run is in progress", location=str(self.training.folder), hint="call train_stop")
-        log = self.work / "train.log"
+        log = self.work_folder / "train.log"
         started_at = time.time()
         command, options = self._command(["train", *arguments])
         with log.open("w", encoding="utf-8") as file:  # not an asyncio subprocess, which would be killed on exit
@@ -318,8 +330,8 @@ class AgentServer:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1", **self.allowed.environment()}
         if not self.allowed.allow_remote:
             environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        options = {"cwd": self.work, "env": environment, "start_new_session": True}
-        return [sys.executable, "-c", _CHILD, *arguments], options
+        options = {"cwd": self.work_folder, "env": environment, "start_new_session": True}
+        return [sys.executable, "-c", _CHILD_CODE, *arguments], options
 
     async def _run(self, arguments: Sequence[str]) -> object:
         """Run a command and return its JSON output, with its messages under ``notes``.
@@ -329,7 +341,7 @@ class AgentServer:
         """
         deadline = time.monotonic() + self.seconds
         try:
-            await asyncio.wait_for(self._one_at_a_time.acquire(), self.seconds)
+            await asyncio.wait_for(self._command_lock.acquire(), self.seconds)
         except (TimeoutError, asyncio.TimeoutError) as error:
             raise UserError("another call is still running", hint="call again later") from error
         process: asyncio.subprocess.Process | None = None
@@ -346,7 +358,7 @@ class AgentServer:
                 process.kill()
                 with anyio.CancelScope(shield=True):
                     await process.wait()
-            self._one_at_a_time.release()
+            self._command_lock.release()
         text = out.decode("utf-8", "replace")
         notes = _notes(err.decode("utf-8", "replace"))
         if len(text) > MAX_RESULT_LENGTH:
@@ -366,14 +378,14 @@ def _notes(text: str) -> list[str]:
 
 
 async def _serve(agent_server: AgentServer) -> None:
-    async def listed(context: Any, params: Any) -> ListToolsResult:
+    async def list_tools(context: Any, params: Any) -> ListToolsResult:
         tools = [
             Tool(name=name, description=description, input_schema=model.model_json_schema())
             for name, (model, _, description) in agent_server.tools.items()
         ]
         return ListToolsResult(tools=tools)
 
-    async def called(context: Any, params: Any) -> CallToolResult:
+    async def call_tool(context: Any, params: Any) -> CallToolResult:
         try:
             result = await agent_server.call(params.name, params.arguments or {})
             text = json.dumps(result, ensure_ascii=False)
@@ -389,10 +401,10 @@ async def _serve(agent_server: AgentServer) -> None:
 
     instructions = INSTRUCTIONS + ", ".join(map(str, agent_server.allowed.folders))
     server: Server[Any] = Server(
-        "deltaw", version=__version__, instructions=instructions, on_list_tools=listed, on_call_tool=called
+        "deltaw", version=__version__, instructions=instructions, on_list_tools=list_tools, on_call_tool=call_tool
     )
-    async with stdio_server() as (reading, writing):
-        await server.run(reading, writing, server.create_initialization_options())
+    async with stdio_server() as (read_stream, write_stream):
+        await server.run(read_stream, write_stream, server.create_initialization_options())
 
 
 def serve(allowed: FolderPermissions, seconds: float) -> None:
@@ -405,8 +417,8 @@ def serve(allowed: FolderPermissions, seconds: float) -> None:
 
     async def main() -> None:
         # A temporary folder, so that the agent's files are not in the working directory of its processes.
-        with tempfile.TemporaryDirectory(prefix="deltaw-mcp-", ignore_cleanup_errors=True) as work:
-            agent_server = AgentServer(allowed, seconds, Path(work))
+        with tempfile.TemporaryDirectory(prefix="deltaw-mcp-", ignore_cleanup_errors=True) as work_folder:
+            agent_server = AgentServer(allowed, seconds, Path(work_folder))
             try:
                 await _serve(agent_server)
             finally:

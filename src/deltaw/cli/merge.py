@@ -45,9 +45,9 @@ def command(
     out = console(as_json)
     with track_progress("starting"):
         from deltaw.export.as_adapter import write_adapter
-        from deltaw.export.base import MergeOptions
         from deltaw.export.combine import Recipe
         from deltaw.export.merge import merge_run
+        from deltaw.export.merge_plan import MergeOptions
         from deltaw.export.verify import MergeVerifier
         from deltaw.memory.plan import parse_bytes
         from deltaw.reports.adapter_comparison import adapter_lines, as_dict, merge_lines

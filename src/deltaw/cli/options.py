@@ -91,7 +91,7 @@ def _help_all(ctx: click.Context, _: click.Parameter, requested: bool) -> None:
 
 
 def _by_section(flags: Mapping[str, str]) -> dict[str, Sequence[str]]:
-    """Group the flags of settings by section. Settings without a section come first."""
+    """Group the flags of settings by section. Settings without a section are first."""
     groups: dict[str, list[str]] = {}
     for key, name in flags.items():
         section = key.rpartition(".")[0]

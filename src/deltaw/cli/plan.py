@@ -119,7 +119,7 @@ def _append_to(lines: list[str]) -> Callable[[str, UserError], None]:
 
 
 def _plan_chain(chain: Chain, processes: int, out: TerminalOutput) -> dict[str, Plan]:
-    """Plan each stage of a chain. A stage whose parent is not trained yet is planned with a new adapter."""
+    """Plan each stage of a chain. A stage is planned with a new adapter if its parent is not trained yet."""
     from deltaw.experiments.chain import planned_stages
     from deltaw.machine.memory import free_memory_bytes
     from deltaw.reports.plan import chain_report

@@ -2,7 +2,7 @@
 
 A file of a kilobyte can decode to gigabytes through compression, dictionaries or run-length encoding, and its metadata
 may contain false sizes. This script therefore exits when Arrow has allocated too much. It writes the record batches to
-standard output as an uncompressed Arrow stream. :mod:`deltaw.data.arrow_rows` starts it. It imports nothing of deltaw.
+standard output as an uncompressed Arrow stream. :mod:`deltaw.data.arrow_rows` starts it. It does not import deltaw.
 """
 
 import json

@@ -71,7 +71,7 @@ def merge_setting(merged: Mapping[str, str]) -> str:
 
 
 def similar_names(counts: Mapping[str, int]) -> dict[str, str]:
-    """Return the frequent name for each rare one that is probably misspelled, because they are one edit apart.
+    """Return the frequent name for each rare one that is probably misspelled, because they differ by one edit.
 
     Almost equal names count as one.
     """

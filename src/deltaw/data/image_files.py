@@ -77,7 +77,7 @@ def image_of(value: object, folder: RowFolder, location: str) -> Path | bytes | 
 
 
 def _outside_error(rejects_all: bool, location: str) -> UserError:
-    """Return the error for a path that is not allowed. It does not tell whether the file exists."""
+    """Return the error for a path that is not allowed. It does not reveal if the file exists."""
     if rejects_all:
         return UserError("the image is a path, which is not allowed here", location=location, hint="give a data URL")
     hint = "copy it into the folder of the rows, and give its relative path; or give a data URL"

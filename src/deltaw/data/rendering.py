@@ -64,7 +64,7 @@ class ConversationPrefixes:
     """Prefixes of a conversation to render.
 
     Attributes:
-        messages: Messages of the whole conversation.
+        messages: Messages of the complete conversation.
         prefixes: For each prefix, the number of messages, and True to append the prefix of the assistant's turn.
         tools: Function definitions.
     """
@@ -217,7 +217,7 @@ def _missing_prefix(template: str, variables: bytes) -> str:
 
 
 def complete_template(template: str, prefix: str) -> str:
-    """Return the template with ``prefix`` as its generation prompt. An empty prefix changes nothing."""
+    """Return the template with ``prefix`` as its generation prompt. An empty prefix has no effect."""
     if not prefix:
         return template
     # Jinja ignores a line break at the end of a template, but not before the addition.

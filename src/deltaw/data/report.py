@@ -47,7 +47,7 @@ class PreparationReport:
 
     ``rows_read + added`` is the sum of ``not_selected``, ``not_sampled``, ``skipped``, ``dropped_long``,
     ``without_label``, ``other_classes`` and ``rows_kept``, plus ``duplicates`` if they were dropped (not
-    ``duplicates_kept``), plus ``held_out`` if those rows come from the same file (``held_out_source`` is None). A row
+    ``duplicates_kept``), plus ``held_out`` if those rows are from the same file (``held_out_source`` is None). A row
     that becomes several examples is counted once in ``rows_read``. Its additional examples are in ``added``, and all
     other counts treat each example as a row.
 
@@ -72,7 +72,7 @@ class PreparationReport:
         duplicates_kept: True if duplicates are used, as in an evaluation file.
         trailing_turns: Rows with turns after the last assistant turn. These turns are dropped.
         held_out: Rows held out for evaluation.
-        held_out_source: File of the held-out rows, or None if they come from the training file.
+        held_out_source: File of the held-out rows, or None if they are from the training file.
         overlap: Rows of a separate evaluation file that are also training rows.
         tokens: Tokens of the training rows, of which ``label_tokens`` are labels.
         longest: Number of tokens of the longest row, training or evaluation.

@@ -2,7 +2,7 @@
 
 A row refers to its images by :data:`MARKER` in its texts, in the order of the images. The chat template renders the
 marker as the model's placeholder, which is replaced by the text that the model's processor writes for the image. Each
-image token of this text gets a token id of its own beyond the vocabulary (:mod:`deltaw.runtime.image_tokens`).
+image token of this text gets a separate token id beyond the vocabulary (:mod:`deltaw.runtime.image_tokens`).
 
 A line break next to a marker separates it from the text. The line break is removed if the template expects content
 parts.
@@ -68,7 +68,7 @@ class PlacedImage:
 
 
 class ImagePlacer(Protocol):
-    """Gives images of rows their text and token ids.
+    """Returns the text and the token ids of images of rows.
 
     Attributes:
         placeholder: Text of an image in rendered conversations, for example ``<image>``.

@@ -55,7 +55,7 @@ class NumberedRows(Sequence[tuple[int, Row]]):
         name: The reference that the rows were read from.
         parts: For each file, its name, the numbers of its rows (from 1, line numbers in JSON Lines) and the rows.
         columns: Names of all columns, in order of first appearance.
-        fills_nulls: True if the rows come from typed columns, which contain null for missing values.
+        fills_nulls: True if the rows are read from typed columns, which contain null for missing values.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Table(Sequence[Row]):
     Args:
         header: Column names.
         rows: The cells of each row.
-        has_header: True if the column names come from the file.
+        has_header: True if the file contains the column names.
     """
 
     def __init__(self, header: Sequence[str], rows: Sequence[Sequence[str]], has_header: bool = True) -> None:

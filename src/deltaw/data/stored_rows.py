@@ -484,9 +484,8 @@ class _SourceReader:
         )
 
 
-# Index of a source, rows of a chunk, indices of the rows to read in the chunk, and number of the chunk's first row over
-# all sources.
 _RowRange: TypeAlias = tuple[int, NumberedRows, Sequence[int], int]
+"""Index of the source, rows of a chunk, indices of the rows to read, and number of its first row over all sources."""
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class TableReader:
 
     Attributes:
         header: Column names. Empty for an empty file.
-        has_header: True if the column names come from the file.
+        has_header: True if the file contains the column names.
 
     Raises:
         UserError: if the table cannot be read, also during iteration. The message names row and line.

@@ -93,7 +93,7 @@ class Encoder:
         template: "chat", "plain", or "auto" to use the chat template if the tokenizer has one.
         labels: "all-turns" to train on all assistant turns, "last" to train on the last one.
         date: Current date for templates that use it, for example 2026-01-31. The default is today.
-        images: Gives images their text and token ids. Without it, images are rejected.
+        images: Returns the text and the token ids of images. Without it, images are rejected.
 
     Attributes:
         chat: True if the chat template is used.

@@ -142,10 +142,10 @@ class FixedAdapters:
         return self._by_name[name]
 
     def release(self, adapter: ActiveAdapter) -> None:
-        """Do nothing. The adapter remains in memory."""
+        """No effect: the adapter remains in memory."""
 
     def close(self) -> None:
-        """Do nothing. No adapter is being loaded."""
+        """No effect: no adapter is being loaded."""
 
 
 def unknown_adapter_error(name: str, names: Iterable[str]) -> UnknownAdapterError:
@@ -334,7 +334,7 @@ def _files(folder: Path) -> tuple[Path, Path]:
 
 
 def _read_template(folder: Path) -> str | None:
-    """Return the chat template in a folder, from its own file or from the tokenizer config."""
+    """Return the chat template in a folder, from a separate file or from the tokenizer config."""
     if (folder / CHAT_TEMPLATE).is_file():
         return read_chat_template(str(folder / CHAT_TEMPLATE))
     settings = folder / "tokenizer_config.json"

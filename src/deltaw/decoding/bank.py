@@ -159,7 +159,7 @@ class AdapterBank:
         """Pin an adapter in memory for one request, until :meth:`release`.
 
         Returns:
-            The adapter, or None if it is not in memory yet. Its load was requested. Call again within a few seconds.
+            The adapter, or None if it is not in memory yet. Its load was requested. Call again later.
 
         Raises:
             UserError: if no adapter has this name, or it cannot be loaded.

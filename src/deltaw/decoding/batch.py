@@ -173,7 +173,7 @@ class RunningBatch(SequenceScheduler):
             self.sweep_waiting(now)
 
     def _admit(self) -> None:
-        """Start queued requests while pages are available. Requests whose adapter is not loaded yet are skipped."""
+        """Start queued requests while pages are available. Requests are skipped until their adapter is loaded."""
         skipped: list[SequenceState] = []
         while self.waiting and self._slots and len(skipped) < self.limits.running:
             sequence = self.waiting.popleft()

@@ -1,6 +1,6 @@
 """Constrained decoding: completions that match a JSON schema, a regular expression or a grammar.
 
-Each constraint is compiled and tracked by llguidance in a process of its own, which can be killed. This module contains
+Each constraint is compiled and tracked by llguidance in a separate process, which can be killed. This module contains
 the code of these processes, the handles to them, and :class:`Grammars`, which limits their number and memory.
 """
 
@@ -108,7 +108,7 @@ def launch(control: int) -> None:
         return
     print(json.dumps({"terminators": list(tokenizer.eos_tokens)}), flush=True)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # reap children automatically
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # kills a process whose CPU time is used up
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # kills a process that has used its CPU time
     gc.collect()
     gc.freeze()  # avoid copy-on-write of shared pages
     with socket.socket(fileno=control) as connections:

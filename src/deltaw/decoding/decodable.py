@@ -119,7 +119,7 @@ def tolerance(model: PreTrainedModel) -> float:
 
     Each half of a block rounds its contribution to the residual stream. These errors are independent, so their sum
     grows with the square root of the number of halves. Rounding to bf16 has a relative error of 2^-9, and a half rounds
-    about ten times. int8 has an error of about 1 % of a product (``runtime/int8_weights``).
+    about ten times. int8 has an error of about 1% of a product (``runtime/int8_weights``).
     """
     types = {p.dtype for p in model.parameters()}
     halves = 2 * int(getattr(model.config.get_text_config(), "num_hidden_layers", 1)) + 1

@@ -71,7 +71,7 @@ class DeviceSampler:
         return tokens
 
     def _sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """Sample tokens (rows,) by inverse transform sampling, from logits whose maximum is 0."""
+        """Sample tokens (rows,) by inverse transform sampling, from logits with a maximum of 0."""
         weights = (logits / self._temperature.float().clamp(min=1e-30)).exp()
         if self._needs_sort:
             ordered, order = weights.sort(dim=-1, descending=True, stable=True)

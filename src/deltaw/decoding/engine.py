@@ -1,4 +1,4 @@
-"""Decoding engine: accepts requests from any thread and runs decoding steps on a thread of its own.
+"""Decoding engine: accepts requests from any thread and runs decoding steps on a separate thread.
 
 Implements :class:`deltaw.decoding.request.TextEngine` on top of a :class:`deltaw.decoding.sequences.SequenceScheduler`.
 """
@@ -159,7 +159,7 @@ class Engine:
         self.bank.close()
 
     def _queue(self, sequences: Sequence[SequenceState]) -> None:
-        """Queue sequences for the engine's thread. The caller must hold the lock."""
+        """Queue sequences for the engine's thread. The caller must have acquired the lock."""
         if self._closed:
             raise UserError("the engine is shut down", hint="start it again")
         self._unfinished.update(sequence.handle for sequence in sequences)

@@ -447,7 +447,7 @@ def _batches(
 ) -> Iterator[tuple[list[int], int]]:
     """Yield the indices of prompts per batch and the number of new tokens.
 
-    The longest come first, so memory errors occur early.
+    The longest are first, so memory errors occur early.
     """
     lengths = [len(prompt) for prompt in prompts]
     allowances = []

@@ -198,7 +198,7 @@ _PROBES = 4
 _MIN_TOLERANCE = 0.01
 # Difference from 1 of the adapter's effect in vLLM relative to its effect in the model.
 _SHARE_TOLERANCE = 0.25
-# Methods whose adapters leave the base model's weights unchanged.
+# Methods with adapters that leave the weights of the base model unchanged.
 _SEPARATE_METHODS = ("lora", "prompt")
 
 
@@ -374,7 +374,7 @@ def _count_pages(model: Decodable, cache_bytes: int, running: int) -> int:
 def _session_engine(
     model: Decodable, session: AdaptedModel, adapter: ActiveAdapter | None, pages: int, running: int = _MAX_RUNNING
 ) -> Engine:
-    """Build an engine over a decoder, whose only adapter is that of the session."""
+    """Build an engine over a decoder with the adapter of the session."""
     name = None if adapter is None else SESSION_ADAPTER
     ids = session_terminator_ids(session)
     adapters = FixedAdapters({} if adapter is None else {SESSION_ADAPTER: adapter})

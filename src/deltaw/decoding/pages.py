@@ -3,7 +3,7 @@
 A token is represented by an integer key that identifies its id and the adapter that acts on it (:func:`token_keys`).
 Together with the preceding tokens it determines the cached keys and values. Full pages are stored in a tree by their
 keys. A new sequence shares the pages of its longest cached prefix. If the prefix ends inside a page, that page is
-copied, because pages in the tree are never written again. Each owner has a tree of its own, so that no owner can
+copied, because pages in the tree are never written again. Each owner has a separate tree, so that no owner can
 observe the prompts of another.
 
 Unused pages stay cached until they are needed. They are evicted in least-recently-used order, children before parents.

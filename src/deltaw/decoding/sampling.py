@@ -1,4 +1,4 @@
-"""Sample the next tokens of a batch of requests, each with its own sampling parameters.
+"""Sample the next tokens of a batch of requests, each with separate sampling parameters.
 
 Logits are processed in this order: constraint mask, repetition penalty, presence and frequency penalties, logit bias,
 temperature, top-k, top-p, min-p. From top-k on, order and semantics match transformers. Greedy rows share one argmax,

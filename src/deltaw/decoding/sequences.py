@@ -411,7 +411,7 @@ class SequenceScheduler:
         raise NotImplementedError
 
     def cancel_slow(self) -> None:
-        """Cancel requests whose constraints are slow."""
+        """Cancel requests with slow constraints."""
 
     def end(self, sequence: SequenceState, reason: FinishReason | BaseException | None) -> None:
         """Remove a request and finish it with a reason or an error. Has no effect if ``reason`` is None or it has

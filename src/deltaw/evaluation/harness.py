@@ -58,7 +58,7 @@ FILE = "tasks.json"
 BOOTSTRAP = 1000
 # Minimum length in tokens of a shared prompt prefix that is computed in advance.
 MIN_SHARED_PREFIX = 32
-# Number of an objective's chunks whose logits are in memory at a time.
+# Number of an objective's chunks with logits in memory at a time.
 LOGIT_CHUNKS = 4
 # Maximum size of a task file in bytes, and maximum number of task files.
 MAX_TASK_BYTES = 2**20
@@ -103,7 +103,7 @@ class SessionLM(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Maximum number of tokens, as in the harness's own backend, minus the length of a soft prompt."""
+        """Maximum number of tokens, as in the backend of the harness, minus the length of a soft prompt."""
         return resolve_max_length(self.session.model.config, self.tokenizer) - self.session.virtual_tokens
 
     @property
@@ -112,7 +112,7 @@ class SessionLM(TemplateLM):
 
     @property
     def _stop_ids(self) -> tuple[int, ...] | None:
-        """Terminators: those of the harness's own backend for a model without an adapter, otherwise None for the
+        """Terminators: those of the backend of the harness for a model without an adapter, otherwise None for the
         adapter's.
         """
         if self.session.adapter and not self.session.is_base:

@@ -35,7 +35,7 @@ from deltaw.settings.columns import listed
 from deltaw.settings.data import MAX_ROW_BYTES
 from deltaw.settings.row_kinds import PASSAGES as POSITIVES
 from deltaw.settings.row_kinds import QUERIES
-from deltaw.training.evaluation.retrieval import nearest
+from deltaw.training.evaluation.vector_search import nearest
 
 # Maximum number of passages for exact search if faiss is installed.
 MAX_EXACT_PASSAGES = 1_000_000

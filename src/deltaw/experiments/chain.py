@@ -1,8 +1,9 @@
 """Train the stages of a chain in order, and score the adapter of each stage on the same held-out rows.
 
-Each stage is a run in its own folder (:func:`deltaw.runs.fit.fit`), so a finished stage is skipped and an interrupted
-one is resumed. Afterwards, the base model and the adapter of each stage are scored on the held-out rows of every stage.
-Scores are stored immediately, and computed again only if an adapter, the rows or the settings change.
+Each stage is a run in a separate folder (:func:`deltaw.runs.fit.fit`), so a finished stage is skipped and an
+interrupted one is resumed. Afterwards, the base model and the adapter of each stage are scored on the
+held-out rows of every stage. Scores are stored immediately, and computed again only if an adapter, the rows or the
+settings change.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class StageScore:
     Attributes:
         metric: Primary metric of the evaluated task.
         metrics: All metrics. Undefined ones are None.
-        interval: 95 % interval of the primary metric, or None.
+        interval: 95% interval of the primary metric, or None.
         per_row: Primary metric of each row, or None if it is not a mean over rows.
         higher_is_better: Direction of the primary metric.
     """
@@ -199,7 +200,7 @@ def train_stages(
 
 
 def planned_stages(chain: Chain, *, processes: int = 1) -> dict[str, Plan]:
-    """Return the plan of each stage by name. A stage whose parent is not trained yet is planned with a new adapter
+    """Return the plan of each stage by name. A stage is planned with a new adapter if its parent is not trained yet
     of the same rank.
 
     Raises:

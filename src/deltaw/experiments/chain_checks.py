@@ -35,7 +35,7 @@ from deltaw.training.task import Task
 
 @dataclass(frozen=True)
 class CheckedStage:
-    """A stage whose settings can be used.
+    """A stage with usable settings.
 
     Attributes:
         config: Settings, completed with those of the adapters that the stage starts from.

@@ -59,7 +59,7 @@ class MethodResult:
         seconds: Mean time of the training loop over seeds.
         steps: Mean number of steps over seeds.
         score: Mean score on the held-out rows over seeds.
-        interval: 95 % interval of the score over seeds and rows.
+        interval: 95% interval of the score over seeds and rows.
         difference: Score minus that of the reference method, over the same seeds and rows.
         difference_interval: Interval of ``difference``.
         above_constant_answer: Score minus that of the best constant answer.
@@ -366,7 +366,7 @@ def _learned(comparison: Comparison, result: MethodResult) -> list[str]:
 
 
 def _flattening(comparison: Comparison) -> list[str]:
-    """Report methods whose training was limited by the budget."""
+    """Report methods that were limited by the budget."""
     names = []
     for result in comparison.scored:
         count = len(result.seeds)

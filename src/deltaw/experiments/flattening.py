@@ -1,7 +1,7 @@
 """Rule for a flattened validation loss.
 
-A training has flattened if doubling its length lowered the loss by less than 1 %: the best loss of the later half of
-the evaluations is not at least 1 % below the best of the earlier half. Improvements below a thousandth of the
+A training has flattened if doubling its length lowered the loss by less than 1%: the best loss of the later half of
+the evaluations is not at least 1% below the best of the earlier half. Improvements below a thousandth of the
 untrained model's loss are ignored, because a loss near zero can decrease by some percentage indefinitely. A loss close
 to that of the untrained model is not flat: soft prompts and biases may need epochs before it decreases.
 

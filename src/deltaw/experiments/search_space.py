@@ -36,7 +36,8 @@ class Range:
     def __str__(self) -> str:
         return f"{self.low:g}..{self.high:g}{':log' if self.log else ''}"
 
-    def bounds(self) -> tuple[object, object]:
+    def values_to_check(self) -> tuple[object, ...]:
+        """Return the ends of the range."""
         kind = int if self.integers else float
         return kind(self.low), kind(self.high)
 
@@ -44,7 +45,7 @@ class Range:
         return isinstance(value, int | float) and self.low <= value <= self.high
 
     def edge(self, value: object) -> str:
-        """Return ``low`` or ``high`` if the value is within 5 % of that end of the range, else ''."""
+        """Return ``low`` or ``high`` if the value is within 5% of that end of the range, else ''."""
         scale = math.log if self.log else float
         low = scale(self.low)
         high = scale(self.high)
@@ -64,7 +65,8 @@ class CategoricalValues:
     def __str__(self) -> str:
         return f"[{', '.join(str(value) for value in self.values)}]"
 
-    def bounds(self) -> tuple[object, ...]:
+    def values_to_check(self) -> tuple[object, ...]:
+        """Return all values."""
         return self.values
 
     def contains(self, value: object) -> bool:
@@ -164,7 +166,7 @@ def check_space(config: RunConfig, space: Space) -> None:
         UserError: If a value is invalid.
     """
     for key, domain in space.items():
-        for value in domain.bounds():
+        for value in domain.values_to_check():
             apply_values(config, {key: value})
 
 

@@ -94,7 +94,7 @@ def setting_importance(values: Sequence[object], losses: Sequence[float]) -> flo
     return max(0.0, r_square - (1 - r_square) * terms / (count - terms - 1))
 
 
-# Trials whose loss exceeds the best by at most this fraction are considered equivalent.
+# Trials with a loss that exceeds the best by at most this fraction are considered equivalent.
 SIMILAR_LOSS = 0.01
 
 

@@ -16,7 +16,6 @@ from torch import nn
 
 from deltaw.errors import UserError
 from deltaw.export.adapters import LowRankChange, ParameterChange, WeightFactors, factors_of, has_input_rows
-from deltaw.export.base import MergeOptions, MergePlan, atomic_folder, check_target, prepare_merge
 from deltaw.export.combine import (
     CombinedChange,
     ReducedFactors,
@@ -26,7 +25,9 @@ from deltaw.export.combine import (
     stack_factors,
     truncate_dense,
 )
-from deltaw.export.merged import RUN_TOKENIZER_FILES
+from deltaw.export.merge_plan import MergeOptions, MergePlan, prepare_merge
+from deltaw.export.merged_folder import RUN_TOKENIZER_FILES
+from deltaw.export.output_folder import atomic_folder, check_target
 from deltaw.inference.prompting import copy_system
 from deltaw.lora import LoRAConfig, load_adapter, read_adapter, save_adapter
 from deltaw.lora.adapt import attach_selected

@@ -11,7 +11,7 @@ from pathlib import Path
 from deltaw.data.example import Example, rows_of
 from deltaw.decoding.generation import TextGenerator, generate
 from deltaw.errors import UserError
-from deltaw.export.base import MergeOptions, resolve_base
+from deltaw.export.base import resolve_base
 from deltaw.export.formats import export, ollama_template
 from deltaw.export.programs import Program, ServerUnreachable
 from deltaw.hub.folders import adapter_folder, short_name
@@ -109,7 +109,7 @@ def deploy(
         model: Base model, as in :func:`deltaw.export.formats.export`.
         trust_remote_code: Run the Python files of the base model.
         overwrite: Replace an existing model with this name.
-        precision: Precision of the run's own answers.
+        precision: Precision of the answers of the run.
         questions: Number of questions, or 0 to skip the comparison.
         make_writer: Creates the function that generates the run's answers. The default is transformers.
         log: Receives messages for the user.
@@ -120,7 +120,6 @@ def deploy(
     folder = adapter_folder(run)
     name = name or short_name(folder)
     program.check(name, overwrite=overwrite)
-    options = MergeOptions(model, trust_remote_code, "fp32")
     try:
         temporary = tempfile.TemporaryDirectory(prefix=".deltaw-", dir=program.folder)
     except OSError as error:
@@ -134,7 +133,7 @@ def deploy(
             raise UserError(message, location=str(folder), hint="use deltaw export --format gguf")
         for line in exported.lines:
             log(line)
-        base = resolve_base(folder, "fp32", options, log)
+        base = resolve_base(folder, dtype="fp32", model=model, trust_remote_code=trust_remote_code, log=log)
         tokenizer = base.tokenizer(folder)
         terminators = [] if tokenizer is None else terminators_in(base.folder, tokenizer)
         chat, _ = ollama_template(tokenizer, terminators, read_prompting(folder).system)

@@ -18,11 +18,12 @@ import numpy as np
 from gguf import GGUFType, GGUFValueType, GGUFWriter
 
 from deltaw.errors import UserError
-from deltaw.export.base import ExportResult, MergeOptions, prepare_merge
+from deltaw.export.base import ExportResult
 from deltaw.export.gguf_architectures import TensorNames, find_architecture
 from deltaw.export.gguf_file import KINDS, write_gguf
 from deltaw.export.gguf_model import add_origin, assemble_streamed, export_result
 from deltaw.export.gguf_vision import CONNECTOR_PREFIXES, mmproj_path, split_tensors, vision_file
+from deltaw.export.merge_plan import MergeOptions, prepare_merge
 from deltaw.export.portable import PlainUpdate, folded_lines, read_pair, require_same_base, with_language_names
 from deltaw.lora.fingerprint import FINGERPRINT_KEY
 from deltaw.progress import LogFunction, ignore_line

@@ -18,7 +18,7 @@ from gguf import MODEL_ARCH, GGUFReader, GGUFType, GGUFWriter, RopeScalingType
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from deltaw.errors import UserError
-from deltaw.export.base import AdapterBase, ExportResult, MergeOptions, MergePlan, prepare_merge
+from deltaw.export.base import AdapterBase, ExportResult
 from deltaw.export.gguf_architectures import (
     CONVERTER_HINT,
     Architecture,
@@ -39,6 +39,7 @@ from deltaw.export.gguf_file import (
 )
 from deltaw.export.gguf_tokenizer import add_chat_template, add_tokenizer, extract_vocabulary, require_tokenizer
 from deltaw.export.gguf_vision import mmproj_path, split_tensors, vision_file
+from deltaw.export.merge_plan import MergeOptions, MergePlan, prepare_merge
 from deltaw.export.merged import MergedModel, MergedTensor, NeedsMemoryMerge, assemble
 from deltaw.export.portable import require_text
 from deltaw.hub.terminators import terminators_in
@@ -309,8 +310,3 @@ def _copy(source: GGUFReader, out: GGUFWriter, tokenizer: PreTrainedTokenizerBas
     copy_metadata(source, out, include=include)
     if run_template:
         add_chat_template(out, run_template)
-
-
-# For a LoRA adapter, llama.cpp computes W·x + s·B·(A·x) with s = alpha / r, where r is the rank of the tensor and alpha
-# a single value per file. Other scalings (rsLoRA, patterns) are folded into B. Rows of B have the same order as the
-# rows of W in the base model's file. Updates of the token embedding are rejected because llama.cpp adds them twice.

@@ -3,6 +3,9 @@
 Two types are supported. Byte-level BPE (``gpt2``) has merges and a named pre-tokenizer. SentencePiece BPE (``llama``)
 has a score per token: the pair of neighbors with the highest score is merged first, so the score is the negated rank of
 the merge.
+
+A GGUF file contains only the name of a byte-level pre-tokenizer (``tokenizer.ggml.pre``). The name is determined by
+behavior: a probe text is split by the tokenizer and by each known pre-tokenizer, and the results are compared.
 """
 
 from __future__ import annotations
@@ -25,12 +28,7 @@ from deltaw.export.gguf_architectures import CONVERTER_HINT
 from deltaw.export.gguf_file import add_optional
 from deltaw.hub.terminators import turn_ends
 
-# A GGUF file contains only the name of a byte-level pre-tokenizer (``tokenizer.ggml.pre``). The name is determined by
-# behavior: a probe text is split by the tokenizer and by each known pre-tokenizer, and the results are compared.
-
-
-# Contractions, digits, spaces, line ends, punctuation, scripts with and without letter case, combining marks, and
-# transitions between them.
+# Contractions, digits, white space, punctuation, scripts with and without case, combining marks, and their transitions.
 _PROBE = (
     "It's 5 o'clock, WE'LL see: 1234567 items at 99.50€!\n\n  Indented   text\t\twith tabs \n\r\nand lines"
     "\n \n   end   \nx=(a+b)*c[0]//2;  # note...?! --flag=\"yes\" don't DON'T you'Ve café cafe\u0301 "

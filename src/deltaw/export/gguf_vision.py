@@ -27,7 +27,7 @@ from deltaw.export.base import AdapterBase
 from deltaw.export.gguf_file import KINDS, Shapes, storage_type, write_gguf
 from deltaw.export.gguf_tokenizer import require_tokenizer
 from deltaw.export.merged import MergedModel, MergedTensor
-from deltaw.hub.checkpoint import match_names
+from deltaw.hub.parameter_names import match_names
 from deltaw.hub.processors import ModelProcessor
 from deltaw.lora.complete_names import complete_names
 

@@ -24,17 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
-from deltaw.export.base import (
-    AdapterBase,
-    ExportResult,
-    MergeOptions,
-    atomic_folder,
-    check_target,
-    plain_adapter,
-    resolve_base,
-    wrong_base_error,
-)
-from deltaw.export.merged import write_json
+from deltaw.export.base import AdapterBase, ExportResult, resolve_base, wrong_base_error
+from deltaw.export.merge_plan import MergeOptions, plain_adapter
+from deltaw.export.merged_folder import write_json
+from deltaw.export.output_folder import atomic_folder, check_target
 from deltaw.lora.config import CHANGING_INITS
 from deltaw.lora.files import CONFIG_NAME, WEIGHTS_NAME, AdapterFile, names_in_model, read_adapter
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
@@ -213,7 +206,7 @@ def read_pair(
         UserError: if the adapter contains other changes than plain updates, or its base model is not found.
     """
     require_lora(run, format_name)
-    base = resolve_base(run, "bf16", options, log)
+    base = resolve_base(run, dtype="bf16", model=options.model, trust_remote_code=options.trust_remote_code, log=log)
     require_text(base, run)
     with plain_adapter(run, base, log) as folder:
         return read_plain(folder, format_name, separate if base.is_view else ()), base

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltaw.errors import UserError, validate_key
-from deltaw.export.base import MergeOptions, resolve_base
+from deltaw.export.base import resolve_base
 from deltaw.export.hub_card import PublicBase, local_paths, model_card, public_name, public_settings
 from deltaw.export.secrets import path_in, remove_secrets
 from deltaw.hub.folders import find_cached, resolve, resolve_hub_id
@@ -156,7 +156,8 @@ def public_base(run: Run, config: RunConfig, hub_id: str | None, log: LogFunctio
     is_same = None
     if cached is not None:
         with track_progress("comparing the base model's weights"):
-            fingerprint = resolve_base(run.path, "bf16", MergeOptions(model=cached), log).fingerprint()
+            base = resolve_base(run.path, dtype="bf16", model=cached, trust_remote_code=False, log=log)
+            fingerprint = base.fingerprint()
             is_same = same_base(read_metadata(run.path).get(FINGERPRINT_KEY), fingerprint)
         public_model = replace(public_model, revision=cached.rpartition("@")[2])
     if is_same is False and ".gguf" not in config.model.lower() and not config.model.startswith("pypi:"):
@@ -190,41 +191,54 @@ def collect_files(
     public_choices = {k: (c["value"], c.get("why", "")) for k, c in choices.items()}
     card = model_card(run, config, base, repository, merged=merged is not None)
     texts = {CARD: card, SETTINGS: settings_text(public, public_choices)}
-    files: dict[str, bytes | Path] = {}
     if merged is None:
-        settings = mapping(read_json_object(run.path / ADAPTER_CONFIG))
-        paths = [value for value in settings.values() if isinstance(value, str) and value.startswith(("/", "~"))]
-        replacements = {**{path: public_name(path) for path in paths}, config.model: base.name}
-        public_values = {k: replacements.get(v, v) if isinstance(v, str) else v for k, v in settings.items()}
-        texts[ADAPTER_CONFIG] = json.dumps({**public_values, **base_settings(base.reference)}, indent=2) + "\n"
-        files[ADAPTER_WEIGHTS] = run.path / ADAPTER_WEIGHTS
-        files |= {name: run.path / name for name in _TOKENIZER if (run.path / name).is_file()}
-        if read_prompting(run.path).system:
-            with tempfile.TemporaryDirectory() as temporary:
-                copy_system(run.path, Path(temporary))
-                texts[PROMPTS] = (Path(temporary) / PROMPTS).read_text(encoding="utf-8")
+        texts |= _adapter_texts(run, config, base)
+        tokenizer_files = [name for name in _TOKENIZER if (run.path / name).is_file()]
+        files = {name: run.path / name for name in [ADAPTER_WEIGHTS, *tokenizer_files]}
     else:
         source = resolve(str(merged))
         if source.kind != "folder":
             raise UserError(f"'{merged}' is not a model's folder", location="--merged", hint="use deltaw merge")
         require_own_files(source.path)
-        files |= {file.name: file for file in sorted(source.path.iterdir()) if file.suffix in _OF_MODEL}
+        files = {file.name: file for file in sorted(source.path.iterdir()) if file.suffix in _OF_MODEL}
     upload_folder = run.path if merged is None else Path(merged)
     files |= {file.relative_to(upload_folder).as_posix(): file for file in layout_files(upload_folder)}
     for name, file in files.items():
-        if Path(name).suffix in _TEXT_SUFFIXES and Path(name).name not in _VOCABULARY and isinstance(file, Path):
-            _, kinds = remove_secrets(file.read_text(encoding="utf-8", errors="replace"))
-            if kinds:
-                hint = "remove it from the file and push again; no files were uploaded"
-                raise UserError(f"the file contains a secret: {', '.join(kinds)}", location=str(file), hint=hint)
-    for name, text in texts.items():
-        public_text, kinds = remove_secrets(text)
-        if kinds:
-            log(f"warning: removed from {name}: {', '.join(kinds)}")
-        if path := path_in(public_text):
-            log(f"warning: {name} contains what looks like a path of this machine: {path[:80]}")
-        files[name] = public_text.encode()
-    return files
+        _require_no_secrets(name, file)
+    return files | {name: _public_content(name, text, log) for name, text in texts.items()}
+
+
+def _adapter_texts(run: Run, config: RunConfig, base: PublicBase) -> dict[str, str]:
+    """Return the public settings of the adapter, and the prompts if the run has a system prompt, by file name."""
+    settings = mapping(read_json_object(run.path / ADAPTER_CONFIG))
+    paths = [value for value in settings.values() if isinstance(value, str) and value.startswith(("/", "~"))]
+    replacements = {**{path: public_name(path) for path in paths}, config.model: base.name}
+    public_values = {k: replacements.get(v, v) if isinstance(v, str) else v for k, v in settings.items()}
+    texts = {ADAPTER_CONFIG: json.dumps({**public_values, **base_settings(base.reference)}, indent=2) + "\n"}
+    if read_prompting(run.path).system:
+        with tempfile.TemporaryDirectory() as temporary:
+            copy_system(run.path, Path(temporary))
+            texts[PROMPTS] = (Path(temporary) / PROMPTS).read_text(encoding="utf-8")
+    return texts
+
+
+def _require_no_secrets(name: str, file: Path) -> None:
+    if Path(name).suffix not in _TEXT_SUFFIXES or Path(name).name in _VOCABULARY:
+        return
+    _, kinds = remove_secrets(file.read_text(encoding="utf-8", errors="replace"))
+    if kinds:
+        hint = "remove it from the file and push again; no files were uploaded"
+        raise UserError(f"the file contains a secret: {', '.join(kinds)}", location=str(file), hint=hint)
+
+
+def _public_content(name: str, text: str, log: LogFunction) -> bytes:
+    """Return a generated text without secrets, and log the kinds of removed secrets and any remaining path."""
+    public_text, kinds = remove_secrets(text)
+    if kinds:
+        log(f"warning: removed from {name}: {', '.join(kinds)}")
+    if path := path_in(public_text):
+        log(f"warning: {name} contains what looks like a path of this machine: {path[:80]}")
+    return public_text.encode()
 
 
 def _send(

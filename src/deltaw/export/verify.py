@@ -33,8 +33,8 @@ from transformers import PreTrainedModel
 from deltaw.data.prompt_tokens import encode_prompt
 from deltaw.errors import UserError
 from deltaw.export.adapters import ParameterChange
-from deltaw.export.base import MergePlan
-from deltaw.export.merge import apply_changes
+from deltaw.export.merge_in_memory import apply_changes
+from deltaw.export.merge_plan import MergePlan
 from deltaw.export.merged import dominant_dtype
 from deltaw.hub.checkpoint import read_checkpoint
 from deltaw.inference.open_run import open_run

@@ -337,7 +337,7 @@ def short_name(folder: Path) -> str:
 
 
 def remote_code_error(folder: Path) -> UserError:
-    """Return the error for a model that requires its own Python code."""
+    """Return the error for a model that requires custom Python code."""
     hint = "read the code; if you trust it, add --trust-remote-code, or trust_remote_code: true to your settings"
     message = "the model requires its own Python code, which does not run without permission"
     return UserError(message, location=str(folder), hint=hint)

@@ -51,7 +51,7 @@ from deltaw.tensor_files import read_header
 
 @dataclass
 class LoadedModel:
-    """Loaded model and the choices made while loading.
+    """Loaded model and the choices during loading.
 
     Attributes:
         model: Model in evaluation mode, without gradients.

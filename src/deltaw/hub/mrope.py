@@ -1,4 +1,4 @@
-"""Language models whose tokens have three rotary positions: time, height and width (M-RoPE, arXiv 2409.12191).
+"""Language models with three rotary positions per token: time, height and width (M-RoPE, arXiv 2409.12191).
 
 The three positions of a text token are equal. The tokens of an image are a grid: they have one time, and differ in
 height and width. The next token follows the largest of these positions. So the positions of a token depend only on the

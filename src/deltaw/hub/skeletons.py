@@ -12,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deltaw import tensor_files
-from deltaw.hub.checkpoint import match_names
 from deltaw.hub.empty_models import build_empty, check_architecture
 from deltaw.hub.folders import config_folder
+from deltaw.hub.parameter_names import match_names
 from deltaw.hub.transformers_private import quiet
 from deltaw.lora.complete_names import complete_names
 from deltaw.machine.choices import dtype_of
@@ -61,7 +61,7 @@ def has_values(model: nn.Module) -> bool:
 
 
 def new_modules(model: PreTrainedModel, reference: str, *, dtype: str, trust_remote_code: bool = False) -> list[str]:
-    """Return the modules outside the backbone whose weights are missing from the files. Only headers are read."""
+    """Return the modules outside the backbone that have no weights in the files. Only headers are read."""
     missing = _missing_tensors(model, reference, dtype=dtype, trust_remote_code=trust_remote_code)
     return sorted({name.rpartition(".")[0] for name in missing})
 
@@ -81,13 +81,13 @@ def _missing_tensors(model: PreTrainedModel, reference: str, *, dtype: str, trus
         return [name for name, _ in model.named_parameters() if name not in {**names.stored, **names.converted}]
     prefix = f"{model.base_model_prefix}."
     missing = [n for n, _ in model.named_parameters() if not {n, n.removeprefix(prefix), prefix + n} & stored_names]
-    # The names of a text view are the ends of names in a complete model.
+    # The names of a text view are the endings of names in a complete model.
     missing = [n for n in missing if not any(stored.endswith(f".{n}") for stored in stored_names)]
     return [name for name in missing if not name.startswith(prefix) or ".pooler." in name]
 
 
 def converted_bytes(model: PreTrainedModel, reference: str, *, dtype: str, trust_remote_code: bool = False) -> int:
-    """Return the size of the files whose weights are converted to another type while loading.
+    """Return the size of the files with weights that are converted to another type while loading.
 
     These files are memory-mapped in addition to the converted weights.
     """

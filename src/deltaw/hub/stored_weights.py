@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from deltaw.errors import UserError
-from deltaw.hub.checkpoint import match_names
+from deltaw.hub.parameter_names import match_names
 from deltaw.hub.skeletons import skeleton
 from deltaw.hub.weight_digests import folder_digests, record_stored_digests
 from deltaw.kernels.torch_modules import direct_parameters

@@ -89,7 +89,7 @@ def tokenizer_in(folder: Path, trust_remote_code: bool = False) -> PreTrainedTok
     """Return the tokenizer of ``folder``, or None if it contains none. A tokenizer in use is shared.
 
     Raises:
-        UserError: if its files cannot be read or refer to other folders, or if it requires its own code.
+        UserError: if its files cannot be read or refer to other folders, or if it requires custom code.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None

@@ -83,7 +83,7 @@ def complete_skeleton(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def initialize(model: PreTrainedModel, module: nn.Module) -> None:
-    """Initialize a module with the model's own initialization.
+    """Initialize a module with the initialization of the model.
 
     Raises:
         UserError: if this version of transformers lacks the required method.

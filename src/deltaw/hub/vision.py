@@ -1,7 +1,7 @@
 """Vision-language models as text models: a view of the language model that also reads image features.
 
 A vision-language model has a vision tower, a connector and a language model. The text view is the causal class of
-transformers over the language model's own modules, so packing, fused blocks, planning and decoding work as for a text
+transformers over the modules of the language model, so packing, fused blocks, planning and decoding work as for a text
 model. Image features enter it as embeddings of additional token ids (:mod:`deltaw.runtime.image_tokens`).
 
 The view computes the same outputs only if images are part of one causal sequence. Image tokens have ordinary text
@@ -26,8 +26,9 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from deltaw.errors import UserError
-from deltaw.hub.checkpoint import match_names, read_checkpoint
+from deltaw.hub.checkpoint import read_checkpoint
 from deltaw.hub.mrope import CAUSAL_MODELS, read_encoded_positions
+from deltaw.hub.parameter_names import match_names
 from deltaw.hub.transformers_private import attention_name, configurations_of, quiet, set_attention_name
 from deltaw.kernels.torch_private import without_dispatch
 from deltaw.lora.complete_names import NameMap, complete_names, set_complete_names
@@ -274,7 +275,7 @@ def load_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype, *, va
 
 
 def require_supported(config: PretrainedConfig) -> None:
-    """Reject families whose images are not part of one causal sequence, as far as their configuration shows it.
+    """Reject families with images that are not part of one causal sequence, as far as their configuration shows it.
 
     Raises:
         UserError: if the family is not supported.

@@ -28,7 +28,8 @@ from deltaw.cache.entries import Cache
 from deltaw.cache.keys import key
 from deltaw.cache.results import file_digest
 from deltaw.errors import UserError, first_line
-from deltaw.hub.checkpoint import WEIGHTS, WeightFiles, match_names, read_checkpoint
+from deltaw.hub.checkpoint import WEIGHTS, WeightFiles, read_checkpoint
+from deltaw.hub.parameter_names import match_names
 from deltaw.hub.transformers_private import quiet
 from deltaw.progress import LogFunction, track_progress
 from deltaw.settings.model_parts import CONNECTORS
@@ -37,9 +38,16 @@ from deltaw.tensor_files import StoredTensor, TensorEntry, TensorWriter, row_blo
 IMAGE_TOKEN = "<image>"
 # Maximum total size of all assembled models in bytes.
 LIMIT_BYTES = 256 * 2**30
-DEPENDENCIES = ("transformers", "tokenizers", "deltaw.hub.vision_parts", "deltaw.hub.checkpoint", "deltaw.tensor_files")
+DEPENDENCIES = (
+    "transformers",
+    "tokenizers",
+    "deltaw.hub.vision_parts",
+    "deltaw.hub.checkpoint",
+    "deltaw.hub.parameter_names",
+    "deltaw.tensor_files",
+)
 
-# File that marks a folder whose connector is not trained, with the sizes of the other files. A merged model does not
+# File that marks a folder with an untrained connector, with the sizes of the other files. A merged model does not
 # contain it.
 _MARKER = "new-connector"
 _READ = (".safetensors", ".json", ".jinja", ".txt", ".model")
@@ -49,7 +57,7 @@ _PROJECTOR = "model.multi_modal_projector."
 _EMBEDDING = f"{_LANGUAGE}embed_tokens.weight"
 _HEAD = "lm_head.weight"
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-# Settings of language models whose head is more than a linear layer.
+# Settings of language models with a head that is more than a linear layer.
 _LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 

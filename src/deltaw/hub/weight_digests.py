@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deltaw.cache.results import compute_for_files, file_state, require_unchanged
-from deltaw.hub.checkpoint import match_names, read_checkpoint
+from deltaw.hub.checkpoint import read_checkpoint
+from deltaw.hub.parameter_names import match_names
 from deltaw.lora import fingerprint
 from deltaw.lora.fingerprint import TensorDigest, digest_pieces, map_in_threads, record_digest, saved_tensors
 from deltaw.progress import track_progress

@@ -39,7 +39,7 @@ def open_run(
         precision: Precision of the weights. "auto" uses the precision of the run if the device supports it.
         device: Device to load the model on.
         sampler: See :class:`deltaw.decoding.model.AdaptedModel`.
-        task: Task of a base model. Ignored for an adapter, which has its own task.
+        task: Task of a base model. Ignored for an adapter, which defines its task.
         trust_remote_code: Run Python files of the base model, independent of the settings in the folder.
         log: Receives messages.
 

@@ -144,7 +144,7 @@ class Predictor:
         source: The rows.
         build_request: Builds the request for a prompt.
         log: Receives progress lines.
-        flat: Write the probability of each class to a column of its own.
+        flat: Write the probability of each class to a separate column.
         name: Name of the predictions, for files that already have predictions. None for the usual names.
 
     Raises:

@@ -63,7 +63,7 @@ class CompiledFunction:
                 return self.function(**arguments)
 
     def _select(self, arguments: dict[str, Any]) -> Callable[..., Any]:
-        """Return the compiled function if it computes the same for a few rows, else the function itself."""
+        """Return the compiled function if it computes the same for sample rows, else the function itself."""
         sample = _first_rows(arguments)
         reference_sample = _first_rows(arguments)
         try:

@@ -34,7 +34,7 @@ from deltaw.kernels.decode_reference import (
     head_reference,
     pack_panels,
 )
-from deltaw.kernels.large_pages import copy_contiguous, empty_in_large_pages
+from deltaw.kernels.huge_pages import copy_contiguous, empty_in_huge_pages
 from deltaw.kernels.loader import DecodeBlock, DecodeFactors, DecodeLinear, DecodeModel, DecodeStep
 from deltaw.kernels.operators import check_shape
 from deltaw.kernels.rows import ACTIVATIONS, Norm, norm_struct
@@ -68,7 +68,7 @@ class Pages:
 
     def __init__(self, count: int, numbers: int, dtype: torch.dtype) -> None:
         self.count = count
-        self.data = empty_in_large_pages(count * numbers, dtype).view(count, numbers)
+        self.data = empty_in_huge_pages(count * numbers, dtype).view(count, numbers)
 
     def copy(self, from_page: int, to_page: int) -> None:
         """Copy the contents of ``from_page`` to ``to_page``."""

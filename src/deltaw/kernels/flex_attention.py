@@ -43,7 +43,7 @@ def compile_failures() -> tuple[type[Exception], ...]:
 class CompiledAttention:
     """FlexAttention, compiled with constant scaling and soft cap.
 
-    Each instance has its own code object, because torch limits the number of compilations per code object. Exceeding
+    Each instance has a separate code object, because torch limits the number of compilations per code object. Exceeding
     the limit is an error, because torch would otherwise run the unfused form, which stores all T × T scores.
 
     Args:

@@ -136,7 +136,7 @@ MIRRORED_STRUCTS: tuple[type[ctypes.Structure], ...] = (
 
 
 def mismatched_struct(library: ctypes.CDLL) -> str | None:
-    """Return the name of the first struct whose layout differs in the library, or None if all layouts agree."""
+    """Return the name of the first struct with a different layout in the library, or None if all layouts agree."""
     max_fields = 64
     offsets = (_L * max_fields)()
     for struct_index, struct in enumerate(MIRRORED_STRUCTS):
@@ -197,7 +197,7 @@ _SIGNATURES: dict[str, list[type]] = {
 
 @dataclass(frozen=True)
 class LoadedVariant:
-    """A loaded variant whose functions can be called.
+    """A loaded variant with callable functions.
 
     Attributes:
         variant: Variant that was loaded.
@@ -217,7 +217,7 @@ class _Process:
         loaded: Loaded variants by name.
         active: Variant in use, or None for torch's operators.
         arithmetic: Arithmetic in use.
-        torch_types: Type codes of weights whose products torch computes.
+        torch_types: Type codes of weights with products that torch computes.
         unavailable_reason: Reason why no compiled kernels are used.
         is_settled: True if the fields above have been determined.
     """

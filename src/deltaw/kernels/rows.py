@@ -115,7 +115,7 @@ def norm_reference(
         y = y * (_wide(weight) + offset)
     if bias is not None:
         y = y + _wide(bias)
-    # The zeros depend on rstd, because constants would be a kernel of their own.
+    # The zeros depend on rstd, because constants would be a separate kernel.
     return y.to(x.dtype), torch.cat([rstd.clamp(max=0) if mean is None else mean, rstd], -1)
 
 

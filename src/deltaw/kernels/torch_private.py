@@ -27,9 +27,6 @@ def missing_name_error(feature: str, name: str) -> UserError:
     return UserError(f"{feature} needs {name}, which torch {torch.__version__} does not have", hint=hint)
 
 
-# Observers of operators
-
-
 def _observer_checks() -> tuple[Callable[[], Any], Callable[[], Any]]:
     count = look_up(torch, "_C._len_torch_dispatch_stack")
     profiler = torch.autograd.profiler
@@ -55,8 +52,6 @@ also require this name."""
 functorch_is_active: Callable[[], bool] = look_up(torch, "_C._are_functorch_transforms_active") or (lambda: True)
 """True if a torch.func transform is active. Without the private name always True, which selects the reference
 implementation."""
-
-# Dry runs
 
 _REQUIRED = {
     "FakeTensor": look_up(torch, "_subclasses.fake_tensor.FakeTensor"),
@@ -141,8 +136,6 @@ def _fake_constructor() -> Callable[[Any, dict[str, Any], Tensor, torch.device],
 as_fake = _fake_constructor()
 """(mode, attributes, meta, device): Convert ``meta`` to a fake tensor of the mode with the attributes of its fake
 tensors. Equivalent to the constructor without its checks."""
-
-# Tensors
 
 _versions = itertools.count()
 

@@ -38,10 +38,10 @@ class ActivationInit:
     """Result of :func:`initialize_from_activations`.
 
     Attributes:
-        initialized: Number of layers whose A was initialized.
+        initialized: Number of layers with an initialized A.
         tokens: Minimum and maximum number of tokens that a layer received.
         explained: Mean share of the inputs' variance along the r directions of A.
-        short: Layers whose tokens (or inputs) do not span r directions. Their remaining columns of A are random.
+        short: Layers with tokens (or inputs) that do not span r directions. Their remaining columns of A are random.
         unseen: Layers that were not run. Their A is unchanged.
     """
 
@@ -67,7 +67,7 @@ def initialize_from_activations(model: nn.Module, run_batches: Callable[[], None
 
     Args:
         model: Model with a new adapter on linear layers, attached with ``init: eva``.
-        run_batches: Runs forward passes of ``model``, with a few hundred tokens per unit of rank. Called once, without
+        run_batches: Runs forward passes of ``model``, with some hundred tokens per unit of rank. Called once, without
             gradients.
         seed: Seed of the initial directions. It hardly affects the result.
 
@@ -141,7 +141,7 @@ class _ActivationStatistics:
         """Return statistics without tokens for inputs like ``x``, with ``width`` random directions."""
         size = x.shape[-1]
         width = min(width, size)
-        # Sampled on the CPU, so that a seed gives the same directions on any device.
+        # Sampled on the CPU, so that a seed determines the same directions on any device.
         sample = torch.randn(size, width, generator=generator).to(x.device)
         zeros = torch.zeros(size, device=x.device)
         return cls(torch.linalg.qr(sample).Q, zeros[:width].clone(), zeros, zeros[0].clone())

@@ -231,7 +231,7 @@ def _check_activation(model: nn.Module, config: LoRAConfig, selection: Selection
 
 
 def _activate(model: nn.Module, record: Attachment) -> None:
-    """Share one activation among all adapted layers."""
+    """Share one activation between all adapted layers."""
     tokens = record.config.invocation_tokens
     assert isinstance(tokens, list)
     record.activation = Activation(tokens)

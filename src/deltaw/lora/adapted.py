@@ -102,7 +102,7 @@ class Activation:
         cache = _find_cache(arguments.values())
         invoked = None if cache is None or not _cache_has_tokens(cache) else self._invoked.get(cache)
         if invoked is not None and invoked.shape[0] == ids.shape[0]:
-            # An adapter stays active once it is. Generated tokens do not activate it.
+            # An active adapter remains active. Generated tokens do not activate it.
             if ids.shape[1] == 1:
                 self._last_invoked = invoked
                 return True if type(invoked) is Tensor and bool(invoked.all()) else invoked[:, None]
@@ -147,7 +147,7 @@ def _cache_has_tokens(cache: Any) -> bool:
 
 
 class AdaptedLayer(nn.Module):
-    """A layer whose frozen ``weight`` has a trained update.
+    """A layer with a frozen ``weight`` and a trained update.
 
     Attributes:
         enabled: If False, ``forward`` returns the base layer's output.

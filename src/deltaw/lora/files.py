@@ -33,7 +33,8 @@ from deltaw.lora.layers import LoRAConv, LoRALayer
 from deltaw.lora.peft_format import PREFIX, FilePaths, without_wrappers
 from deltaw.lora.select import NamedModule, Selection, Target, format_names, select, unique_modules, values_by_pattern
 from deltaw.tensor_files import TensorFile, save_tensors
-from deltaw.untrusted_paths import record_reference, require_contained
+from deltaw.untrusted_paths import require_contained
+from deltaw.user_references import record_reference
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -358,7 +359,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if platforms.WINDOWS:  # a file whose tensors are mapped cannot be replaced
+            if platforms.WINDOWS:  # a file with mapped tensors cannot be replaced
                 tensors = {name: tensor.clone() for name, tensor in tensors.items()}
             return tensors, dict(file.metadata() or {})
     except (safetensors.SafetensorError, OSError, ValueError) as error:

@@ -1,7 +1,7 @@
 """Initialize A and B, and with PiSSA and OLoRA also W.
 
-All random numbers are sampled on the CPU in fp32, in PEFT's order and layout. A seed therefore gives the same factors
-on any device, and the same as PEFT for linear and convolution layers.
+All random numbers are sampled on the CPU in fp32, in PEFT's order and layout. A seed therefore determines the
+same factors on any device, and the same as PEFT for linear and convolution layers.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def from_peft(tensor: Tensor, attribute: str, experts: int | None) -> Tensor:
 
 @dataclass
 class ChangedInit:
-    """The original W and the initial factors of a layer whose initialization changed W."""
+    """The original W and the initial factors of a layer with an initialization that changed W."""
 
     weight: Tensor
     lora_A: Tensor

@@ -1,7 +1,7 @@
 """Choose the adapted layer for a module, and explain why a module cannot be adapted.
 
 A module is adapted only if its computation is known: its type is a torch class, a subclass that does not override
-``forward``, or one of a few classes whose ``forward`` is equivalent. All other modules are rejected with an error
+``forward``, or one of several classes with an equivalent ``forward``. All other modules are rejected with an error
 instead of being skipped silently.
 """
 

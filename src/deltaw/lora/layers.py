@@ -305,7 +305,7 @@ _FOREIGN_CLASSES: dict[type[nn.Module], type[Any]] = {}
 
 
 class ScaledEmbedding(AdaptedLayer, nn.Embedding):
-    """An embedding whose base layer may multiply its rows by ``embed_scale``."""
+    """An embedding with a base layer that may multiply its rows by ``embed_scale``."""
 
     scales_rows: bool = False
     """True if it does. Some models have the attribute but apply the scale in another module."""

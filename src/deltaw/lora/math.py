@@ -83,7 +83,7 @@ def linear_reference(
 
 
 def masked_update(x: Tensor, mask: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float) -> Tensor:
-    """Return scaling · dropout(x)·A·B at the active tokens, and 0 at the others. Uses autograd.
+    """Return scaling · dropout(x)·A·B at the active tokens, and 0 at all other tokens. Uses autograd.
 
     Args:
         x: (..., in).
@@ -219,7 +219,7 @@ class Lookup(NamedTuple):
 
 
 def embedding(ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, lookup: Lookup) -> Tensor:
-    """Return y = c · (W[ids] + scaling · A[ids]·B), where c is the lookup's scale or 1.
+    """Return y = c · (W[ids] + scaling · A[ids]·B), with c the scale of the lookup or 1.
 
     Args:
         ids: (...) of integers below the vocabulary size.

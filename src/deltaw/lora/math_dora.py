@@ -56,7 +56,7 @@ def weight_norm(weight: Tensor, squares: Tensor, lora_A: Tensor, lora_B: Tensor,
 
 
 def without_autocast(device: str) -> AbstractContextManager[None]:
-    """Context manager that disables autocast. Does nothing on the meta device, which has no autocast."""
+    """Context manager that disables autocast. Has no effect on the meta device, which has no autocast."""
     return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 

@@ -30,7 +30,7 @@ class MergeSummary:
 
     Attributes:
         error: Relative error of ΔW over all layers, 0 for weights in fp32.
-        errors: Relative error of ΔW of each layer whose weight has a narrower dtype.
+        errors: Relative error of ΔW of each layer with a weight of a narrower dtype.
     """
 
     error: float
@@ -92,7 +92,7 @@ def unmerge(model: nn.Module) -> None:
     """Restore the exact weights from before :func:`merge`.
 
     Raises:
-        UserError: if the adapter is not merged, or the original weights were not kept.
+        UserError: if the adapter is not merged, or the original weights were not stored.
     """
     if not (merged := [(name, layer) for name, layer in adapted_layers(unwrap_model(model)) if layer.merged]):
         raise UserError("the adapter is not merged", hint="call merge first")

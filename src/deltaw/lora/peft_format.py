@@ -30,7 +30,7 @@ from deltaw.lora.select import endings, values_by_pattern
 # the layer as ``base_layer``. This affects tensor names in three cases:
 # - a trained bias of an adapted layer,
 # - the two projections of ``nn.MultiheadAttention``, of which the second is inside the wrapper of the first, and
-# - several adapted parameters of one module, whose wrappers are nested.
+# - several adapted parameters of one module, with nested wrappers.
 
 
 PREFIX = "base_model.model."
@@ -152,8 +152,8 @@ _READABLE_INITS = ("gaussian", "orthogonal", "eva", *CHANGING_INITS)
 def adapter_settings(model: nn.Module, record: Attachment, base: str | None, task: str | None) -> dict[str, object]:
     """Return the content of ``adapter_config.json`` for the adapter on ``model``.
 
-    An adapter whose initialization changed W is saved as a plain adapter of twice the rank (see :func:`file_tensors`).
-    Its alpha is 2·alpha, or √2·alpha with rsLoRA, so that the scaling is unchanged.
+    If the initialization changed W, the adapter is saved as a plain adapter of twice the rank (see
+    :func:`file_tensors`). Its alpha is 2·alpha, or √2·alpha with rsLoRA, so that the scaling is unchanged.
     """
     config = record.config
     changed = any(layer.changed_init is not None for _, layer in record.adapted())

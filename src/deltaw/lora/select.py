@@ -6,13 +6,14 @@ regular expression for the full name. A key of a pattern is a regular expression
 suggests similar names, whereas PEFT ignores it. As in PEFT, ``layers`` and ``exclude_modules`` do not affect parameters
 (``target_parameters``) and token rows (``trainable_token_indices``).
 
-Selection uses only names, types and shapes, changes nothing, and takes linear time in the number of modules.
+Selection uses only names, types and shapes, has no side effects, and takes linear time in the number of modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import nn
 
@@ -66,10 +67,36 @@ class NamedModule:
         """Names that the settings are compared with."""
         return self.names + self.complete_names
 
-    def parameter(self, attribute: str) -> NamedModule:
-        """Return the names of a parameter of the module."""
-        names = (tuple(f"{name}.{attribute}" for name in group) for group in (self.names, self.complete_names))
-        return NamedModule(next(names), self.module, next(names))
+
+@dataclass(frozen=True)
+class NamedParameter:
+    """A parameter of a module and all of its names.
+
+    Attributes:
+        owner: Module with the parameter.
+        attribute: Name of the parameter in the module.
+    """
+
+    owner: NamedModule
+    attribute: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names in the model."""
+        return tuple(f"{name}.{self.attribute}" for name in self.owner.names)
+
+    @property
+    def complete_names(self) -> tuple[str, ...]:
+        """Names in the complete model, if the model is a text view."""
+        return tuple(f"{name}.{self.attribute}" for name in self.owner.complete_names)
+
+    @property
+    def matched_names(self) -> tuple[str, ...]:
+        """Names that the settings are compared with."""
+        return self.names + self.complete_names
+
+
+Named = TypeVar("Named", NamedModule, NamedParameter)
 
 
 def unique_modules(model: nn.Module) -> list[NamedModule]:
@@ -224,40 +251,44 @@ class _TargetSelector:
         if not (targeted or parameters or tokens) and self.strict:
             hint = "use 'all-linear', 'attention', 'mlp', or a list of module names"
             raise UserError("target_modules is empty", location="target_modules", hint=hint)
-        patterned = [*targeted, *(full for full, _, _ in parameters)]
+        patterned: list[NamedModule | NamedParameter] = [*targeted, *parameters]
         ranks = self._match_pattern("rank_pattern", config.rank_pattern, patterned)
         alphas = self._match_pattern("alpha_pattern", config.alpha_pattern, patterned)
 
-        def target(named_module: NamedModule, name: str, attribute: str = "") -> Target:
-            rank = int(ranks.get(name, config.rank))
-            alpha = alphas.get(name, config.alpha)
-            return Target(named_module.names, named_module.module, rank, alpha, attribute)
+        def target(named: NamedModule | NamedParameter) -> Target:
+            owner, attribute = (named.owner, named.attribute) if isinstance(named, NamedParameter) else (named, "")
+            return Target(
+                owner.names,
+                owner.module,
+                rank=int(ranks.get(named.names[0], config.rank)),
+                alpha=alphas.get(named.names[0], config.alpha),
+                attribute=attribute,
+            )
 
         return Selection(
-            [target(named_module, named_module.names[0]) for named_module in targeted],
-            extra,
-            [target(named_module, full.names[0], attribute) for full, named_module, attribute in parameters],
-            tokens,
-            self.matches,
+            targets=[target(named_module) for named_module in targeted],
+            extra_modules=extra,
+            parameters=[target(parameter) for parameter in parameters],
+            tokens=tokens,
+            matches=self.matches,
         )
 
-    def _match(self, key: str, value: str | Iterable[str], pool: list[NamedModule] | None = None) -> list[NamedModule]:
-        """Return the modules, or the given candidates, that match a string (full expression) or a list (name endings).
+    def _match(self, key: str, value: str | Iterable[str], candidates: list[Named]) -> list[Named]:
+        """Return the candidates that match a string (full expression) or a list (name endings).
 
         An entry without a match is an error if ``strict`` is True.
         """
-        modules, kind = (self.modules, "module") if pool is None else (pool, "parameter")
         if isinstance(value, str):
-            (matched_names,) = names_matching(key, [value], (name for m in modules for name in m.matched_names))
-            matched = [m for m in modules if not matched_names.isdisjoint(m.matched_names)]
+            (matched_names,) = names_matching(key, [value], (name for m in candidates for name in m.matched_names))
+            matched = [m for m in candidates if not matched_names.isdisjoint(m.matched_names)]
             if not matched and self.strict:
-                is_ending = any(value in endings(name) for m in modules for name in m.names)
-                raise _no_match(key, value, modules, as_list=is_ending)
+                is_ending = any(value in endings(name) for m in candidates for name in m.names)
+                raise _no_match(key, value, candidates, as_list=is_ending)
             self.matches[f"{key} '{value}'"] = tuple(m.names[0] for m in matched)
             return matched
         names_by_entry: dict[str, list[str]] = {entry: [] for entry in value}
         matched = []
-        for candidate in modules:
+        for candidate in candidates:
             entries = {end for name in candidate.matched_names for end in endings(name) if end in names_by_entry}
             for entry in entries:
                 names_by_entry[entry].append(candidate.names[0])
@@ -265,17 +296,19 @@ class _TargetSelector:
                 matched.append(candidate)
         for entry, names in names_by_entry.items():
             if not names and self.strict:
-                raise _no_match(key, entry, modules, kind=kind)
+                raise _no_match(key, entry, candidates)
             self.matches[f"{key} '{entry}'"] = tuple(names)
         return matched
 
-    def _match_pattern(self, key: str, pattern: Mapping[str, float], modules: list[NamedModule]) -> dict[str, float]:
+    def _match_pattern(
+        self, key: str, pattern: Mapping[str, float], named: Sequence[NamedModule | NamedParameter]
+    ) -> dict[str, float]:
         """Return the value of the first matching key of ``pattern`` for each matched name."""
-        names = {m.names[0]: {m.names[0], *m.complete_names[:1]} for m in modules}
+        names = {m.names[0]: {m.names[0], *m.complete_names[:1]} for m in named}
         candidates = [name for group in names.values() for name in group]
         for entry, matched in zip(pattern, names_matching(key, pattern, candidates, endings=True), strict=True):
             if not matched and self.strict:
-                raise _no_match(key, entry, modules)
+                raise _no_match(key, entry, named)
             self.matches[f"{key} '{entry}'"] = tuple(name for name, group in names.items() if matched & group)
         return values_by_pattern(key, pattern, names, complete_names(self.model))
 
@@ -283,7 +316,7 @@ class _TargetSelector:
         """Return the outermost modules matched by train_modules, which must have parameters to train."""
         if not self.config.train_modules:
             return []
-        matched = self._match("train_modules", self.config.train_modules)
+        matched = self._match("train_modules", self.config.train_modules, self.modules)
         nested = {id(inner) for m in matched for inner in m.module.modules() if inner is not m.module}
         outer = [m for m in matched if id(m.module) not in nested]
         for named in outer:
@@ -317,7 +350,7 @@ class _TargetSelector:
     def _match_targets(self) -> list[NamedModule]:
         value = self.config.target_modules
         if not (isinstance(value, str) and value in KEYWORDS):
-            return self._match("target_modules", value)
+            return self._match("target_modules", value, self.modules)
         matched = [m for m in self._all_linear() if value == "all-linear" or _role(m) == value]
         if not matched and self.strict:
             linear = [m.names[0] for m in self.modules if is_linear(m.module)]
@@ -344,7 +377,7 @@ class _TargetSelector:
         """Return the ids of excluded modules. Entries of a list also exclude all modules below the matched ones."""
         if (value := self.config.exclude_modules) is None:
             return set()
-        matched = self._match("exclude_modules", value)
+        matched = self._match("exclude_modules", value, self.modules)
         if isinstance(value, str):
             return {id(m.module) for m in matched}
         return {id(nested) for m in matched for nested in m.module.modules()}
@@ -388,11 +421,8 @@ class _TargetSelector:
             hint = f"name the modules in it: {format_names(linear_names)}"
         raise UserError(f"'{name}' cannot be adapted: {reason}", location=name, hint=hint)
 
-    def _parameters(self) -> list[tuple[NamedModule, NamedModule, str]]:
+    def _parameters(self) -> list[NamedParameter]:
         """Return the parameters that match ``target_parameters`` in model order.
-
-        Returns:
-            For each parameter its full names, its module, and its attribute name.
 
         Raises:
             UserError: if an entry has no match, or matches a parameter that cannot be adapted.
@@ -400,7 +430,7 @@ class _TargetSelector:
         if not (entries := self.config.target_parameters):
             return []
         parameters = [
-            (m.parameter(attribute), m, attribute)
+            NamedParameter(m, attribute)
             for m in self.modules
             for attribute, parameter in direct_parameters(m.module).items()
             if parameter is not None
@@ -410,19 +440,18 @@ class _TargetSelector:
             message = f"'{model_parameters[0]}' is a parameter of the model itself, not of a submodule"
             hint = "wrap the model in another module, or remove the parameter"
             raise UserError(message, location="target_parameters", hint=hint)
-        by_name = {full.names[0]: (full, named_module, attribute) for full, named_module, attribute in parameters}
-        matched = self._match("target_parameters", entries, [full for full, _, _ in parameters])
-        selected = [by_name[full.names[0]] for full in matched]
-        for full, named_module, attribute in selected:
-            name = named_module.names[0]
+        selected = self._match("target_parameters", entries, parameters)
+        for parameter in selected:
+            module = parameter.owner.module
+            name = parameter.owner.names[0]
             parent = self.by_name.get(name.rpartition(".")[0], self.model)
-            reason = direct_read_reason(self.model, name, parent) or parameter_refusal(named_module.module, attribute)
-            if id(named_module.module) in self.adapted:
+            reason = direct_read_reason(self.model, name, parent) or parameter_refusal(module, parameter.attribute)
+            if id(module) in self.adapted:
                 reason = "target_modules adapts its module already"
-            elif id(named_module.module) in self.fully_trained:
+            elif id(module) in self.fully_trained:
                 reason = "train_modules trains its module in full"
             if reason is not None:
-                message = f"'{full.names[0]}' cannot be adapted: {reason}"
+                message = f"'{parameter.names[0]}' cannot be adapted: {reason}"
                 location = "target_parameters"
                 raise UserError(message, location=location, hint=f"remove it from {location}")
         return selected
@@ -439,7 +468,7 @@ class _TargetSelector:
             selected = [
                 (named_module, tuple(ids))
                 for entry, ids in value.items()
-                for named_module in self._match("trainable_token_indices", [entry])
+                for named_module in self._match("trainable_token_indices", [entry], self.modules)
             ]
         else:
             named_module = self._input_embedding()
@@ -538,9 +567,11 @@ def _role(named_module: NamedModule) -> str | None:
     return "mlp" if bert and parts[-3].isdigit() else None
 
 
-def _no_match(key: str, entry: str, pool: list[NamedModule], as_list: bool = False, kind: str = "module") -> UserError:
+def _no_match(
+    key: str, entry: str, candidates: Sequence[NamedModule | NamedParameter], *, as_list: bool = False
+) -> UserError:
     """Return the error for an entry without a match, with a hint that suggests similar names."""
-    names = [name for m in pool for name in m.names]
+    names = [name for m in candidates for name in m.names]
     if as_list:
         hint = f"a string must match full names; to match name endings, use a list: ['{entry}']"
     elif entry in KEYWORDS:
@@ -550,4 +581,5 @@ def _no_match(key: str, entry: str, pool: list[NamedModule], as_list: bool = Fal
         last_parts = [last for last in last_parts if not last.isdigit()]
         full = nearest(entry, names[:2000]) if "." in entry else []
         hint = did_you_mean(entry, full or last_parts)
+    kind = "parameter" if key == "target_parameters" else "module"
     return UserError(f"{key}: '{entry}' matches no {kind}", location=key, hint=hint)

@@ -1,4 +1,4 @@
-"""Attach an adapter whose trainable parameters start with the values of saved adapters.
+"""Attach an adapter with trainable parameters that start at the values of saved adapters.
 
 The new adapter may have a higher rank than the saved one: the additional directions have B = 0, so they do not change
 the outputs. Several saved adapters are concatenated: their weighted sum is exact, and their ranks add up.

@@ -80,7 +80,7 @@ _ROOT = Path("/")
 
 @dataclass(frozen=True)
 class Choice(Generic[T]):
-    """A value that was chosen, with the reason in a few words."""
+    """A value that was chosen, with a short reason."""
 
     value: T
     why: str

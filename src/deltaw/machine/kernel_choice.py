@@ -48,7 +48,7 @@ class KernelChoice:
         threads: Number of threads that the products were timed with.
         rates: GFLOP/s (GOP/s for int8) by storage type and candidate. A candidate is ``torch`` or
             ``variant:arithmetic``.
-        disturbed: True if other programs kept the machine busy during the measurement.
+        disturbed: True if other programs used the machine during the measurement.
     """
 
     arithmetic: Arithmetic
@@ -77,7 +77,7 @@ class KernelChoice:
         return self.rates[weight_type][TORCH if arithmetic == TORCH else f"{self.arithmetic.kernels}:{arithmetic}"]
 
     def value(self, precision: str) -> str:
-        """Describe the choice for a run in ``precision`` in a few words."""
+        """Describe briefly the choice for a run in ``precision``."""
         weight_type = WEIGHT_TYPE_BY_PRECISION.get(precision, "fp32")
         return f"{self.arithmetic.kernels or 'none'}, {weight_type} products {self.arithmetic.for_type(weight_type)}"
 

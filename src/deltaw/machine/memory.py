@@ -1,4 +1,4 @@
-"""Measure the main memory of the process and configure how its allocator returns memory to the system.
+"""Measure the main memory of the process and configure the return of memory from its allocator to the system.
 
 Imports no torch. The root of the file system is a parameter, so that tests can describe a machine in a folder.
 """

@@ -1,4 +1,4 @@
-"""Measure how fast this processor computes matrix products with each kernel variant and arithmetic, and with torch.
+"""Measure the speed of matrix products on this processor with each kernel variant and arithmetic, and with torch.
 
 Two products with a model's sizes are timed, each with a low-rank update: an MLP layer forward and an attention
 projection backward.
@@ -215,7 +215,7 @@ class ProductRates:
 
     Attributes:
         rates: GFLOP/s by storage type and candidate.
-        disturbed: True if other programs kept the machine busy.
+        disturbed: True if other programs used the machine.
     """
 
     rates: Rates

@@ -141,7 +141,7 @@ class _FakeTensorRouter(DispatchMode):
             return func(*args, **kwargs)
 
     def _create(self, func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        """Run an operator without tensor arguments. It creates a tensor, or computes nothing."""
+        """Run an operator without tensor arguments. It creates a tensor, or has no result."""
         if kwargs.get("dtype") is not None and _is_integral(kwargs["dtype"]):
             return self._run_real(func, args, kwargs)
         result = func(*args, **kwargs)

@@ -198,7 +198,14 @@ class MemoryTracker(DispatchMode):
         has_classes = tensor.dim() and tensor.shape[-1] in self._vocabularies
         kind = "logits" if has_classes and tensor.is_floating_point() else "workspace"
         recomputed = bool(self._stack) and self._phase == _BACKWARD
-        life = _StorageLifetime(0, self._operator_index, self._phase, self._module(), kind, recomputed)
+        life = _StorageLifetime(
+            bytes=0,
+            allocated_at=self._operator_index,
+            phase=self._phase,
+            module=self._module(),
+            kind=kind,
+            recomputed=recomputed,
+        )
 
         def on_freed(reference: weakref.ref[torch.UntypedStorage]) -> None:
             life.freed_at = self._operator_index
@@ -230,7 +237,9 @@ class MemoryTracker(DispatchMode):
         if self._current_bytes + scratch > self._peak:
             self._peak = self._current_bytes + scratch
             self._peak_at = self._operator_index
-            self._scratch_at_peak, self._peak_phase, self._peak_module = scratch, self._phase, self._module()
+            self._scratch_at_peak = scratch
+            self._peak_phase = self._phase
+            self._peak_module = self._module()
 
     def _module(self) -> str:
         """Return the name of the innermost running module."""
@@ -299,11 +308,18 @@ class MemoryTracker(DispatchMode):
                 saved[life.module] = saved.get(life.module, 0) + life.bytes
             parts[kind] += life.bytes
         parts["workspace"] += self._scratch_at_peak
-        phase = PHASES[self._peak_phase]
-        by_module = dict(sorted(saved.items(), key=lambda item: -item[1]))
         resident_peak = self._resident_peak if self._allocator is None else self._allocator.reserved_bytes
-        others = self._current_bytes, self._arenas, resident_peak - self._peak
-        return Footprint(self._peak, parts, phase, self._peak_module, by_module, downsample(self._timeline), *others)
+        return Footprint(
+            peak_bytes=self._peak,
+            parts=parts,
+            phase=PHASES[self._peak_phase],
+            module=self._peak_module,
+            activations_by_module=dict(sorted(saved.items(), key=lambda item: -item[1])),
+            timeline=downsample(self._timeline),
+            steady_bytes=self._current_bytes,
+            arena_bytes=self._arenas,
+            retained_bytes=resident_peak - self._peak,
+        )
 
 
 def _tensors(result: object) -> Iterable[Tensor]:

@@ -65,9 +65,9 @@ CLASSES_KEY = "deltaw.classes"
 # Metadata key of the weights file: parameters excluded from the base model's fingerprint, as JSON.
 REPLACED_KEY = "deltaw.replaced"
 
-# Stands for the model's input layer, which is the connector of a vision-language model.
+# Refers to the input layer of the model, which is the connector of a vision-language model.
 INPUT_LAYER = "input layer"
-# Stands for the vision tower of a vision-language model.
+# Refers to the vision tower of a vision-language model.
 VISION_TOWER = "vision tower"
 
 
@@ -127,7 +127,7 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def prepare(self, model: nn.Module, *, seed: int, extra_modules: Names = (), calibrate: Calibration = None) -> str:
-        """Freeze the model, create the trainable parameters, and return a summary of a few lines.
+        """Freeze the model, create the trainable parameters, and return a short summary.
 
         Args:
             model: Model to train.
@@ -149,7 +149,7 @@ class Method(abc.ABC):
             extra_modules: See :meth:`prepare`.
 
         Returns:
-            Summary of a few lines.
+            Short summary.
 
         Raises:
             UserError: if the adapters do not fit the model or the settings.
@@ -173,7 +173,7 @@ class Method(abc.ABC):
                 tensor.copy_(stored[name])
 
     def record_start(self, model: nn.Module) -> None:
-        """Record the current parameters as the start, if the method also keeps the base model."""
+        """Record the current parameters as the start, if the method also stores the base model."""
         if self.can_restore_base(model):
             self.start_values = [parameter.detach().clone() for _, parameter in self.parameters(model)]
 
@@ -182,7 +182,7 @@ class Method(abc.ABC):
         """Context manager in which the trained parameters have their values at the start of the run.
 
         Raises:
-            UserError: if these values were not kept.
+            UserError: if these values were not stored.
         """
         if self.start_values is None:
             message = f"method '{self.name}' keeps no copy of the adapter of start_from, which is the reference model"
@@ -219,7 +219,7 @@ class Method(abc.ABC):
         """Context manager in which the model behaves as the base model.
 
         Raises:
-            UserError: if the base model's values were not kept.
+            UserError: if the base model's values were not stored.
         """
 
     @abc.abstractmethod
@@ -250,7 +250,7 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def load(self, model: nn.Module, folder: Folder) -> str:
-        """Apply a saved adapter, frozen, to a newly loaded model and return a summary of a few lines."""
+        """Apply a saved adapter, frozen, to a newly loaded model and return a short summary."""
 
     def can_share_prefixes(self) -> bool:
         """True if training is unaffected by computing a prefix shared by several rows once."""

@@ -29,7 +29,7 @@ from deltaw.lora.starting import attach_from, save_new_directions
 from deltaw.methods.base import VISION_TOWER, Calibration, Folder, Metadata, Method, MethodOptions, Names, Start
 from deltaw.tensor_files import has_values
 
-# Subfolder of the new adapter alone, if it was stacked on another one and ``stack: keep`` is set.
+# Subfolder of only the new adapter, if it was stacked on another one and ``stack: keep`` is set.
 NEW_ADAPTER = "new_adapter"
 
 

@@ -1,6 +1,6 @@
 """Methods that train individual weights. Optimizer state exists only for the selected weights.
 
-A weight matrix stays dense and in the model's precision. The optimizer trains the fp32 values at the selected int32
+A weight matrix remains dense and in the model's precision. The optimizer trains the fp32 values at the selected int32
 positions. The backward pass computes each matrix's gradient, extracts the selected entries, and frees it before the
 gradient of the next matrix is computed.
 """

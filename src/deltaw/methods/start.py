@@ -50,7 +50,7 @@ class StartAdapter:
         sources: Content of each folder.
         weights: Factor of each adapter's update.
         is_stacked: True if the adapters are frozen and a new one is trained on top.
-        keeps_new: True if the new adapter is also saved alone.
+        keeps_new: True if the new adapter is also saved separately.
         fingerprint: Digest of the adapters' files, weights and mode.
         checks_base: False if the run loads the base model with another head, so that fingerprints differ.
     """
@@ -170,7 +170,7 @@ class StartAdapter:
             raise UserError(message, location=_LOCATION, hint=f"set data.classes: [{', '.join(stored)}]")
 
     def lineage(self, config: RunConfig) -> dict[str, Any]:
-        """Return the origin of the run for ``run.json``: adapters, their settings, and their own origin."""
+        """Return the origin of the run for ``run.json``: adapters, their settings, and their origins."""
         adapters = []
         for source, weight in zip(self.sources, self.weights, strict=True):
             values = {"name": source.folder.resolve().name, "folder": str(source.folder), "weight": weight}

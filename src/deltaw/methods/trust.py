@@ -25,7 +25,8 @@ from deltaw.methods.files import read_config
 from deltaw.platforms import shell_word
 from deltaw.settings import task_registry
 from deltaw.settings.config import SETTINGS, RunConfig
-from deltaw.untrusted_paths import record_reference, require_contained, was_referenced
+from deltaw.untrusted_paths import require_contained
+from deltaw.user_references import record_reference, was_referenced
 
 CHAT_TEMPLATE = "chat_template.jinja"
 

@@ -1,4 +1,4 @@
-"""Methods that train whole parameters: all of them, the biases, the output layer, or the last blocks."""
+"""Methods that train complete parameters: all of them, the biases, the output layer, or the last blocks."""
 
 from __future__ import annotations
 

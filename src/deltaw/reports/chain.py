@@ -96,7 +96,7 @@ def warning_lines(result: ChainResult) -> list[str]:
 
 
 def _difference(before: StageScore | None, after: StageScore) -> str:
-    """Return the mean change of a score on the same rows with its 95 % interval, or an empty text."""
+    """Return the mean change of a score on the same rows with its 95% interval, or an empty text."""
     if before is None or before is after or before.per_row is None or after.per_row is None:
         return ""
     change = np.array(after.per_row) - np.array(before.per_row)

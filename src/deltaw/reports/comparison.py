@@ -156,7 +156,7 @@ def score_table(
 
     Args:
         scores: Metrics by model name. Missing metrics are left empty.
-        intervals: 95 % intervals by model name and metric.
+        intervals: 95% intervals by model name and metric.
     """
     rows: list[list[str]] = []
     for metric in dict.fromkeys(m for metrics in scores.values() for m in metrics):

@@ -307,6 +307,6 @@ VARIABLES = {
     EMULATED_TILES: "1: emulates AMX tiles with arrays, for tests of the kernels",
 }
 
-# Variables whose values are not printed.
+# Variables with values that are not printed.
 SECRETS = {"DELTAW_API_KEY"}
 HIDDEN_VALUE = "(hidden)"

@@ -15,7 +15,7 @@ def memory_parts(sizes: Mapping[str, float]) -> list[tuple[str, str, float]]:
 
 
 def memory_legend(items: Sequence[Bar]) -> Legend:
-    """Return the parts that are at least 0.5 % of the largest bar."""
+    """Return the parts that are at least 0.5% of the largest bar."""
     spans = [span for bar in items for span in bar.spans]
     largest = max((end for *_, end in spans), default=0.0)
     shown = {(kind, label) for kind, label, start, end in spans if end - start > 0.005 * largest}

@@ -45,7 +45,8 @@ from deltaw.settings.config import RunConfig, parse_yaml
 from deltaw.settings.data import DataSettings
 from deltaw.settings.model_parts import parse_parts
 from deltaw.settings.row_kinds import IMAGES, JUDGED_COLUMNS, LABELED_IMAGES, LABELED_ROWS, SINGLE_ANSWERS
-from deltaw.training.optimizer import count_steps, eval_share, eval_size_warning, recommended_settings
+from deltaw.training.optimizer import count_steps
+from deltaw.training.small_data import eval_share, eval_size_warning, recommended_settings
 from deltaw.training.task import Task, task_of
 
 # Files with more rows are not tokenized: tokens are estimated, as without a tokenizer.
@@ -138,7 +139,7 @@ class DataPreview:
     def length(self) -> tuple[int, int]:
         """Return ``data.max_length`` and the number of longer rows.
 
-        The limit is the longest row, without outliers: the longest 1 % of the rows, if they are :data:`OUTLIER_RATIO`
+        The limit is the longest row, without outliers: the longest 1% of the rows, if they are :data:`OUTLIER_RATIO`
         times as long as all other rows. It is rounded up to a multiple of 64 and capped at the model's maximum.
         """
         lengths = self.lengths * (ESTIMATE_MARGIN if self.estimated else 1.0)

@@ -184,7 +184,7 @@ def duration(seconds: float | None) -> str:
 def time_by_part(seconds: Mapping[str, float], width: int, note: str = "") -> list[str]:
     """Format the total time and its parts, longest first, in lines of at most ``width`` columns.
 
-    Example: ``2 min 02 s: 1 min 06 s training, 31 s evaluating, 25 s other``. Parts shorter than a second and than 3 %
+    Example: ``2 min 02 s: 1 min 06 s training, 31 s evaluating, 25 s other``. Parts shorter than a second and than 3%
     of the total are added to ``other``. ``note`` follows the total.
     """
     total = sum(seconds.values())

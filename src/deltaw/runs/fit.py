@@ -54,7 +54,7 @@ def fit(
         processes: Communication with the other processes of a distributed run. This is process 0.
 
     Raises:
-        UserError: If an argument cannot be used; nothing is written in this case. Also if memory or disk space is
+        UserError: If an argument cannot be used; no files are written in this case. Also if memory or disk space is
             insufficient, or if the training diverged; everything trained before is saved.
         UntrainedParameterError: If a parameter in the settings is not trained. No adapter is written.
     """

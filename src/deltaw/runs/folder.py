@@ -34,7 +34,8 @@ from deltaw.data.bad_rows import SKIPPED_ROWS, BadRows
 from deltaw.errors import UserError, nearest
 from deltaw.settings import task_registry
 from deltaw.settings.config import SETTINGS, RunConfig, flat, parse_yaml
-from deltaw.untrusted_paths import record_reference, require_contained
+from deltaw.untrusted_paths import require_contained
+from deltaw.user_references import record_reference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

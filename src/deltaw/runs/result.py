@@ -29,7 +29,7 @@ class Result:
         seconds_by_part: Time of this process by part, such as ``training``, ``loading`` or ``evaluating``.
         generation: Verdict on greedy answers before and after training
             (:func:`deltaw.training.monitoring.generation.verdict_of`), empty if they were not compared.
-        rewards_differed: False if the rewards never differed, so that they trained nothing. None without rewards.
+        rewards_differed: False if the rewards never differed, so that they had no effect. None without rewards.
         earlier: Stored result of a run that was already finished, else None.
     """
 

@@ -108,7 +108,7 @@ def require_same_result(run: Run, config: RunConfig, log: LogFunction) -> None:
         log: Receives messages about settings that would change only the rounding.
 
     Raises:
-        UserError: If settings differ. Names them, and how to continue the run or start over.
+        UserError: If settings differ. Names them, and describes continuing the run and starting over.
     """
     before = {} if run.training is None else run.training["settings"]
     chosen = {key: mapping(choice).get("value") for key, choice in run.chosen.items()}

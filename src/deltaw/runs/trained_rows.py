@@ -28,7 +28,7 @@ def write_trained_rows(folder: Path, rows: Sequence[Any]) -> None:
 
 
 def count_trained_rows(folder: Path, rows: Sequence[Any]) -> int:
-    """Return how many of the rows the run trained on. A lower bound if the run had more than :data:`MAX_ROWS` rows.
+    """Return the number of rows that the run trained on. A lower bound if the run had more than :data:`MAX_ROWS` rows.
 
     Returns 0 if the run stored no digests.
 

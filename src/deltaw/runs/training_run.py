@@ -55,10 +55,10 @@ from deltaw.training.monitoring.best import now
 from deltaw.training.monitoring.generation import GenerationCheck
 from deltaw.training.monitoring.monitor import Monitor
 from deltaw.training.monitoring.rates import choose_rate
-from deltaw.training.optimizer import small_data_warnings
 from deltaw.training.parallel.joining import apply_parallelism
 from deltaw.training.reducer import Reducer
 from deltaw.training.session import Session, read_data
+from deltaw.training.small_data import small_data_warnings
 from deltaw.training.state import Outcome
 from deltaw.training.task import Task
 from deltaw.training.trained_check import UntrainedParameterError
@@ -329,7 +329,7 @@ class TrainingRun:
             self.callback.on_line(f"the adapter from before that step is in {self.folder.path}")
 
     def compare_with_base(self) -> None:
-        """Record and log the task's own measurements, such as the comparison with a distilled prompt."""
+        """Record and log the measurements of the task, such as the comparison with a distilled prompt."""
         if not self.outcome.interrupted:
             for name, result in self.task.final_measurements(self.session, self.evaluation):
                 self.folder.write_metrics({"step": self.outcome.steps, name: result.as_dict()})

@@ -212,7 +212,7 @@ class _AttentionOutput(torch.autograd.Function):
 def run_attention(x: Tensor, half: AttentionHalf, context: AttentionContext) -> Tensor:
     """Run the first half of a block on rows x (T, hidden).
 
-    On a device, attention is a function of its own that autograd differentiates. Its kernels have no other interface.
+    On a device, attention is a separate function that autograd differentiates. Its kernels have no other interface.
     """
     if x.device.type == "cpu":
         return _Attention.apply(x, half, context, *factors_of(half.projections))

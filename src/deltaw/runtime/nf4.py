@@ -93,7 +93,7 @@ def bitsandbytes_linear(linear: nn.Linear, precision: str, device: str) -> nn.Li
 
 
 class SimulatedLinear(nn.Linear):
-    """Stand-in for a bitsandbytes layer in a dry run, with the tensors of its CUDA code. It has no values.
+    """Placeholder for a bitsandbytes layer in a dry run, with the tensors of its CUDA code. It has no values.
 
     Products of a few tokens need less, because they do not dequantize the weight.
     """
@@ -127,7 +127,7 @@ class _SimulatedProduct(torch.autograd.Function):
         ctx.layer = layer
         if layer.weight.dtype == torch.uint8:
             return nn.functional.linear(x, layer.dequantized(x.dtype), layer.bias)
-        ctx.x = x  # also kept with activation checkpointing
+        ctx.x = x  # also stored with activation checkpointing
         _codes = x.to(torch.int8)
         sums = x.new_empty(*x.shape[:-1], layer.out_features, dtype=torch.float32)
         y = sums.half().to(x.dtype)

@@ -67,8 +67,7 @@ def _attend_packed(
     return out.transpose(0, 1)[None], None
 
 
-# No mask function is registered under this name, because the layout replaces the mask. With a mask function,
-# transformers would search the positions for packed rows and synchronize with the device.
+# No mask function: it would make transformers search the positions for packed rows and synchronize with the device.
 AttentionInterface.register(ATTENTION, _attend_packed)
 
 

@@ -3,7 +3,7 @@
 For int8, the blocks run once on rows of the user. Before a block's weights are replaced, the inputs of its linear
 layers are recorded. For each input, scales per column are chosen that minimize the rounding error (SmoothQuant, arXiv
 2211.10438: magnitude moves from inputs with outliers into the weights), and scales per block of a row if they reduce it
-considerably. A layer whose outputs would still differ by more than ``MAX_OUTPUT_ERROR`` keeps its weights. Then the
+considerably. A layer whose outputs would still differ by more than ``MAX_OUTPUT_ERROR`` is not quantized. Then the
 memory of the block's weights is released before the next block runs, so the model never exists entirely in both forms.
 """
 
@@ -27,7 +27,7 @@ from deltaw.lora.layers_quantized import Int8Conv1D, Int8Linear
 from deltaw.runtime.recognition import blocks_of
 from deltaw.tensor_files import has_values
 
-# Maximum relative output error of an int8 layer. With a larger error, the layer keeps its weights.
+# Maximum relative output error of an int8 layer. With a larger error, the layer is not quantized.
 MAX_OUTPUT_ERROR = 0.04
 # Candidate exponents of SmoothQuant. 0 disables smoothing.
 SMOOTHING_EXPONENTS = (0.0, 0.5, 0.7)

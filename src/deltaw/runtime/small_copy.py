@@ -119,7 +119,7 @@ def _reduce_layers(small: PretrainedConfig, config: PretrainedConfig) -> None:
 
 
 def _set(config: PretrainedConfig, name: str, value: int) -> None:
-    """Set an attribute by its standard name, which configurations map to their own (``attribute_map``)."""
+    """Set an attribute by its standard name, which configurations can rename (``attribute_map``)."""
     if getattr(config, name, None) is None:
         raise ValueError(f"the configuration has no {name}")
     setattr(config, name, value)

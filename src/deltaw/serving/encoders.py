@@ -1,7 +1,7 @@
 """Models that read text without generating it: embedding models, classifiers and rerankers with their adapters.
 
 One thread per server runs the models, because models are not thread-safe. It batches and pads the rows of concurrent
-requests. Each adapter of a classifier has a model of its own that shares the frozen weights.
+requests. Each adapter of a classifier has a separate model that shares the frozen weights.
 """
 
 from __future__ import annotations

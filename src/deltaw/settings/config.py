@@ -434,7 +434,7 @@ class RunConfig(BaseModel, metaclass=_ReportedErrors):
         """Return True if the user set a setting in a run that starts from an adapter.
 
         Args:
-            key: Dotted key, with the setting's own name or an alias.
+            key: Dotted key, with the name of the setting or an alias.
         """
         return key in vars(self).get(_EXPLICIT, ())
 

@@ -1,4 +1,4 @@
-"""Wording of validation errors: what a setting, a request field or an argument should be.
+"""Wording of validation errors: the expected value of a setting, a request field or an argument.
 
 Pydantic describes values in the terms of its parsers. All surfaces (settings, server, MCP) use the same plain phrases.
 """

@@ -1,6 +1,6 @@
 """Settings that refer to files, folders or servers: type markers, and a function that visits all of them.
 
-Marked settings are checked for agents and shortened before publication without code of their own.
+Marked settings are checked for agents and shortened before publication without separate code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Kind = Literal["path", "reference", "code", "address"]
 
 @dataclass(frozen=True)
 class LocalReference:
-    """Marker of a type whose values refer to something on this machine.
+    """Marker of a type with values that refer to something on this machine.
 
     Attributes:
         kind: "path" of a file or folder, "reference" (a path, a hub id or a package), "code" (FILE.py:NAME), or

@@ -108,7 +108,7 @@ def _kinds(schema: object) -> Iterator[Mapping]:
 
 
 def _section(section: Schema) -> Schema:
-    """Return the schema of a section without its class docstring. The setting has its own description."""
+    """Return the schema of a section without its class docstring. The setting has a separate description."""
     return {key: value for key, value in section.items() if key not in ("title", "description")}
 
 

@@ -50,7 +50,7 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
 def rows(config: Mapping[str, Any], first: int, count: int) -> dict[str, Any]:
     """Return rows with the tokens of their examples, or the name of the model if it has to be downloaded first."""
     from deltaw.reports.rendered_rows import row_as_dict
-    from deltaw.runs.checks import preview_rows
+    from deltaw.runs.data_checks import preview_rows
     from deltaw.settings.config import RunConfig
 
     run_config = RunConfig.read(config)

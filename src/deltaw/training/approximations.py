@@ -183,7 +183,7 @@ class GradientCheck:
         self._distance = 1 if numbers <= MAX_COMPARED else -(-numbers // MAX_COMPARED) | 1
 
     def choose(self, candidates: Sequence[str]) -> AllowedApproximations:
-        """Return the candidates whose errors are small enough, tested together first and then one by one."""
+        """Return the candidates with sufficiently small errors, tested together first and then one by one."""
         start = time.perf_counter()
         exact = dict(self.gradients((), wide=True)), dict(self.gradients(()))
 

@@ -42,7 +42,7 @@ class Batcher(abc.ABC):
         """Return (rows, length) of each microbatch without building it."""
 
     def cost_rows(self, rows: Sequence[Any]) -> Sequence[Any]:
-        """Return the rows whose cost is used to distribute these rows over processes."""
+        """Return the rows with the cost that is used to distribute these rows over processes."""
         return rows
 
     def head_rows(self, rows: Sequence[Any], shapes: Sequence[tuple[int, int]]) -> list[int]:

@@ -282,7 +282,7 @@ def choose_causal_batcher(
 def choose_packed_batcher(
     model: PreTrainedModel, rows: Sequence[Any], options: BatcherOptions
 ) -> tuple[MicroBatcher, dict[str, Choice[Any]]] | None:
-    """Create the batcher of packed texts whose tokens are not predicted.
+    """Create the batcher of packed texts without predicted tokens.
 
     Rows of a decoder share common prefixes, for example a prompt and a query. Rows of an encoder have no shared
     prefixes, because its tokens attend to later tokens.

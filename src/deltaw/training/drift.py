@@ -1,6 +1,6 @@
-"""Drift: how much fine-tuning changed the model's answers to general prompts.
+"""Drift: change of the model's answers to general prompts by fine-tuning.
 
-Measured on the base model's own answers (:mod:`deltaw.training.evaluation.general`): change of their loss,
+Measured on the answers of the base model (:mod:`deltaw.training.evaluation.general`): change of their loss,
 Kullback-Leibler divergence from the base model, and share of tokens that the fine-tuned model still prefers. A
 measurement takes two forward passes over about 1,300 label tokens.
 """
@@ -35,7 +35,7 @@ class Drift:
     """Measured drift on general answers.
 
     Attributes:
-        base_loss: Mean cross-entropy of the base model on its own answers, in nats per token.
+        base_loss: Mean cross-entropy of the base model on its answers, in nats per token.
         loss: Mean cross-entropy of the fine-tuned model on the same answers.
         divergence: Mean KL(base model ‖ fine-tuned model) over the answers' tokens, in nats. None if the base model was
             not available at the same time.
@@ -90,7 +90,7 @@ OpenContext: TypeAlias = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class BaseLosses:
-    """Losses and preferred tokens of the base model for each label of its own answers."""
+    """Losses and preferred tokens of the base model for each label of its answers."""
 
     answers: Sequence[Example]
     losses: Tensor

@@ -83,7 +83,7 @@ class Loss(Protocol):
     """Loss function of a training task."""
 
     def __call__(self, rows: RowLogProbs) -> Tensor:
-        """Return the summed loss of a microbatch, a scalar. It does not depend on how a step is split."""
+        """Return the summed loss of a microbatch, a scalar. It does not depend on the division of a step."""
 
     def units(self, rows: Sequence[Any]) -> int:
         """Return the divisor of the summed loss of these rows or groups of rows."""
@@ -137,7 +137,7 @@ class CrossEntropy:
 
 
 def label_indices(batch: MicroBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each label of each member its index among the batch's ``targets``, and the index of the member."""
+    """Return for each label of each member its index in the batch's ``targets``, and the index of the member."""
     positions = [member.indices[member.example.is_label] for member in batch.members]
     all_positions = np.concatenate(positions)
     # Targets are sorted by token position in the batch.

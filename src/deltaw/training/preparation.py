@@ -92,7 +92,7 @@ def quantize_weights(
 def quantize_weights_int8(
     model: PreTrainedModel, examples: Sequence[Any], identity: str | None = None
 ) -> tuple[list[str], list[Rounding]]:
-    """Quantize the blocks' weights to int8, calibrated on a few rows.
+    """Quantize the blocks' weights to int8, calibrated on sample rows.
 
     Call it before the first use of the model: each block's weights are read once and released.
 

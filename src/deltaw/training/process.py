@@ -82,7 +82,7 @@ FROZEN_BY_PYTHON = 2000
 def frozen_heap() -> Iterator[None]:
     """Exclude existing objects from garbage collection inside this context.
 
-    Scanning the objects of the libraries takes as long as a step of short rows. Does nothing if the program has frozen
+    Scanning the objects of the libraries takes as long as a step of short rows. Has no effect if the program has frozen
     objects itself, because they could not be distinguished afterwards.
     """
     if gc.get_freeze_count() > FROZEN_BY_PYTHON:

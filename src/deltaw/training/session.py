@@ -40,10 +40,10 @@ from deltaw.methods.base import VISION_TOWER, Method
 from deltaw.methods.files import choose_method
 from deltaw.methods.start import StartAdapter, open_start
 from deltaw.progress import Advance, Detail, LogFunction, ignore_line, track_progress
-from deltaw.runtime.huge_pages import use_large_pages
 from deltaw.runtime.packed import fused_blocks, packed_rows
 from deltaw.runtime.quantized_weights import Rounding
 from deltaw.runtime.sharded import sharded_blocks
+from deltaw.runtime.weights_in_huge_pages import move_to_huge_pages
 from deltaw.settings.config import RunConfig
 from deltaw.training.approximations import (
     MAX_CANDIDATE_ROWS,
@@ -395,7 +395,7 @@ class Session:
         return GreedyDecoder(self.model, self.task.tokenizer, identity, writer, batch_tokens)
 
     def general_answers(self, prompts: Sequence[str]) -> list[Example]:
-        """Return the base model's own answers to general prompts, rendered for the base model.
+        """Return the answers of the base model to general prompts, rendered for the base model.
 
         If the adapter of ``start_from`` has replaced weights of the base model, they are the answers of that adapter.
         If the method does not preserve the base model, call it before training.
@@ -621,7 +621,7 @@ def assemble(
         with task.model_context(model, batcher):  # all processes determine now which blocks run fused
             pass
     elif has_weights and processes.size == 1 and device == "cpu":  # several processes share the pages of a file
-        use_large_pages(model)
+        move_to_huge_pages(model)
     chosen |= _resolved_choices(config, task, data, method, model, invocation)
     data = data.map_rows(lambda rows: render_rows(rows, method))
     with method.evaluating(model):

@@ -112,9 +112,9 @@ class TrainOptions:
         add_gradients: Called with the index of the step and the loss scale after the gradients of the step are
             computed. Adds the scaled gradients of another loss and returns the loss.
         groups: Group of each row, see :class:`RowOrder`.
-        skip_not_finite: Skip steps whose loss or gradient is not finite, up to ``MAX_SKIPPED_IN_ROW`` in a row. If
-            False, the first one stops the training.
-        loss_scaling: Scale the loss dynamically, for fp16 models. A step whose gradient overflows is skipped.
+        skip_not_finite: Skip steps with a loss or gradient that is not finite, up to ``MAX_SKIPPED_IN_ROW`` in a row.
+            If False, the first one stops the training.
+        loss_scaling: Scale the loss dynamically, for fp16 models. A step with a gradient overflow is skipped.
     """
 
     learning_rate: float
@@ -428,7 +428,7 @@ class TrainState:
         return self.schedule.rate(self.step)
 
     def replan(self, total_steps: int) -> None:
-        """Change the number of steps and adjust the schedule to end there. Saved states include the new number."""
+        """Change the number of steps and adjust the end of the schedule. Saved states include the new number."""
         self.schedule = self.schedule.replanned(self.step, total_steps)
 
     def __enter__(self) -> TrainState:

@@ -107,7 +107,7 @@ def loss_figure(record: Run) -> Figure | None:
 
 
 def reward_figure(record: Run) -> Figure | None:
-    """Plot the mean reward of each step, its running mean and 95 % interval, and the reward of held-out prompts."""
+    """Plot the mean reward of each step, its running mean and 95% interval, and the reward of held-out prompts."""
     steps, rewards = record.metrics.column("reward")
     if not len(steps):
         return None

@@ -312,7 +312,7 @@ class CompletionEndpoint(CompletionResponse[CompletionRequest]):
     def _logprobs(self, index: int, chunk: TextChunk, offset: int, *, first: bool) -> Object | None:
         if self.fields.logprobs is None:
             return None
-        # With echo, log-probabilities of the prompt come first. Its first token has no log-probability.
+        # With echo, log-probabilities of the prompt are first. Its first token has no log-probability.
         has_prompt = len(chunk.logprobs) > len(chunk.tokens) or self.fields.max_tokens == 0
         add_first = self.fields.echo and first and has_prompt
         token = int(self.requests[index].tokens[0]) if add_first else None

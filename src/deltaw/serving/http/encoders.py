@@ -125,28 +125,19 @@ def serve_encoders(encoders: Encoders, name: str, reference: str, limits: Limits
             outputs = await _compute(encoders, body.model, partial(_pairs, model, body), record, limits, "documents")
             return json_response(_rerank_response(body, outputs[:, 0], record))
         outputs = await _compute(encoders, body.model, partial(_rows, model, body.input), record, limits, "input")
-        data: list[dict[str, object]] = []
         usage = {"prompt_tokens": record.prompt_tokens, "total_tokens": record.prompt_tokens}
-        response: dict[str, object] = {"object": "list", "model": body.model, "usage": usage, "data": data}
+        response: dict[str, object] = {"object": "list", "model": body.model, "usage": usage}
         if isinstance(body, EmbeddingRequest):
-            if width < outputs.shape[1]:
-                # A truncated unit vector must be normalized again.
-                outputs = torch.nn.functional.normalize(outputs[:, :width], dim=-1)
-            for index, vector in enumerate(outputs.numpy()):
-                text = base64.b64encode(np.ascontiguousarray(vector, dtype="<f4").tobytes()).decode("ascii")
-                embedding = text if body.encoding_format == "base64" else vector.tolist()
-                data.append({"object": "embedding", "index": index, "embedding": embedding})
+            response["data"] = _embeddings(outputs, width, body.encoding_format)
             return await asyncio.get_running_loop().run_in_executor(None, json_response, response)
         if isinstance(body, PredictRequest):
-            for index, row in enumerate(outputs.tolist()):
-                data.append({"object": "prediction", "index": index, "prediction": row if len(row) > 1 else row[0]})
+            response["data"] = [
+                {"object": "prediction", "index": index, "prediction": row if len(row) > 1 else row[0]}
+                for index, row in enumerate(outputs.tolist())
+            ]
             return json_response(response)
         assert isinstance(model, Classifier)
-        for index, row in enumerate(outputs):
-            label = model.classes[int(row.argmax())]
-            probs = row.tolist()
-            item = {"index": index, "label": label, "probs": probs, "num_classes": len(model.classes)}
-            data.append(item | {"probabilities": dict(zip(model.classes, probs, strict=True))})
+        response["data"] = _classes(outputs, model.classes)
         response |= {"id": f"classify-{record.id}", "created": int(time.time())}
         return json_response(response | {"usage": {**usage, "completion_tokens": 0}})
 
@@ -155,6 +146,29 @@ def serve_encoders(encoders: Encoders, name: str, reference: str, limits: Limits
     router.post(path, name=path.removeprefix("/v1/"), summary=f"Compute {output} of texts", **options)(respond)
     other_names = tuple(adapter for adapter in encoders.models if adapter not in (name, first))
     return Served(first, None, _no_prompts, reference, close=encoders.close, routers=(router,), other_names=other_names)
+
+
+def _embeddings(vectors: Tensor, width: int, encoding: str) -> list[dict[str, object]]:
+    """Return the data of a response with the first ``width`` numbers of each vector."""
+    if width < vectors.shape[1]:
+        # A truncated unit vector must be normalized again.
+        vectors = torch.nn.functional.normalize(vectors[:, :width], dim=-1)
+    data: list[dict[str, object]] = []
+    for index, vector in enumerate(vectors.numpy()):
+        text = base64.b64encode(np.ascontiguousarray(vector, dtype="<f4").tobytes()).decode("ascii")
+        embedding = text if encoding == "base64" else vector.tolist()
+        data.append({"object": "embedding", "index": index, "embedding": embedding})
+    return data
+
+
+def _classes(probabilities: Tensor, classes: Sequence[str]) -> list[dict[str, object]]:
+    """Return the data of a response with (texts, classes) probabilities."""
+    data: list[dict[str, object]] = []
+    for index, row in enumerate(probabilities):
+        probs = row.tolist()
+        item = {"index": index, "label": classes[int(row.argmax())], "probs": probs, "num_classes": len(classes)}
+        data.append(item | {"probabilities": dict(zip(classes, probs, strict=True))})
+    return data
 
 
 async def _compute(

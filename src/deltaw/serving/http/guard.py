@@ -43,7 +43,7 @@ _GAUGES = {
 
 
 class RequestMetrics:
-    """Prometheus metrics of requests and tokens, in a registry of their own.
+    """Prometheus metrics of requests and tokens, in a separate registry.
 
     Labels are bounded: routes of the application and served models.
 

@@ -48,7 +48,7 @@ class OpenOptions:
 
     Args:
         model: Base model, if the folder of a run does not name it.
-        trust_remote_code: Allow Python code that comes with the model.
+        trust_remote_code: Allow Python code of the model.
         name: Name of the base model in requests, or None for its reference.
         precision: Precision of the weights.
         device: Device of the model.
@@ -178,10 +178,7 @@ def open_served(base: str, folders: Mapping[str, Path], options: OpenOptions, *,
         if engine is None:
             packer = Packer(session.model, result)
             bank = AdapterBank(session.model, session.tokenizer, packer, budget_bytes=options.adapter_bytes)
-            with track_progress("loading adapters", len(folders)) as advance:
-                for done, (adapter, folder) in enumerate(folders.items(), start=1):
-                    bank.add(adapter, folder)
-                    advance(done)
+            _load_adapters(bank, folders)
             engine = build_engine(result, session, bank, cache_bytes=budget, running=options.running)
         else:
             log(engine.why)
@@ -191,13 +188,20 @@ def open_served(base: str, folders: Mapping[str, Path], options: OpenOptions, *,
     if images is not None:
         images.limit_bytes = IMAGE_BYTES
     served = Served(name, engine, prompts, base, engine.positions, bank, lambda: engine.load, close, images=images)
-    if (with_prompt := next((model for model in [name, *folders] if prompting(model).system), None)) is not None:
-        text = quoted(prompting(with_prompt).system, 24)
+    systems = (prompting(model).system for model in [name, *folders])
+    if (system := next(filter(None, systems), None)) is not None:
         use = "added to chats without one; --no-system: not" if options.system else "not added by the API"
-        log(f"system prompt of the rows: {text} ({use})")
+        log(f"system prompt of the rows: {quoted(system, 24)} ({use})")
     if not options.page:
         return served
     return replace(served, routers=(page_router(prompting, images=images is not None),), open_paths=frozenset({"/"}))
+
+
+def _load_adapters(bank: AdapterBank, folders: Mapping[str, Path]) -> None:
+    with track_progress("loading adapters", len(folders)) as advance:
+        for done, (name, folder) in enumerate(folders.items(), start=1):
+            bank.add(name, folder)
+            advance(done)
 
 
 def _transformers_engine(
@@ -236,7 +240,7 @@ def _transformers_engine(
 def _prompts_of_bank(
     session: OpenedRun, bank: Adapters, prompting: Callable[[str | None], Prompting]
 ) -> Callable[[str | None], TokenizedPrompts]:
-    """Return the tokenizers of a bank's adapters. Each uses its own chat template and renders as its training rows."""
+    """Return the tokenizers of a bank's adapters. Each has a chat template and renders as its training rows."""
     images = session.task.images
     base_prompts = TokenizerPrompts(session.tokenizer, session.data, images, prompting(None))
 

@@ -275,7 +275,7 @@ Model = TypeVar("Model", bound=BaseModel)
 _ONE_THREAD = ThreadPoolExecutor(1, "deltaw-parse")
 # Body size in bytes from which on the body is parsed on a worker thread.
 LARGE = 64 << 10
-# Body size from which on bodies are parsed one at a time, because parsing holds the GIL.
+# Body size from which on bodies are parsed one at a time, because parsing blocks other threads (GIL).
 HUGE = 1 << 20
 # Maximum number of keys of an object. Each invalid key causes an error of about a kilobyte.
 MAX_KEYS = 4096

@@ -39,7 +39,7 @@ class _LimitedConnection(H11Protocol):
     """HTTP connection with limits on the number of connections and on slow clients.
 
     uvicorn waits without limit for a request's header and for a client to read. This class adds timeouts. At shutdown,
-    requests whose body is incomplete are rejected instead of awaited.
+    requests with an incomplete body are rejected instead of awaited.
     """
 
     limits: ClassVar[Limits]

@@ -73,7 +73,7 @@ class LabelUnits:
 
 
 class RegressionHead(nn.Linear):
-    """Linear layer for standardized labels whose output is in the units of the labels.
+    """Linear layer for standardized labels, with output in the units of the labels.
 
     It computes in fp32 also in a model of 16 bits, whose numbers have three digits. Without a bias, as in decoders, it
     only scales its output, because its saved form cannot contain the mean.

@@ -527,7 +527,7 @@ class LabelReader(RowReader[AnyExample]):
         return ExamplePreview(len(item), 1, tuple(token_spans(item.tokens, [False] * len(item), self.tokenizer)), label)
 
     def findings(self, items: Sequence[AnyExample], report: PreparationReport) -> list[DataFinding]:
-        """Report classes with few rows, and numbers that are constant or far from the others."""
+        """Report classes with a small number of rows, and numbers that are constant or outliers."""
         if self.classes is None and items:
             return number_findings(items)
         counts = report.class_counts

@@ -33,7 +33,7 @@ from deltaw.tasks.classification.regression_head import (
     regression_head,
 )
 from deltaw.tasks.classification.rows import LabelReader, RewardPair, RewardReader, are_pairs, check_classes
-from deltaw.tasks.preference.losses import evaluate_pairs
+from deltaw.tasks.preference.evaluation import evaluate_pairs
 from deltaw.training.batcher import Batcher
 from deltaw.training.batchers import BatcherOptions, LabelMicroBatcher, choose_label_batcher, choose_packed_batcher
 from deltaw.training.evaluation.base import (

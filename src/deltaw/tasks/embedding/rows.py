@@ -326,9 +326,8 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
         return [*class_findings(report.class_counts), shared]
 
 
-# (length,) int32 token ids, and (length,) int8 index of the text that each token belongs to (None if the row is a
-# single text).
 Encoded = tuple[np.ndarray, np.ndarray | None]
+"""(length,) int32 token ids, and (length,) int8 index of the text of each token (None if the row is a single text)."""
 
 
 def _number(value: object) -> float:

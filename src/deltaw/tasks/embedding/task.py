@@ -32,13 +32,9 @@ from deltaw.training.batcher import Batcher
 from deltaw.training.batchers import BatcherOptions, choose_label_batcher, choose_packed_batcher, text_positions
 from deltaw.training.evaluation.base import Evaluation, Outcomes, RowOutcome, bootstrap_interval, check_finite, spearman
 from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS, REHEARSAL_PROMPTS
-from deltaw.training.evaluation.retrieval import (
-    nearest,
-    nearest_of_parts,
-    neighbor_agreement,
-    pair_accuracy,
-    retrieval_evaluation,
-)
+from deltaw.training.evaluation.neighbors import neighbor_agreement
+from deltaw.training.evaluation.retrieval import pair_accuracy, retrieval_evaluation
+from deltaw.training.evaluation.vector_search import nearest, nearest_of_parts
 from deltaw.training.rendered_rows import render_example
 from deltaw.training.task import BatcherChoice, Classes, Measurement, ModelFiles, Rows, Task, TrainingSession
 

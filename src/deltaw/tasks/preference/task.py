@@ -21,9 +21,11 @@ from deltaw.methods.base import Method
 from deltaw.progress import LogFunction, ignore_line, track_progress
 from deltaw.settings.data import DataSettings
 from deltaw.tasks.language.task import CausalTask
-from deltaw.tasks.preference.losses import PairLosses, PreferenceLoss, UnpairedLoss, answer_metrics, evaluate_pairs
+from deltaw.tasks.preference.evaluation import evaluate_pairs
+from deltaw.tasks.preference.losses import PairLosses, PreferenceLoss
 from deltaw.tasks.preference.rows import PairReader, UnpairedReader
 from deltaw.tasks.preference.settings import PreferenceSettings
+from deltaw.tasks.preference.unpaired_loss import UnpairedLoss, answer_metrics
 from deltaw.training.batcher import Batcher
 from deltaw.training.batchers import BatcherOptions, CausalMicroBatcher
 from deltaw.training.causal_objective import CausalObjective
@@ -73,7 +75,7 @@ class UnpairedObjective(CausalObjective):
 def distance(objective: UnpairedObjective, batches: Iterable[Any]) -> Tensor:
     """Return (2,): the sum of log-ratios r over the rows of the microbatches, and the number of rows.
 
-    See :meth:`deltaw.tasks.preference.losses.UnpairedLoss.divergence_sums`.
+    See :meth:`deltaw.tasks.preference.unpaired_loss.UnpairedLoss.divergence_sums`.
     """
     totals = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
@@ -87,7 +89,7 @@ def mismatched(rows: Sequence[RowGroup]) -> list[Any]:
 
 
 def evaluate_preferences(objective: CausalObjective, pairs: Sequence[RowGroup], batcher: Batcher) -> Evaluation:
-    """Return loss and rewards of answer pairs (:func:`deltaw.tasks.preference.losses.evaluate_pairs`).
+    """Return loss and rewards of answer pairs (:func:`deltaw.tasks.preference.evaluation.evaluate_pairs`).
 
     Raises:
         UserError: if the loss is not finite, or rows lack log-probabilities of the reference model.

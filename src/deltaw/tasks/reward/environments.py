@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from deltaw.data.messages import Message
 from deltaw.errors import UserError
-from deltaw.tasks.reward.rewards.functions import load_function
+from deltaw.tasks.reward.rewards.function_files import load_function
 from deltaw.tasks.reward.rewards.worker import RequestHandler, RewardWorker, answer_requests, as_number, describe_error
 from deltaw.tasks.reward.settings import RewardSettings
 

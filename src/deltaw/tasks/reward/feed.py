@@ -339,7 +339,7 @@ class RewardFeed(RolloutFeed):
         is_truncated: np.ndarray,
         advantages: np.ndarray,
     ) -> None:
-        """Add metrics of the completions to the step. Errors are half the width of the 95 % interval over groups."""
+        """Add metrics of the completions to the step. Errors are half the width of the 95% interval over groups."""
         groups = totals.reshape(-1, self.settings.group)
         metrics = {}
         for name, values in self.scorer.by_name(rewards).items():

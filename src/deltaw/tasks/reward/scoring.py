@@ -141,7 +141,7 @@ def _completion(prompt: TokenizedPrompt, text: str, ended: bool = True) -> Compl
 
 
 def interval_of(values: np.ndarray) -> Interval | None:
-    """Return the 95 % interval of the mean of (n,) values, treated as a share if all values are 0 or 1."""
+    """Return the 95% interval of the mean of (n,) values, treated as a share if all values are 0 or 1."""
     return mean_interval(values, share=bool(np.isin(values, (0.0, 1.0)).all()))
 
 

@@ -22,7 +22,8 @@ from deltaw.tasks.reward.environments import Environments
 from deltaw.tasks.reward.feed import RewardFeed, TurnSampler, make_sampler
 from deltaw.tasks.reward.losses import PolicyLoss
 from deltaw.tasks.reward.rewards import load_reward
-from deltaw.tasks.reward.rewards.functions import require_file, settings_location
+from deltaw.tasks.reward.rewards.function_files import require_file
+from deltaw.tasks.reward.rewards.functions import settings_location
 from deltaw.tasks.reward.scoring import Scorer, interval_of, pass_at
 from deltaw.tasks.reward.settings import RewardSettings
 from deltaw.training.batcher import Batcher

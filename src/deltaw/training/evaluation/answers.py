@@ -39,14 +39,14 @@ class EvaluatedAnswer:
 
     @property
     def exact(self) -> bool:
-        """True if the answer passed, or without a reward, if it equals the expected one apart from white space."""
+        """True if the answer passed, or without a reward, if it equals the expected one, ignoring white space."""
         if self.reward is not None:
             return self.passed
         return self.output.strip() == self.expected.strip()
 
     @property
     def first_difference(self) -> int | None:
-        """Index of the first character that differs from the expected answer, apart from white space at the start.
+        """Index of the first character that differs from the expected answer, ignoring white space at the start.
 
         None if the answer is correct, or no answer is expected.
         """
@@ -87,7 +87,7 @@ def answers(
     return [EvaluatedAnswer(e.row, question_of(tokenizer, e), e.answer or "", c.text) for e, c in pairs]
 
 
-# Rows whose exact match is verified by generation, and the maximum length of their answers in tokens.
+# Rows with an exact match that is verified by generation, and the maximum length of their answers in tokens.
 _MAX_VERIFIED = 8
 _MAX_VERIFIED_TOKENS = 128
 

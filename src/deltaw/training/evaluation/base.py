@@ -184,7 +184,7 @@ def bootstrap_interval(
 
 
 def paired_difference(before: Evaluation, after: Evaluation) -> tuple[float, Interval] | None:
-    """Return the mean change of the main metric over the same rows, with its 95 % interval.
+    """Return the mean change of the main metric over the same rows, with its 95% interval.
 
     None if the metric is not a mean over rows, or with fewer than two rows.
     """
@@ -262,7 +262,7 @@ class Evaluation:
         higher_is_better: Direction of the primary metric.
         per_row: (rows,) primary metric of each row, if the metric is their mean. None for other metrics,
             rows, for example a correlation.
-        interval: 95 % interval of ``main`` over the choice of rows, or None for too small samples.
+        interval: 95% interval of ``main`` over the choice of rows, or None for too small samples.
         intervals: Intervals of further metrics by name.
         classes: Class names, if any.
         confusion: Counts (true, predicted) in the order of ``classes``.

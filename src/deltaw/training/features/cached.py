@@ -333,7 +333,7 @@ def _predictors(example: Any) -> np.ndarray:
 
 
 def _members(rows: Sequence[Any]) -> tuple[Member, ...]:
-    """Return batch members for rows without tokens: label positions index the batch's vectors, others are -1."""
+    """Return batch members for rows without tokens: label positions index the batch's vectors, all others are -1."""
     members = []
     offset = 0
     for example in rows:

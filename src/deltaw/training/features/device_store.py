@@ -55,7 +55,7 @@ class DeviceStore(WrappedStore):
 
 
 def with_device_copy(store: FeatureStore, device: torch.device) -> FeatureStore:
-    """Mirror the store on the device, if the device has its own memory and enough of it."""
+    """Mirror the store on the device, if the device has separate memory and enough of it."""
     card = card_memory(str(device)) if device.type == "cuda" else None
     fits = card is not None and store.shape.bytes <= MAX_MEMORY_SHARE * card[0]
     return DeviceStore(store, device) if fits else store

@@ -70,7 +70,7 @@ _MAX_THUMBNAIL_BYTES = 1 << 26
 THUMBNAIL_SIDE = 96
 # Files that are older than this number of seconds are not being written anymore.
 _MAX_PART_AGE = 3600
-# Maximum number of image sizes whose texts are cached.
+# Maximum number of image sizes with cached texts.
 _MAX_SIZES = 1024
 
 
@@ -81,11 +81,11 @@ class _StoredImage:
     Attributes:
         digest: Hash of the pixels, the model and its processor.
         image: The image. None once its features are stored, except for files and the first encoded images, of which
-            thumbnails are made.
+            thumbnails are created.
         first_id: Id of its first feature.
         grid: Height and width in features, or None if image tokens have ordinary text positions.
         count: Number of features.
-        start: Index of its first feature in the file of all features, or None if it is not there yet.
+        start: Index of its first feature in the file of all features, or None if it is not stored yet.
         prompts: Prompts that contain the image, see :meth:`RowImages.retain`.
     """
 
@@ -144,7 +144,7 @@ class RowImages(TaskInputs):
         self._cache = Cache("images", LIMIT_BYTES)
         self._table = _Table()
         self._tower: Tower | None = None
-        self._thumbnail_bytes = 0  # images in memory whose features are computed
+        self._thumbnail_bytes = 0  # images in memory with computed features
         self._next_id = self.first_id  # with a limit
         # _lock protects the images and the feature table. _computing serializes the computation of features.
         self._lock = threading.RLock()
@@ -460,7 +460,7 @@ class RowImages(TaskInputs):
     def resident_bytes(self) -> int:
         """Return the size of the features of all images, and of weights that were converted while the model was loaded.
 
-        Their file, usually with the vision tower, stays mapped if it also contains weights that are used unconverted.
+        Their file, usually with the vision tower, remains mapped if it also contains weights that are used unconverted.
         """
         features = 0 if self.is_live else sum(i.count for i in self._sorted) * self.width * self._dtype.itemsize
         tensors = [tensor for tensor in read_checkpoint(self._folder).tensors.values() if tensor.is_float]

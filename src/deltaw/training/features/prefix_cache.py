@@ -1,6 +1,6 @@
-"""Decide whether outputs of the frozen lower layers are stored, and where.
+"""Decide whether outputs of the frozen lower layers are stored, and the location.
 
-The cache is verified first: a few rows of the user are run with and without it, and loss and gradients must agree.
+The cache is verified first: sample rows of the user are run with and without it, and loss and gradients must agree.
 Otherwise it is not used, and the run reports the reason. Stored features of an earlier run are compared with new ones.
 """
 
@@ -99,7 +99,7 @@ def cached_prefix(
         rows = feed.index_rows(probe_rows)
         trial = feed.with_store(rows, MemoryStore(rows.shape(vectors)))
         tolerance = tolerance_of(vectors.dtype) if has_weights else None
-        difference = compare_feeds(model, reference, trial, probe_rows, loss=tolerance)
+        difference = compare_feeds(model, reference, trial, probe_rows, loss_tolerance=tolerance)
     except Exception as error:  # a third-party model can raise any error, and trains without stored features
         return None, Choice("off", f"{type(model).__name__} cannot be resumed there ({short_error(error)})")
     if difference is not None:

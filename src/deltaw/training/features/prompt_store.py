@@ -1,6 +1,6 @@
 """Creation of stored prompts, which are verified first on a small copy of the model and on the model itself.
 
-A few rows of the user run in two parts, with computed and with stored keys, and in one part with the adapter masked
+Sample rows of the user run in two parts, with computed and with stored keys, and in one part with the adapter masked
 before the invocation sequence. Loss and gradients must agree. Otherwise rows run in one part and the run reports the
 reason. Stored keys of an earlier run are compared with new ones.
 """
@@ -110,7 +110,7 @@ def stored_prompts(
 
 
 def _detect_key_shapes(reference: Feed, rows: Sequence[Example]) -> tuple[KeyShapes, torch.dtype]:
-    """Return shapes and dtype of a token's keys and values, from running a few rows."""
+    """Return shapes and dtype of a token's keys and values, from running sample rows."""
     index = PromptIndex(rows)
     prompts = StoredPrompts(reference, index, NoStore(index.units))
     for batch in reference.batcher.batches(rows):
@@ -160,10 +160,16 @@ def _difference(
     store = MemoryStore(Shape.of(index.units, index.units, _width(key_shapes), dtype))
     prompts = StoredPrompts(reference, index, store, key_shapes)
     if not has_values(model):
-        return compare_feeds(model, reference, prompts, rows, loss=None)
+        return compare_feeds(model, reference, prompts, rows, loss_tolerance=None)
     with _random_adapter(model):
-        gradients = 0.0 if is_wide else GRADIENT_TOLERANCE
-        return compare_feeds(model, reference, prompts, rows, loss=tolerance_of(dtype), gradients=gradients)
+        return compare_feeds(
+            model,
+            reference,
+            prompts,
+            rows,
+            loss_tolerance=tolerance_of(dtype),
+            gradient_tolerance=None if is_wide else GRADIENT_TOLERANCE,
+        )
 
 
 def _create_prompt_store(

@@ -37,7 +37,7 @@ class Sharing:
         self.is_leader = processes.local_rank == 0
 
     def publish(self, store: DiskStore) -> None:
-        """Make a store of this process available to the others."""
+        """Make a store of this process available to the other processes."""
         if self._processes.local_size == 1:
             return
         for old in store.folder.glob(f"{_DONE_PREFIX}*"):  # from killed runs

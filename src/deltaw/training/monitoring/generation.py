@@ -1,7 +1,7 @@
 """Check whether a training made the model's text worse, by greedy answers before and after it.
 
 Losses of preferences, rewards and distillation can improve while the model forgets the language: pair accuracy reaches
-100 % on a model that answers every prompt with word salad. The check reads the text itself, so it needs neither the
+100% on a model that answers every prompt with word salad. The check reads the text itself, so it needs neither the
 loss nor the drift. Greedy decoding uses no random numbers, so training is not affected.
 """
 
@@ -39,7 +39,7 @@ MAX_DATA_ANSWER_TOKENS = 96
 MIN_JUDGED_TOKENS = 8
 MIN_DISTINCT_SHARE = 0.5
 IMPROBABLE = -4.0
-# Least changes that count, if they also exceed their 95 % interval over prompts: shares of prompts, and nats per token.
+# Least changes that count, if they also exceed their 95% interval over prompts: shares of prompts, and nats per token.
 BROKEN = 0.1
 CUT = 0.2
 OVERLAP = 0.05

@@ -56,7 +56,7 @@ MIN_STEPS = 20
 # absolute deviation, which spikes do not affect.
 DEVIATIONS = 8.0
 JUMP_FACTOR = 2.0
-# 1 / the 75 % quantile of a normal distribution. It converts a median absolute deviation to a standard deviation.
+# 1 / the 75% quantile of a normal distribution. It converts a median absolute deviation to a standard deviation.
 MAD_TO_STD = 1.4826
 # Warn if this share of the window's steps was clipped.
 CLIPPED_SHARE = 0.95

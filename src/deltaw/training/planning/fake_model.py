@@ -90,7 +90,7 @@ class FakeModel:
         ``force`` and runs whose weights are elsewhere, on a device or sharded over processes, are not checked.
 
         Raises:
-            WeightsTooLargeError: if the weights alone exceed the memory.
+            WeightsTooLargeError: if the weights exceed the memory.
         """
         is_sharded = processes > 1 and config.train.sharding == "base"
         size = sum(weight.nbytes for weight in self.model.parameters())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -27,7 +27,7 @@ MAX_SEARCHED_STEPS = 400
 LONG_ROW_SHARE = 0.05
 # The second step runs with an allocated optimizer state.
 DRY_RUN_STEPS = 2
-# Maximum number of steps whose layouts are built in order to count attention tile shapes.
+# Maximum number of steps with layouts that are built in order to count attention tile shapes.
 MAX_LAID_OUT_STEPS = 100
 # Approximate number of hidden-size vectors that each block stores per token, without activation checkpointing.
 # Additional bytes per logit: two fp32 copies. Both are used only to select a step.
@@ -44,7 +44,8 @@ class HeaviestStep:
         shapes: (rows, length) of its microbatches.
         all_shapes: Shapes of all steps that were searched.
         evaluated: Shapes of evaluations.
-        rows_of_heads: Numbers of rows that a head is applied to, in these steps and in evaluations.
+        head_rows: Numbers of rows that a head is applied to in these steps.
+        evaluated_head_rows: The same for evaluations.
         labeled: Rows of another step with a shorter microbatch whose labels may need more memory. Empty if there is
             none.
         tiles: Attention tile shapes of the steps.
@@ -57,7 +58,8 @@ class HeaviestStep:
     shapes: list[tuple[int, int]]
     all_shapes: set[tuple[int, int]]
     evaluated: set[tuple[int, int]]
-    rows_of_heads: tuple[set[int], set[int]]
+    head_rows: set[int]
+    evaluated_head_rows: set[int]
     labeled: Sequence[Any] = ()
     tiles: set[TileShape] = field(default_factory=set)
     evaluated_tiles: set[TileShape] = field(default_factory=set)
@@ -74,12 +76,21 @@ class HeaviestStep:
     @property
     def row_counts(self) -> float:
         """Number of different row counts of a classifier's head, weighted in the same way."""
-        return _weighted_count(*self.rows_of_heads)
+        return _weighted_count(self.head_rows, self.evaluated_head_rows)
 
     @property
     def tile_shapes(self) -> float:
         """Number of different attention tile shapes, weighted in the same way."""
         return _weighted_count(self.tiles, self.evaluated_tiles)
+
+
+class _Microbatch(NamedTuple):
+    """Numbers of tokens and labels of a microbatch, its step and its process. Ordered by size."""
+
+    tokens: int
+    labels: int
+    step: int
+    process: int
 
 
 def heaviest_step(session: Session, processes: int = 1) -> HeaviestStep:
@@ -102,8 +113,9 @@ def heaviest_step(session: Session, processes: int = 1) -> HeaviestStep:
     all_shapes = set[tuple[int, int]]()
     head_row_counts = set[int]()
     tiles = set[TileShape]()
-    microbatches: list[tuple[int, int, tuple[int, int]]] = []
-    limit, long, other_tokens = *_long_row_limit(session), 0
+    microbatches: list[_Microbatch] = []
+    limit, num_long_rows = _long_row_limit(session)
+    other_tokens = 0
 
     def shares_of(step: int) -> list[Sequence[Any]]:
         rows = session.planned_rows(step)
@@ -111,8 +123,8 @@ def heaviest_step(session: Session, processes: int = 1) -> HeaviestStep:
             return [rows]
         return [[rows[index] for index in indices] for indices in distribute_rows(rows, processes, share=feed.share)]
 
-    def rows_of(location: tuple[int, int]) -> Sequence[Any]:
-        return shares_of(location[0])[location[1]]
+    def rows_of(microbatch: _Microbatch) -> Sequence[Any]:
+        return shares_of(microbatch.step)[microbatch.process]
 
     for step in steps:
         for process, rows in enumerate(shares_of(step)):
@@ -121,38 +133,44 @@ def heaviest_step(session: Session, processes: int = 1) -> HeaviestStep:
             shapes = feed.shapes(rows)
             all_shapes.update(shapes)
             head_row_counts.update(feed.batcher.head_rows(rows, shapes))
-            if long:
+            if num_long_rows:
                 short = [length for length in map(row_length, rows) if length <= limit]
                 other_tokens = max(other_tokens, min(limit, len(short) * max(short, default=0)))
             labels = [0] * len(shapes) if causal_batcher is None else causal_batcher.labels(rows)
             if (cached := session.objective.cached_passes(shapes)) is not None:
                 tokens = sum(c * n for c, n in shapes[:cached]) + max(c * n for c, n in shapes)
-                microbatches.append((tokens, 0, (step, process)))
+                microbatches.append(_Microbatch(tokens, 0, step, process))
                 continue
             counts = zip(shapes, labels, strict=True)
-            microbatches += [(c * n, num_labels, (step, process)) for (c, n), num_labels in counts]
+            microbatches += [_Microbatch(c * n, num_labels, step, process) for (c, n), num_labels in counts]
             if step in laid_out_steps:
                 tiles |= _tile_shapes(session, rows)
     largest = max(microbatches)
     labeled: Sequence[Any] = ()
     if causal_batcher is not None and feed.store is None:
         weight = _weight_function(session)
-        heavy = max(microbatches, key=weight)
-        if weight(heavy) > 1.01 * weight(largest):
-            labeled = rows_of(heavy[2])
+        heavy = max(microbatches, key=lambda item: weight(item.tokens, item.labels))
+        if weight(heavy.tokens, heavy.labels) > 1.01 * weight(largest.tokens, largest.labels):
+            labeled = rows_of(heavy)
     # The first rows of a large evaluation contain its typical shapes.
     sets = () if session.feed.generates_rows else session.data.sets.values()
     held_out = [row for rows in sets for row in rows[:MAX_BUFFERED_ROWS]]
-    evaluated = (set(feed.shapes(held_out)), _tile_shapes(session, held_out)) if held_out else (set(), set())
-    heads = head_row_counts, set(feed.batcher.head_rows(held_out, list(evaluated[0]))) if held_out else set()
-    heaviest = rows_of(largest[2])
+    evaluated = set(feed.shapes(held_out)) if held_out else set()
+    heaviest = rows_of(largest)
     if session.feed.generates_rows and not labeled:
         labeled = _fullest_batch(session, heaviest)
-    limit -= session.method.virtual_tokens
-    long_rows = (limit, long, other_tokens) if long else ()
-    sizes = feed.shapes(heaviest)
-    held_out_sizes = evaluated[0]
-    return HeaviestStep(heaviest, sizes, all_shapes, held_out_sizes, heads, labeled, tiles, evaluated[1], long_rows)
+    return HeaviestStep(
+        rows=heaviest,
+        shapes=feed.shapes(heaviest),
+        all_shapes=all_shapes,
+        evaluated=evaluated,
+        head_rows=head_row_counts,
+        evaluated_head_rows=set(feed.batcher.head_rows(held_out, list(evaluated))) if held_out else set(),
+        labeled=labeled,
+        tiles=tiles,
+        evaluated_tiles=_tile_shapes(session, held_out) if held_out else set(),
+        long=(limit - session.method.virtual_tokens, num_long_rows, other_tokens) if num_long_rows else (),
+    )
 
 
 def _fullest_batch(session: Session, rows: Sequence[Any]) -> Sequence[Any]:
@@ -190,7 +208,7 @@ def row_length(row: Any) -> int:
     return max(map(len, row.rows)) if isinstance(row, RowGroup) else len(row)
 
 
-def _weight_function(session: Session) -> Callable[[tuple[int, int, Any]], float]:
+def _weight_function(session: Session) -> Callable[[int, int], float]:
     """Return a function that estimates the bytes for the tokens and labels of a microbatch."""
     config = session.model.config.get_text_config()
     size = session.model.dtype.itemsize
@@ -199,7 +217,7 @@ def _weight_function(session: Session) -> Callable[[tuple[int, int, Any]], float
     token = vectors * blocks * width * size
     label = config.vocab_size * (LOGIT_COPIES + size)
     max_labels = session.objective.chunk
-    return lambda candidate: float(candidate[0] * token + min(candidate[1], max_labels) * label)
+    return lambda tokens, labels: float(tokens * token + min(labels, max_labels) * label)
 
 
 def _tile_shapes(session: Session, rows: Sequence[Any]) -> set[TileShape]:
@@ -251,7 +269,7 @@ class PeakBatcher(Batcher):
         if self._steps > DRY_RUN_STEPS and isinstance(batcher, CausalMicroBatcher):
             weight = _weight_function(self._session)
             labels = batcher.labels(rows)
-            weights = [int(weight((size, count, 0))) for size, count in zip(sizes, labels, strict=True)]
+            weights = [int(weight(size, count)) for size, count in zip(sizes, labels, strict=True)]
         smallest = sizes.index(min(sizes))
         largest = len(sizes) - 1 - weights[::-1].index(max(weights))
         if self._steps == 1:

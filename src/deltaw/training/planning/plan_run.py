@@ -28,7 +28,7 @@ from deltaw.memory.simulation import fake_tensors, simulate
 from deltaw.memory.work import WorkCounter, kernel_bytes, warm_up
 from deltaw.methods.start import resolve_start
 from deltaw.progress import LogFunction, ignore_line, track_progress, use_listener
-from deltaw.runtime.huge_pages import MOVE_CHUNK_BYTES as MOVED_AT_ONCE
+from deltaw.runtime.weights_in_huge_pages import MOVE_CHUNK_BYTES as MOVED_AT_ONCE
 from deltaw.settings.config import RunConfig
 from deltaw.training.approximations import applicable
 from deltaw.training.callbacks import FunctionCallback
@@ -107,7 +107,7 @@ def plan_run(
 def with_time(plan: Plan, config: RunConfig, task: Task[Any], data: RunData) -> Plan:
     """Return the plan with the predicted time of the run.
 
-    The times of the model's blocks are measured if they are not cached. This takes a few seconds. Times are only
+    The times of the model's blocks are measured if they are not cached. This takes several seconds. Times are only
     predicted on the CPU.
     """
     if plan.device != "cpu":

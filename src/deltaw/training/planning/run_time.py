@@ -50,7 +50,7 @@ class Microbatches:
     Attributes:
         tokens: Computed tokens of each microbatch.
         labels: Number of labels (or rows of a head) of all microbatches.
-        repeated: Tokens of the microbatches whose forward pass runs twice, first without gradients.
+        repeated: Tokens of the microbatches with two forward passes, first without gradients.
     """
 
     tokens: tuple[Count, ...] = ()

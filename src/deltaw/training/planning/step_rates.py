@@ -57,10 +57,10 @@ MAX_CANDIDATE_ROWS = 128
 # Time limit of all measurements in seconds, and of the products of one head.
 SECONDS = 2.8
 HEAD_SECONDS = 0.3
-# Number of measurements of each microbatch. More are made until the time limit.
+# Number of measurements of each microbatch. It increases until the time limit.
 NUM_TRIALS = 2
 MAX_TRIALS = 4
-# Maximum ratio of the two fastest times in an undisturbed measurement, and maximum number of CPUs used by others.
+# Maximum ratio of the two fastest times in an undisturbed measurement, and maximum number of CPUs in use elsewhere.
 STEADY_RATIO = 1.25
 MAX_OTHER_CPUS = 0.25
 # Weights are filled with copies of this number of random values. An embedding is filled up to this number of values.

@@ -88,7 +88,7 @@ def page_router(
 ) -> APIRouter:
     """Return the routes of a page: ``GET /`` and ``GET /prompting/NAME``, the initial prompt of a model.
 
-    ``GET /`` needs no API key. The page asks the user for it if the server requires one.
+    ``GET /`` needs no API key. The page requests it from the user if the server requires one.
 
     Args:
         prompting: Returns the prompting of a model's training rows by the name of the model.

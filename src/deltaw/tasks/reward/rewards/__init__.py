@@ -18,23 +18,22 @@ from functools import partial
 from typing import Any
 
 from deltaw.errors import UserError, did_you_mean, read_key
+from deltaw.tasks.reward.rewards.function_files import load_function
 from deltaw.tasks.reward.rewards.functions import (
     Completion,
     Reward,
     contains,
     exact,
-    json_schema,
     length,
-    load_function,
     lower_case,
     math_answer,
     number,
     reasoning_gym,
     regex,
-    schema_validator,
     settings_location,
 )
 from deltaw.tasks.reward.rewards.judge import judge
+from deltaw.tasks.reward.rewards.schema_reward import json_schema, schema_validator
 from deltaw.tasks.reward.rewards.unit_tests import unit_tests
 from deltaw.tasks.reward.settings import RewardFunction
 

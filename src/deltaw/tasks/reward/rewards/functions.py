@@ -1,22 +1,19 @@
-"""Built-in reward functions, and loading of functions from files."""
+"""Built-in reward functions of the text of a completion."""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
-import inspect
 import json
-import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
-from deltaw.errors import UserError, did_you_mean, first_line
-from deltaw.tasks.reward.settings import RewardFunction, refuse_remote_references
+from deltaw.errors import UserError, did_you_mean
+from deltaw.tasks.reward.rewards.last_number import last_number
+from deltaw.tasks.reward.settings import RewardFunction
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class Completion:
         answer: Answer of the row, or None.
         row: Number of the row in its file.
         columns: Columns of the row.
-        ended: True if the model ended the completion, False if it reached the token limit.
+        ended: True if the model finished the completion, False if it reached the token limit.
     """
 
     prompt: str
@@ -59,55 +56,6 @@ def missing_package_error(package: str, error: ImportError, location: str) -> Us
     """Return the error for a missing optional package."""
     message = f"the package '{package}' cannot be imported: {error}"
     return UserError(message, location=location, hint="pip install 'deltaw[reward]'")
-
-
-def require_file(reference: str, location: str) -> Path:
-    """Return the file of ``FILE.py:NAME``.
-
-    Raises:
-        UserError: if the file does not exist.
-    """
-    file = reference.rpartition(":")[0]
-    path = Path(file).expanduser()
-    if path.suffix != ".py" or not path.is_file():
-        raise UserError(f"there is no file {file or reference}", location=location, hint="use FILE.py:NAME")
-    return path
-
-
-def load_function(reference: str, location: str) -> Callable[..., Any]:
-    """Load the object ``FILE.py:NAME``.
-
-    Raises:
-        UserError: if the file or the name does not exist, or the file cannot be executed.
-    """
-    file, _, name = reference.rpartition(":")
-    spec = importlib.util.spec_from_file_location("rewards_of_the_run", require_file(reference, location))
-    assert spec is not None and spec.loader is not None, "the file's name ends in .py"
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # user code can raise any exception
-        raise UserError(f"{file} cannot be run: {type(error).__name__}: {error}", location=location) from error
-    function: Callable[..., Any] | None = getattr(module, name, None)
-    if not callable(function):
-        candidates = [key for key, value in vars(module).items() if inspect.isfunction(value) or inspect.isclass(value)]
-        raise UserError(f"{file} has no function '{name}'", location=location, hint=did_you_mean(name, candidates))
-    return function
-
-
-# Everything that looks like a number, with all digits, points and separators that touch each other, and a denominator.
-# A sign after a letter or a digit is a hyphen. Exponents, denominators of LaTeX and superscripts are included, so that
-# they are not read as numbers of their own.
-_NUMBER_LIKE = re.compile(
-    r"(?:\^\{?|\}\{)?(?:(?<!\w)[-+\u2212\u2013])?\.?\d[\d.,\u00a0\u202f]*(?:(?<=\d)[eE][-+\u2212]?\d+)?(?:/\d[\d.,/]*)?"
-    r"[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u207e\u2150-\u215f]*"
-)
-# Digits in groups of three after the first group, or without separators.
-_NUMBER = re.compile(
-    r"(?P<sign>[-+\u2212\u2013]?)"
-    r"(?P<digits>(?!0)\d{1,3}(?P<separator>[,\u00a0\u202f])\d{3}(?:(?P=separator)\d{3})*|\d*)"
-    r"(?P<decimals>(?:\.\d+)?)(?:[eE](?P<exponent>[-+\u2212]?\d{1,3}))?(?:/(?P<denominator>\d+))?"
-)
 
 
 def exact(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
@@ -176,117 +124,10 @@ def number(settings: RewardFunction, completions: Sequence[Completion]) -> list[
     return rewards
 
 
-def json_schema(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
-    """Return 1 if a completion is JSON that conforms to the schema, 0.5 for other JSON, and 0 otherwise.
-
-    Raises:
-        UserError: if the package is missing, or the schema is unusable.
-    """
-    validator = schema_validator(settings)
-    return [_schema_reward(validator, completion.text) for completion in completions]
-
-
-def _schema_reward(validator: Any, text: str) -> float:
-    try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
-    except (ValueError, RecursionError):
-        return 0.0
-    try:
-        return 1.0 if validator.is_valid(value) else 0.5
-    except (RecursionError, ArithmeticError):  # deeply nested or infinite value
-        return 0.5
-
-
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object with these keys, and reject a repeated key, whose value depends on the reader."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return values
-
-
-def _finite(text: str) -> float:
-    """Return a finite number. NaN and Infinity are not JSON, and 1e999 becomes infinity."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError("a number is not finite")
-    return value
-
-
-def schema_validator(settings: RewardFunction) -> Any:
-    """Return the validator of a json-schema reward. It does not fetch remote references.
-
-    Raises:
-        UserError: if the package is missing, or the schema is unreadable, invalid or has remote references.
-    """
-    try:
-        from jsonschema import Draft202012Validator, SchemaError
-        from jsonschema.validators import extend, validator_for
-        from referencing import Registry
-        from referencing.exceptions import Unresolvable
-    except ImportError as error:
-        raise missing_package_error("jsonschema", error, settings_location(settings)) from error
-    schema = _schema(settings)
-    refuse_remote_references(schema, settings_location(settings))
-    validator_class: Any = validator_for(schema, default=Draft202012Validator)
-    try:
-        validator_class.check_schema(schema)
-    except SchemaError as error:
-        message = f"the schema is not valid at {error.json_path}: {error.message[:200]}"
-        raise UserError(message, location=settings_location(settings), hint="correct the schema") from error
-    validator_class = extend(validator_class, {"multipleOf": _multiple_of})
-    validator = validator_class(schema, registry=Registry(), format_checker=validator_class.FORMAT_CHECKER)
-    try:
-        examples: tuple[object, ...] = (None, True, 0, "", [], {})
-        for example in examples:  # an unresolvable or circular reference fails for any value
-            validator.is_valid(example)
-    except (RecursionError, Unresolvable) as error:
-        message = f"the schema has an unresolvable or circular reference: {first_line(error)}"
-        raise UserError(message, location=settings_location(settings), hint="correct its $ref") from error
-    return validator
-
-
-def _multiple_of(validator: Any, divisor: float, value: Any, schema: object) -> Iterator[Exception]:
-    """Yield an error if a number is not a multiple of another as both are written, so that 0.3 is one of 0.1."""
-    from jsonschema import ValidationError
-
-    if validator.is_type(value, "number") and Fraction(str(value)) % Fraction(str(divisor)):
-        yield ValidationError(f"{value} is not a multiple of {divisor}")
-
-
 def length(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
     """Return the number of words as a share of ``target``. Beyond the target, the reward decreases to 0."""
     target = settings.target or 1
     return [max(0.0, 1 - abs(len(completion.text.split()) - target) / target) for completion in completions]
-
-
-def last_number(text: str | None) -> Fraction | None:
-    """Return the exact value of the last number of a text, or None if there is none or it is ambiguous.
-
-    Ambiguous are for example ``1,2,3``, ``1.5.2``, ``1.234,5``, ``2^3`` and ``5²``.
-    """
-    candidates = _NUMBER_LIKE.findall(text or "")
-    match = _NUMBER.fullmatch(candidates[-1].rstrip(".,/\u00a0\u202f")) if candidates else None
-    if match is None:
-        return None
-    digits = match["digits"].replace(match["separator"] or ",", "")
-    sign, exponent = (re.sub("[\u2212\u2013]", "-", match[name] or "") for name in ("sign", "exponent"))
-    try:
-        return Fraction(f"{sign}{digits}{match['decimals']}e{exponent or 0}") / int(match["denominator"] or 1)
-    except (ValueError, ZeroDivisionError):  # too many digits, or a denominator of 0
-        return None
-
-
-def _schema(settings: RewardFunction) -> Any:
-    """Return the schema, either inline or from a file."""
-    source = settings.schema_
-    if isinstance(source, Mapping):
-        return source
-    try:
-        return json.loads(Path(str(source)).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        message = f"the schema cannot be read: {error}"
-        raise UserError(message, location=settings_location(settings), hint="use a JSON file") from error
 
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)

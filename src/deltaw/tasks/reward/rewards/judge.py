@@ -34,7 +34,7 @@ _THINKING = re.compile(r"\A.*</think(?:ing)?>|<think(?:ing)?>.*", re.DOTALL | re
 _NUMBER = r"[-+]?(?:\d{1,12}(?:[.,]\d{1,12}){0,3}|\.\d{1,12})"
 # A range of numbers, as in "on a scale from 0 to 10".
 _RANGE = re.compile(rf"(?<![\w.,])({_NUMBER})\s*(?:to|and|-|–)\s*({_NUMBER})(?!\w|[.,]\d)", re.IGNORECASE)
-# A number that may be a fraction: "7", "7/10", "7 out of 10", "70 %".
+# A number that may be a fraction: "7", "7/10", "7 out of 10", "70%".
 _FRACTION = (
     rf"(?<![\w.,/])(?P<value>{_NUMBER})(?!\w|[.,]\d)(?:\s*(?P<percent>%)|(?:\s*(?:points?|stars?|marks?))?"
     rf"\s*(?:/|(?:out\s+)?of(?:\s+a\s+possible)?)\s*(?P<of>{_NUMBER})(?!\w|[.,]\d))?"

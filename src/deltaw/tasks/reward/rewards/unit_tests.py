@@ -141,7 +141,7 @@ def _asserts(node: ast.AST) -> bool:
 
 
 def _is_assertion(node: ast.AST) -> bool:
-    """Return True for a statement that checks something when it runs: constants check nothing."""
+    """Return True for a statement that checks something when it runs: constants have no effect."""
     if isinstance(node, ast.Assert):
         return not isinstance(node.test, ast.Constant)
     if isinstance(node, ast.Expr):

@@ -1,7 +1,7 @@
 """Runs the tests of one row for the reward ``unit-tests``, and reports the results to the parent process.
 
 The code of the completion runs in another process (``unit_tests_child.py``), which has access to neither the tests nor
-the results. This process compares the values that the functions return. It imports nothing of deltaw.
+the results. This process compares the values that the functions return. It does not import deltaw.
 """
 
 import ast

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from deltaw.kernels import large_pages, loader
+from deltaw.kernels import huge_pages, loader
 from deltaw.lora.kinds import get_input_embedding
 from deltaw.machine.memory import free_memory_bytes
 from deltaw.runtime.quantized_weights import mapped_file, release_pages
@@ -22,7 +22,7 @@ MAX_FREE_MEMORY_SHARE = 0.5
 
 
 @torch.no_grad()
-def use_large_pages(model: nn.Module) -> int:
+def move_to_huge_pages(model: nn.Module) -> int:
     """Move a model's large frozen weights from memory-mapped files into huge pages.
 
     Values, parameters and weight sharing are preserved. Weights allocated by torch are not moved. An untied input
@@ -33,7 +33,7 @@ def use_large_pages(model: nn.Module) -> int:
         Number of bytes moved. 0 if the system has no huge pages, the compiled kernels are unavailable, or memory is
         scarce.
     """
-    if not large_pages.large_page_bytes() or loader.unavailable_reason():
+    if not huge_pages.huge_page_bytes() or loader.unavailable_reason():
         return 0
     weights = _large_weights(model)
     if sum(weight.nbytes for weight in weights) > MAX_FREE_MEMORY_SHARE * free_memory_bytes():
@@ -58,14 +58,14 @@ def _is_movable(tensor: Tensor) -> bool:
         return False
     if not has_values(tensor) or tensor.device.type != "cpu" or tensor.requires_grad:
         return False
-    if tensor.nbytes < large_pages.MIN_BYTES or tensor.dim() < 2 or not tensor.is_contiguous():
+    if tensor.nbytes < huge_pages.MIN_BYTES or tensor.dim() < 2 or not tensor.is_contiguous():
         return False
     return mapped_file(tensor.data_ptr()) is not None
 
 
 def _move(weight: Tensor) -> None:
     original = weight.data
-    target = large_pages.empty_in_large_pages(weight.numel(), weight.dtype).view(weight.shape)
+    target = huge_pages.empty_in_huge_pages(weight.numel(), weight.dtype).view(weight.shape)
     rows = max(1, MOVE_CHUNK_BYTES // (original.nbytes // len(original)))
     for start in range(0, len(original), rows):
         target[start : start + rows] = original[start : start + rows]

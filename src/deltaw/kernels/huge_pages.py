@@ -1,4 +1,4 @@
-"""Memory in large pages for data that kernels read at scattered addresses (Linux only).
+"""Memory in huge pages for data that kernels read at scattered addresses (Linux only).
 
 With 4 KiB pages almost every access to such data needs a walk of the page table.
 """
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 CACHE_LINE_BYTES = 64  # alignment: a cache line, or a multiple of one
-MIN_BYTES = 4 << 20  # smaller allocations would leave much of a large page (usually 2 MiB) unused
+MIN_BYTES = 4 << 20  # smaller allocations would leave much of a huge page (usually 2 MiB) unused
 HUGE_PAGE_SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 @functools.cache
-def large_page_bytes(system: Path = HUGE_PAGE_SETTINGS) -> int:
+def huge_page_bytes(system: Path = HUGE_PAGE_SETTINGS) -> int:
     """Return the size of a transparent huge page in bytes, or 0 if the system does not support them."""
     try:
         if "[never]" in (system / "enabled").read_text(encoding="utf-8"):
@@ -30,13 +30,13 @@ def large_page_bytes(system: Path = HUGE_PAGE_SETTINGS) -> int:
         return 0
 
 
-def empty_in_large_pages(count: int, dtype: torch.dtype) -> Tensor:
+def empty_in_huge_pages(count: int, dtype: torch.dtype) -> Tensor:
     """Return an uninitialized tensor of ``count`` elements.
 
     The system allocates pages on first write and frees them with the tensor.
     """
     size = count * dtype.itemsize
-    page = large_page_bytes()
+    page = huge_page_bytes()
     if size < max(MIN_BYTES, 2 * page) or not page or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(count, dtype=dtype)
     memory = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -44,7 +44,7 @@ def empty_in_large_pages(count: int, dtype: torch.dtype) -> Tensor:
     page_bytes = size // page * page
     with contextlib.suppress(OSError):  # falls back to pages of the normal size
         memory.madvise(mmap.MADV_HUGEPAGE, offset, page_bytes)
-        # Large pages in the partial remainder would allocate more memory than is used.
+        # Huge pages in the partial remainder would allocate more memory than is used.
         memory.madvise(mmap.MADV_NOHUGEPAGE, offset + page_bytes, len(memory) - offset - page_bytes)
     return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset)
 
@@ -52,5 +52,5 @@ def empty_in_large_pages(count: int, dtype: torch.dtype) -> Tensor:
 def copy_contiguous(parts: Sequence[Tensor]) -> list[Tensor]:
     """Copy tensors into one contiguous allocation. Each copy starts at a cache line."""
     sizes = [-(-part.nbytes // CACHE_LINE_BYTES) * CACHE_LINE_BYTES for part in parts]
-    slices = zip(parts, empty_in_large_pages(sum(sizes), torch.uint8).split(sizes), strict=True)
+    slices = zip(parts, empty_in_huge_pages(sum(sizes), torch.uint8).split(sizes), strict=True)
     return [target[: part.nbytes].view(part.dtype).view(part.shape).copy_(part) for part, target in slices]

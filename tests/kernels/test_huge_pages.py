@@ -1,12 +1,12 @@
-"""Tests of memory in large pages."""
+"""Tests of memory in huge pages."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from deltaw.kernels import large_pages
-from deltaw.kernels.large_pages import copy_contiguous, empty_in_large_pages, large_page_bytes
+from deltaw.kernels import huge_pages
+from deltaw.kernels.huge_pages import copy_contiguous, empty_in_huge_pages, huge_page_bytes
 
 VARIANTS = "none"
 
@@ -22,22 +22,22 @@ def test_copies_are_contiguous_and_cache_line_aligned():
 
 
 def test_large_memory_is_page_aligned_and_fully_usable():
-    count = large_pages.MIN_BYTES // 2 + 11
-    page = large_page_bytes()
-    buffer = empty_in_large_pages(count, torch.bfloat16)
+    count = huge_pages.MIN_BYTES // 2 + 11
+    page = huge_page_bytes()
+    buffer = empty_in_huge_pages(count, torch.bfloat16)
     assert buffer.shape == (count,) and (not page or buffer.data_ptr() % page == 0)
     buffer.fill_(3)
     view = buffer[-5:]
     del buffer  # a view keeps the memory alive
     assert view.tolist() == [3.0] * 5
-    assert empty_in_large_pages(0, torch.float32).numel() == 0
+    assert empty_in_huge_pages(0, torch.float32).numel() == 0
 
 
 @pytest.mark.parametrize(
     ("mode", "expected"), [("always [madvise] never", 1 << 21), ("always madvise [never]", 0), (None, 0)]
 )
-def test_large_page_size_is_read_from_the_system(tmp_path: Path, mode: str | None, expected: int):
+def test_huge_page_size_is_read_from_the_system(tmp_path: Path, mode: str | None, expected: int):
     if mode is not None:
         (tmp_path / "enabled").write_text(mode + "\n")
         (tmp_path / "hpage_pmd_size").write_text("2097152\n")
-    assert large_page_bytes(tmp_path) == expected
+    assert huge_page_bytes(tmp_path) == expected
