@@ -90,7 +90,7 @@ def test_row_dependencies_include_all_modules_that_read_rows():
         "platforms",
     }
     exempt |= {"settings.registry", "settings.task_registry", "settings.fields", "settings.local_names"}
-    exempt |= {"worker_process", "hub.packages", "hub.folders", "hub.hub_errors"}
+    exempt |= {"child_process", "worker_process", "hub.packages", "hub.folders", "hub.hub_errors"}
     exempt |= {"machine.choices", "machine.memory", "lora.config"}
     used = {i.target for i in all_imports(SOURCE)[1] if i.module.startswith("deltaw.data")}
     used -= {"deltaw.hub"}  # only a name is imported

@@ -25,7 +25,7 @@ PACKAGE = SOURCE / "deltaw"
 
 # From bottom to top. A package may import earlier packages only, including imports for the type checker.
 ORDER = (
-    *("errors", "version", "platforms", "worker_process", "atomic_files", "progress", "cache"),
+    *("errors", "version", "platforms", "child_process", "worker_process", "atomic_files", "progress", "cache"),
     *("untrusted_paths", "user_references", "tensor_files", "settings", "kernels", "lora", "machine"),
     *("hub", "runtime", "methods", "data", "memory", "decoding", "training", "inference", "tasks"),
     *("runs", "experiments", "export", "serving", "evaluation", "reports", "studio", "cli"),

@@ -6,7 +6,6 @@ frames: the length in eight bytes, then the content.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import subprocess
@@ -16,9 +15,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import IO, Any, TypeVar
 
-import psutil
-
 from deltaw import platforms
+from deltaw.child_process import kill_process_tree, start_command
 
 _HEADER_BYTES = 8
 # Maximum length of all answers of a request.
@@ -44,16 +42,23 @@ class PipeWorker:
         command: Program and arguments.
         environment: Environment variables. The default is those of this process.
         extra_start_seconds: Time allowed for the start, in addition to the default.
+        pass_fds: Descriptors that the worker inherits.
 
     Attributes:
         lock: Held during a request. It is reentrant.
     """
 
     def __init__(
-        self, command: Sequence[str], *, environment: Mapping[str, str] | None = None, extra_start_seconds: float = 0.0
+        self,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        extra_start_seconds: float = 0.0,
+        pass_fds: Sequence[int] = (),
     ) -> None:
         self._command = command
         self._environment = environment
+        self._pass_fds = pass_fds
         self._start_seconds = _START_SECONDS + extra_start_seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._can_poll = True
@@ -61,9 +66,10 @@ class PipeWorker:
         self._buffer = bytearray()  # received bytes
         self.lock = threading.RLock()
 
-    def has_exited(self) -> bool:
-        """Return True if the worker has started and exited."""
-        return self._process is not None and self._process.poll() is not None
+    @property
+    def is_running(self) -> bool:
+        """True if the worker was started and has not exited."""
+        return self._process is not None and self._process.poll() is None
 
     def request(self, request: bytes, seconds: float, *, max_bytes: int, count: int = 1) -> list[bytes]:
         """Send a request and return the worker's answers.
@@ -71,7 +77,7 @@ class PipeWorker:
         Args:
             seconds: Time limit of each answer.
             max_bytes: Maximum length of an answer.
-            count: Number of answers.
+            count: Number of answers. With 0, only send the request.
 
         Raises:
             WorkerError: if an answer is missing, late or too long.
@@ -103,9 +109,8 @@ class PipeWorker:
 
     def _start(self) -> subprocess.Popen[bytes]:
         """Start a worker and wait until it is ready."""
-        options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
-        options["start_new_session"] = not platforms.WINDOWS
-        process = subprocess.Popen(self._command, env=self._environment, **options)
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+        process = start_command(self._command, environment=self._environment, pass_fds=self._pass_fds, **pipes)
         self._process, self._can_poll = process, not platforms.WINDOWS
         for pipe in (process.stdin, process.stdout):
             if self._can_poll and pipe is not None:
@@ -155,22 +160,6 @@ class PipeWorker:
         if not poll.poll(left * 1000):
             raise TimeoutError
         return operation(pipe.fileno(), argument)
-
-
-def kill_process_tree(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and its descendants, including those in separate sessions."""
-    processes: list[psutil.Process] = []
-    with contextlib.suppress(psutil.Error):
-        parent = psutil.Process(process.pid)
-        processes = [parent, *parent.children(recursive=True)]
-    for member_process in processes:
-        with contextlib.suppress(psutil.Error):
-            member_process.kill()
-    if not platforms.WINDOWS:
-        with contextlib.suppress(OSError):  # also kill processes that were started after the listing
-            os.killpg(process.pid, 9)
-    process.wait()
-    psutil.wait_procs(processes, timeout=5)
 
 
 def serve(make_handler: Callable[[], Callable[[bytes], Iterable[bytes]]]) -> None:

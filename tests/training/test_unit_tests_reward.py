@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from deltaw.child_process import kill_process_tree
 from deltaw.errors import UserError
 from deltaw.tasks.reward.rewards.functions import Completion
 from deltaw.tasks.reward.rewards.rewarder import Rewarder
 from deltaw.tasks.reward.rewards.unit_tests import cases, code_of, program, unit_tests
 from deltaw.tasks.reward.settings import RewardFunction
-from deltaw.worker_process import kill_process_tree
 from tests.training.runs import slow_except
 
 MODULE = sys.modules["deltaw.tasks.reward.rewards.unit_tests"]

@@ -160,7 +160,7 @@ def _request(
     )
     worker = _worker()
     with worker.lock:
-        if worker.has_exited():
+        if not worker.is_running:
             worker.close()
         try:
             answers = worker.request(request, TIMEOUT, max_bytes=max_bytes, count=num_answers)

@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,10 +25,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from deltaw.child_process import run_command
 from deltaw.tasks.reward.rewards.functions import Completion
 from deltaw.tasks.reward.rewards.unit_tests_child import landlock_version
 from deltaw.tasks.reward.settings import RewardFunction
-from deltaw.worker_process import kill_process_tree
 
 _COUNT = ast.Expr(ast.Call(ast.Name("_count_assertion", ast.Load()), [], []))
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -249,8 +248,8 @@ def _namespaces() -> list[str]:
     """Return the command that runs a program in separate namespaces, or an empty list if not permitted."""
     for user in (["--map-root-user"], []):
         command = ["unshare", *user, *_UNSHARE]
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            if subprocess.run([*command, "true"], capture_output=True, timeout=30).returncode == 0:
+        with contextlib.suppress(OSError):
+            if run_command([*command, "true"], seconds=30).status == 0:
                 return command
     return []
 
@@ -284,21 +283,15 @@ def _variant_share(request: dict[str, Any], tests: list[Case], row: int) -> floa
 
 def _results(request: bytes, seconds: float) -> list[dict[str, Any]]:
     """Return the lines that the runner reports until it exits or ``seconds`` have passed."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as output:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         environment = {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, **_ENVIRONMENT}
         environment |= {key: os.environ[key] for key in ("SYSTEMROOT",) if key in os.environ}  # Windows needs it
         command = [*_namespaces(), sys.executable, "-I", "-B", "-X", "utf8", os.fspath(_RUNNER)]
-        options: Any = {"cwd": folder, "env": environment, "start_new_session": os.name != "nt"}
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, **options)
-        try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.communicate(request, timeout=seconds)
-        finally:
-            kill_process_tree(process)
-        output.seek(0)
-        lines = output.read(_MAX_BYTES).decode("utf-8", "replace").split("\n")[:-1]
+        limits: dict[str, Any] = {"seconds": seconds, "max_bytes": _MAX_BYTES}
+        result = run_command(command, content=request, environment=environment, folder=Path(folder), **limits)
+    lines = result.output.split("\n")[:-1]
     if not lines:
-        raise RuntimeError("the process that runs tests did not start")
+        raise RuntimeError(f"the process that runs tests did not start: {result.messages[-300:]}")
     try:
         return [dict(json.loads(line)) for line in lines]
     except (ValueError, TypeError):  # the runner writes JSON only
