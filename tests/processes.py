@@ -26,6 +26,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deltaw.child_process import CommandResult
+
 PRELOADED = (
     "deltaw.cli.generate",
     "deltaw.cli.train",
@@ -127,11 +129,11 @@ def start(
     return Process([str(argument) for argument in arguments], environment, cwd, tuple(sorted(imported.items())))
 
 
-def run_forked(command: Sequence[object], **_: object) -> subprocess.CompletedProcess[str]:
-    """Run an interpreter command in a forked process, like :func:`subprocess.run`."""
+def run_forked(command: Sequence[object]) -> CommandResult:
+    """Run an interpreter command in a forked process, like :func:`deltaw.child_process.run_command`."""
     process = start(*command[1:])
     output, errors = process.communicate()
-    return subprocess.CompletedProcess(command, process.wait(), output, errors)
+    return CommandResult(process.wait(), output, errors)
 
 
 @functools.cache

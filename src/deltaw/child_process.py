@@ -10,10 +10,10 @@ import contextlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -59,6 +59,59 @@ def start_command(
     )
 
 
+@dataclass(frozen=True)
+class CommandJob:
+    """Running command.
+
+    Attributes:
+        process: Process of the command.
+        output: File with its standard output.
+        messages: File with its standard error.
+    """
+
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+    messages: IO[bytes]
+
+    def finish(
+        self, content: bytes = b"", *, seconds: float | None = None, max_bytes: int = MAX_OUTPUT_BYTES
+    ) -> CommandResult:
+        """Wait for the command, then kill the processes that it left behind. See :func:`run_command`."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.communicate(content, seconds)
+        status = self.process.returncode
+        if status is None:
+            kill_process_tree(self.process)
+        else:
+            _kill_group(self.process.pid)
+        self.output.seek(0)
+        self.messages.seek(max(0, self.messages.seek(0, os.SEEK_END) - max_bytes))
+        texts = (file.read(max_bytes).decode("utf-8", "replace") for file in (self.output, self.messages))
+        return CommandResult(status, *texts)
+
+
+@contextlib.contextmanager
+def start_job(
+    command: Sequence[str], *, environment: Mapping[str, str] | None = None, folder: Path | None = None
+) -> Iterator[CommandJob]:
+    """Start a command that writes to temporary files. It is killed at the end of the context.
+
+    Args:
+        command: Program and arguments.
+        environment: See :func:`start_command`.
+        folder: See :func:`start_command`.
+    """
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as messages:
+        process = start_command(
+            command, environment=environment, folder=folder, stdin=subprocess.PIPE, stdout=output, stderr=messages
+        )
+        with process:
+            try:
+                yield CommandJob(process, output, messages)
+            finally:
+                kill_process_tree(process)
+
+
 def run_command(
     command: Sequence[str],
     *,
@@ -78,41 +131,32 @@ def run_command(
         environment: See :func:`start_command`.
         folder: See :func:`start_command`.
     """
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as messages:
-        process = start_command(
-            command, environment=environment, folder=folder, stdin=subprocess.PIPE, stdout=output, stderr=messages
-        )
-        with process:
-            try:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.communicate(content, seconds)
-                status = process.returncode
-            finally:
-                kill_process_tree(process)
-        output.seek(0)
-        messages.seek(max(0, messages.seek(0, os.SEEK_END) - max_bytes))
-        texts = (file.read(max_bytes).decode("utf-8", "replace") for file in (output, messages))
-        return CommandResult(status, *texts)
-
-
-def kill_tree(pid: int) -> list[psutil.Process]:
-    """Kill a process and its descendants, including those in separate sessions, and return them."""
-    processes: list[psutil.Process] = []
-    with contextlib.suppress(psutil.Error):
-        parent = psutil.Process(pid)
-        processes = [parent, *parent.children(recursive=True)]
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    if not platforms.WINDOWS:
-        with contextlib.suppress(OSError):  # also kill processes that were started after the listing
-            os.killpg(pid, 9)
-    return processes
+    with start_job(command, environment=environment, folder=folder) as job:
+        return job.finish(content, seconds=seconds, max_bytes=max_bytes)
 
 
 def kill_process_tree(process: subprocess.Popen[Any]) -> int:
-    """Kill a process and its descendants, and return its exit status."""
-    processes = kill_tree(process.pid)
+    """Kill a process and its descendants, including those in separate sessions, and return its exit status.
+
+    Nothing is killed if its exit status was read before, because its pid may have been reused.
+    """
+    if process.returncode is not None:
+        return int(process.returncode)
+    processes: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        parent = psutil.Process(process.pid)
+        processes = [parent, *parent.children(recursive=True)]
+    for member in processes:
+        with contextlib.suppress(psutil.Error):
+            member.kill()
+    _kill_group(process.pid)  # also kill processes that were started after the listing
     status = process.wait()
     psutil.wait_procs(processes, timeout=5)
     return status
+
+
+def _kill_group(pid: int) -> None:
+    """Kill the processes in the session of a process that has just exited or was killed."""
+    if not platforms.WINDOWS:
+        with contextlib.suppress(OSError):
+            os.killpg(pid, 9)

@@ -42,7 +42,7 @@ class PipeWorker:
         command: Program and arguments.
         environment: Environment variables. The default is those of this process.
         extra_start_seconds: Time allowed for the start, in addition to the default.
-        pass_fds: Descriptors that the worker inherits.
+        options: Further options of :func:`deltaw.child_process.start_command`.
 
     Attributes:
         lock: Held during a request. It is reentrant.
@@ -54,11 +54,11 @@ class PipeWorker:
         *,
         environment: Mapping[str, str] | None = None,
         extra_start_seconds: float = 0.0,
-        pass_fds: Sequence[int] = (),
+        **options: Any,
     ) -> None:
         self._command = command
-        self._environment = environment
-        self._pass_fds = pass_fds
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+        self._options = {"environment": environment, **pipes, **options}
         self._start_seconds = _START_SECONDS + extra_start_seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._can_poll = True
@@ -109,8 +109,7 @@ class PipeWorker:
 
     def _start(self) -> subprocess.Popen[bytes]:
         """Start a worker and wait until it is ready."""
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
-        process = start_command(self._command, environment=self._environment, pass_fds=self._pass_fds, **pipes)
+        process = start_command(self._command, **self._options)
         self._process, self._can_poll = process, not platforms.WINDOWS
         for pipe in (process.stdin, process.stdout):
             if self._can_poll and pipe is not None:

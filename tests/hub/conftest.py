@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator
 
 import pytest
@@ -16,5 +15,5 @@ __all__ = ["llama_folder", "tokenizer"]
 @pytest.fixture(scope="session", autouse=True)
 def _run_conversions_in_fork() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("deltaw.hub.gguf.subprocess", types.SimpleNamespace(run=run_forked))
+        monkeypatch.setattr("deltaw.hub.gguf.run_command", run_forked)
         yield

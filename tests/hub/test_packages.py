@@ -7,7 +7,6 @@ import importlib
 import os
 import shutil
 import stat
-import subprocess
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from deltaw.child_process import CommandResult
 from deltaw.errors import UserError
 from deltaw.hub import packages
 from deltaw.hub.folders import find_cached
@@ -186,8 +186,7 @@ def test_damaged_wheel_is_rejected(downloads: list[str], monkeypatch: pytest.Mon
 
 def test_unreachable_index_and_missing_installer_are_reported(index: Path, monkeypatch) -> None:
     output = "WARNING: Retrying … NewConnectionError('…')\nERROR: No matching distribution found for x\n"
-    failed = subprocess.CompletedProcess([], 1, "", output)
-    monkeypatch.setattr(packages.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(packages, "run_command", lambda _: CommandResult(1, "", output))
     assert "cannot be reached" in member_error(PACKAGE).message
     monkeypatch.setattr(packages.PathFinder, "find_spec", lambda name: None)
     monkeypatch.setattr(packages.shutil, "which", lambda name: None)
@@ -198,16 +197,16 @@ def test_uv_is_used_without_pip_and_checks_the_hash(index: Path, monkeypatch: py
     commands: list[list[str]] = []
     requirements: list[str] = []
 
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str]) -> CommandResult:
         commands.append(command)
         requirements.append(Path(command[-1]).read_text())
         with zipfile.ZipFile(next(index.glob("*.whl"))) as archive:
             archive.extractall(Path(command[command.index("--target") + 1]))
-        return subprocess.CompletedProcess(command, 0, "", "")
+        return CommandResult(0)
 
     monkeypatch.setattr(packages.PathFinder, "find_spec", lambda name: None)
     monkeypatch.setattr(packages.shutil, "which", lambda name: "/bin/uv")
-    monkeypatch.setattr(packages.subprocess, "run", run)
+    monkeypatch.setattr(packages, "run_command", run)
     monkeypatch.setitem(packages.KNOWN_SHA256, f"{NAME}==1.0", "a" * 64)
     assert member(MEMBER).read_bytes() == MEMBERS[f"{STEM}/data/a.jsonl"]
     assert commands[0][0] == "uv" and "--require-hashes" in commands[0]

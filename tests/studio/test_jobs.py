@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from deltaw.child_process import run_command
 from deltaw.errors import UserError
 from deltaw.runs.folder import Run, process_identity
 from deltaw.studio import jobs
@@ -241,9 +242,9 @@ def test_modules_of_the_current_folder_are_not_imported(workspace: Workspace, mo
     monkeypatch.chdir(workspace.folder)
     monkeypatch.syspath_prepend("")
     monkeypatch.syspath_prepend(str(workspace.folder))
-    command, options = jobs.child_command(workspace, ["schema"])
-    finished = subprocess.run(command, capture_output=True, text=True, check=True, **options)
-    assert json.loads(finished.stdout)["properties"]
+    command, environment = jobs.child_command(workspace, ["schema"])
+    finished = run_command(command, environment=environment)
+    assert finished.status == 0 and json.loads(finished.output)["properties"]
 
 
 @pytest.fixture(scope="module")
@@ -290,10 +291,9 @@ def test_processes_of_the_studio_are_restricted_to_its_folder(workspace: Workspa
     code = (
         "from deltaw.untrusted_paths import AllowedFolders as A; a = A.of_process(); print(*a.folders, a.allow_hidden)"
     )
-    command, options = jobs.python_command(code, workspace)
-    process = subprocess.run(command, **options, capture_output=True, text=True, check=True)
-    assert process.stdout.strip() == f"{workspace.folder} False"
-    assert jobs.child_command(workspace, ["train"])[1]["env"] == options["env"]
+    command, environment = jobs.python_command(code, workspace)
+    assert run_command(command, environment=environment).output.strip() == f"{workspace.folder} False"
+    assert jobs.child_command(workspace, ["train"])[1] == environment
     private = workspace.folder.parent / "private.jsonl"
     private.write_text('{"text": "secret"}\n')
     queue = JobQueue(workspace)

@@ -18,6 +18,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra studio is not installed")
 
+from deltaw.child_process import start_command
 from deltaw.errors import UserError
 from deltaw.studio import trial as trial_module
 from deltaw.studio.jobs import python_command
@@ -114,8 +115,8 @@ def test_process_ends_if_the_studio_is_killed(tmp_path: Path) -> None:
         "it = trial.TrialServer(Workspace(Path(sys.argv[1]))); it.start(Path('run')); "
         "print(it._process.pid, flush=True); time.sleep(300)"
     )
-    command, options = python_command(code, Workspace(tmp_path), [str(tmp_path)])
-    studio = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
+    command, environment = python_command(code, Workspace(tmp_path), [str(tmp_path)])
+    studio = start_command(command, environment=environment, stdout=subprocess.PIPE)
     assert studio.stdout is not None
     process = psutil.Process(int(studio.stdout.readline()))
     assert process.is_running()

@@ -31,6 +31,7 @@ from mcp.server.stdio import stdio_server
 from mcp_types import CallToolResult, ListToolsResult, TextContent, Tool
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from deltaw.child_process import start_command, start_job
 from deltaw.errors import UserError, format_error, redact
 from deltaw.runs.folder import RUNNING, Run
 from deltaw.runs.permissions import FolderPermissions, require_plain_text
@@ -281,9 +282,9 @@ class AgentServer:
             raise UserError("a training run is in progress", location=str(self.training.folder), hint="call train_stop")
         log = self.work_folder / "train.log"
         started_at = time.time()
-        command, options = self._command(["train", *arguments])
-        with log.open("w", encoding="utf-8") as file:  # not an asyncio subprocess, which would be killed on exit
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, **options)
+        command, environment = self._command(["train", *arguments])
+        with log.open("wb") as file:
+            process = start_command(command, environment=environment, folder=self.work_folder, stdout=file, stderr=file)
         self.training = BackgroundTraining(process, Path(folder), log, started_at)
         return {"started": folder}
 
@@ -322,16 +323,16 @@ class AgentServer:
         arguments += [f"--max-new-tokens={args.max_new_tokens}", f"--temperature={args.temperature}"]
         return await self._run(["generate", *arguments, "--json"])
 
-    def _command(self, arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-        """Return the command line and the process options of a command.
+    def _command(self, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+        """Return the command line and the environment of a command.
 
-        The process runs in the server's folder, so that it never imports files of the agent, and exits with the server.
+        The process exits with the thread that starts it, so start it on the thread of the server. It runs in the
+        server's folder, so that it never imports files of the agent.
         """
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1", **self.allowed.environment()}
         if not self.allowed.allow_remote:
             environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        options = {"cwd": self.work_folder, "env": environment, "start_new_session": True}
-        return [sys.executable, "-c", _CHILD_CODE, *arguments], options
+        return [sys.executable, "-c", _CHILD_CODE, *arguments], environment
 
     async def _run(self, arguments: Sequence[str]) -> object:
         """Run a command and return its JSON output, with its messages under ``notes``.
@@ -344,29 +345,22 @@ class AgentServer:
             await asyncio.wait_for(self._command_lock.acquire(), self.seconds)
         except (TimeoutError, asyncio.TimeoutError) as error:
             raise UserError("another call is still running", hint="call again later") from error
-        process: asyncio.subprocess.Process | None = None
         try:
-            (program, *parameters), options = self._command(arguments)
-            options |= {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            process = await asyncio.create_subprocess_exec(program, *parameters, **options)
-            out, err = await asyncio.wait_for(process.communicate(), max(0.0, deadline - time.monotonic()))
-        except (TimeoutError, asyncio.TimeoutError) as error:
-            hint = "reduce the work, for example the number of rows"
-            raise UserError(f"time limit exceeded: {self.seconds:g} s", location=arguments[0], hint=hint) from error
+            command, environment = self._command(arguments)
+            with start_job(command, environment=environment, folder=self.work_folder) as job:
+                finished = await asyncio.to_thread(job.finish, seconds=max(0.0, deadline - time.monotonic()))
         finally:
-            if process is not None and process.returncode is None:
-                process.kill()
-                with anyio.CancelScope(shield=True):
-                    await process.wait()
             self._command_lock.release()
-        text = out.decode("utf-8", "replace")
-        notes = _notes(err.decode("utf-8", "replace"))
-        if len(text) > MAX_RESULT_LENGTH:
+        if finished.status is None:
+            hint = "reduce the work, for example the number of rows"
+            raise UserError(f"time limit exceeded: {self.seconds:g} s", location=arguments[0], hint=hint)
+        notes = _notes(finished.messages)
+        if len(finished.output) > MAX_RESULT_LENGTH:
             raise UserError("the result is too long", location=arguments[0], hint="request fewer rows")
         try:
-            result = json.loads(text)
+            result = json.loads(finished.output)
         except ValueError:
-            message = "\n".join(notes)[-MAX_ERROR_LENGTH:] or f"it exited with status {process.returncode}"
+            message = "\n".join(notes)[-MAX_ERROR_LENGTH:] or f"it exited with status {finished.status}"
             raise UserError(message.removeprefix("error: "), location=arguments[0]) from None
         return {**result, "notes": notes} if isinstance(result, dict) else {"result": result, "notes": notes}
 

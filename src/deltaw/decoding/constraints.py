@@ -35,6 +35,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from deltaw.decoding.request import BusyError, Constraint, UnsupportedError
 from deltaw.errors import UserError
+from deltaw.worker_process import PipeWorker, WorkerError, serve
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -89,40 +90,60 @@ class ProcessLimits:
     idle_seconds: float = 5.0
 
 
-def launch(control: int) -> None:
-    """Run the launcher process.
+class _ForkServer:
+    """Forks constraint processes in the launcher process.
 
-    Read settings from standard input, report on standard output whether the tokenizer is usable, then fork a process
-    for each connection received through the socket ``control``.
+    Args:
+        control: Descriptor of the socket that receives the connection of each process.
     """
-    settings = json.loads(sys.stdin.buffer.read())
-    limits = ProcessLimits(**settings["limits"])
-    with contextlib.suppress(OSError):  # if memory runs out, the kernel kills these processes before the server
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-    try:
-        from llguidance import LLTokenizer
 
-        tokenizer = LLTokenizer(settings["tokenizer"], n_vocab=settings["vocabulary"], eos_token=settings["eos"])
-    except BaseException as error:  # a Rust panic is not an Exception
-        print(json.dumps({"error": _first_line(str(error)) or type(error).__name__}), flush=True)
-        return
-    print(json.dumps({"terminators": list(tokenizer.eos_tokens)}), flush=True)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # reap children automatically
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # kills a process that has used its CPU time
-    gc.collect()
-    gc.freeze()  # avoid copy-on-write of shared pages
-    with socket.socket(fileno=control) as connections:
-        while True:
-            _, received, _, _ = socket.recv_fds(connections, 1, 1)
-            if not received:
-                return
-            if not os.fork():
-                try:
-                    connections.close()
-                    _serve(Connection(received[0]), tokenizer, limits)
-                finally:
-                    os._exit(0)
-            os.close(received[0])
+    def __init__(self, control: int) -> None:
+        self._control = socket.socket(fileno=control)
+        self._tokenizer: LLTokenizer | None = None
+        self._limits = ProcessLimits()
+
+    def answer(self, request: bytes) -> Iterator[bytes]:
+        """Load the tokenizer of the settings in the first request. Fork a process at each further request."""
+        if self._tokenizer is None:
+            yield json.dumps(self._load(**json.loads(request))).encode()
+        else:
+            self._fork(self._tokenizer)
+
+    def _load(
+        self, tokenizer: str, vocabulary: int, eos: int | None, limits: Mapping[str, Any]
+    ) -> Mapping[str, object]:
+        """Return the terminators, or the reason why the tokenizer is not usable."""
+        self._limits = ProcessLimits(**limits)
+        with contextlib.suppress(OSError):  # if memory runs out, the kernel kills these processes before the server
+            Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+        try:
+            from llguidance import LLTokenizer
+
+            self._tokenizer = LLTokenizer(tokenizer, n_vocab=vocabulary, eos_token=eos)
+        except BaseException as error:  # a Rust panic is not an Exception
+            return {"error": _first_line(str(error)) or type(error).__name__}
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # reap children automatically
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # kills a process that has used its CPU time
+        gc.collect()
+        gc.freeze()  # avoid copy-on-write of shared pages
+        return {"terminators": list(self._tokenizer.eos_tokens)}
+
+    def _fork(self, tokenizer: LLTokenizer) -> None:
+        _, received, _, _ = socket.recv_fds(self._control, 1, 1)
+        if not os.fork():
+            try:
+                self._control.close()
+                os.dup2(received[0], 0)  # so that the process cannot read requests of the launcher
+                os.close(received[0])
+                _serve(Connection(0), tokenizer, self._limits)
+            finally:
+                os._exit(0)
+        os.close(received[0])
+
+
+def launch(control: int) -> None:
+    """Run the launcher process. See :class:`_ForkServer`."""
+    serve(lambda: _ForkServer(control).answer)
 
 
 def _serve(connection: Connection, tokenizer: LLTokenizer, limits: ProcessLimits) -> None:
@@ -342,7 +363,6 @@ _START_SECONDS = 120.0
 _ANSWER_SECONDS = 60.0
 # Maximum number of unanswered messages. They fit into the buffer of a socket that is not being read.
 _MAX_UNANSWERED = 64
-_LAUNCHER_EXITED = "the process that compiles constraints has exited"
 # Executed by the interpreter of a launcher, with the module path of this process.
 _LAUNCH = "import sys; fd, *sys.path = sys.argv[1:]; from deltaw.decoding.constraints import launch; launch(int(fd))"
 
@@ -371,18 +391,21 @@ class Launcher:
         backend.no_padding()
         backend.no_truncation()
         settings = {"tokenizer": backend.to_str(), "vocabulary": vocabulary, "eos": tokenizer.eos_token_id}
+        settings |= {"limits": asdict(limits)}
         self._control, remote_end = socket.socketpair()
         with remote_end:
-            self._process = subprocess.Popen(
+            self._worker = PipeWorker(
                 [sys.executable, "-c", _LAUNCH, str(remote_end.fileno()), *map(str, sys.path)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                environment={name: value for name, value in os.environ.items() if not name.startswith("DELTAW_")},
                 stderr=subprocess.DEVNULL,
-                env={name: value for name, value in os.environ.items() if not name.startswith("DELTAW_")},
                 pass_fds=[remote_end.fileno()],
-                start_new_session=True,  # killed together with its forks, and not by Ctrl-C
             )
-        status = self._handshake(settings | {"limits": asdict(limits)})
+            try:
+                answers = self._worker.request(json.dumps(settings).encode(), _START_SECONDS, max_bytes=1 << 20)
+            except WorkerError as error:
+                self.kill()
+                raise _launcher_exited() from error
+        status = json.loads(answers[0])
         if "error" in status:
             self.kill()
             raise _unreadable(str(status["error"]))
@@ -390,8 +413,8 @@ class Launcher:
 
     @property
     def alive(self) -> bool:
-        """True if the launcher can fork."""
-        return self._process.poll() is None
+        """True if the launcher can fork. It is not started again."""
+        return self._worker.is_running
 
     def connection(self) -> Connection:
         """Fork a constraint process and return a connection to it.
@@ -403,36 +426,20 @@ class Launcher:
         with remote_end:
             try:
                 socket.send_fds(self._control, [b"+"], [remote_end.fileno()])
-            except OSError as error:
+                self._worker.request(b"", _ANSWER_SECONDS, max_bytes=0, count=0)
+            except (OSError, WorkerError) as error:
                 local_end.close()
-                raise BusyError(_LAUNCHER_EXITED, hint="retry later") from error
+                raise _launcher_exited() from error
         return Connection(local_end.detach())
 
     def kill(self) -> None:
         """Kill the launcher and all processes that it forked."""
-        if self.alive:  # otherwise its pid may have been reused
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self._worker.close()
         self._control.close()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
 
-    def _handshake(self, settings: Mapping[str, object]) -> dict[str, Any]:
-        stdin = self._process.stdin
-        stdout = self._process.stdout
-        assert stdin is not None and stdout is not None
-        timer = threading.Timer(_START_SECONDS, self._process.kill)
-        timer.start()
-        try:
-            with contextlib.suppress(BrokenPipeError), stdin:
-                stdin.write(json.dumps(settings).encode())
-            line = stdout.readline()
-        finally:
-            timer.cancel()
-        if not line:
-            self.kill()
-            raise BusyError(_LAUNCHER_EXITED, hint="retry later")
-        return dict(json.loads(line))
+
+def _launcher_exited() -> BusyError:
+    return BusyError("the process that compiles constraints has exited", hint="retry later")
 
 
 class ConstraintProcess:

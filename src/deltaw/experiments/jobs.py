@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+from deltaw.child_process import kill_process_tree, start_command
 from deltaw.errors import UserError
 from deltaw.experiments.entry import Message
 from deltaw.machine.product_rates import child_environment, import_rates
@@ -78,27 +79,22 @@ class WorkerProcess(contextlib.AbstractContextManager["WorkerProcess"]):
         assert process.stdin is not None and process.stdout is not None
         with contextlib.suppress(OSError):  # the worker has exited with a request unread
             process.stdin.close()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(EXIT_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
         process.stdout.close()
-        return process.wait()
+        return kill_process_tree(process)
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             with self._log.open("a", encoding="utf-8") as log:
-                self._process = subprocess.Popen(
+                self._process = start_command(
                     [sys.executable, "-m", "deltaw.experiments.worker"],
+                    environment={**os.environ, **child_environment()},
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
-                    env={**os.environ, **child_environment()},
-                    text=True,
                     encoding="utf-8",
-                    start_new_session=os.name == "posix",
-                    creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
                 )
         return self._process
 

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import io
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -31,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from deltaw.cache.entries import Cache
 from deltaw.cache.keys import key
 from deltaw.cache.results import file_digest
+from deltaw.child_process import run_command
 from deltaw.errors import UserError, first_line
 from deltaw.hub import packages
 from deltaw.hub.gguf_blocks import INDEX, ORDERS, index_parameters, string_field
@@ -144,17 +144,18 @@ def _convert_in_child(path: Path, dtype: str, target: Path, log: Callable[[str],
     A conversion needs several times the memory of the model and would otherwise determine the peak memory of a run.
     """
     command = [sys.executable, "-c", _CHILD, str(path.resolve()), dtype, str(target), *filter(None, sys.path)]
-    completed = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    for entry in (json.loads(line) for line in completed.stdout.splitlines() if line.startswith('{"')):
+    completed = run_command(command)
+    for entry in (json.loads(line) for line in completed.output.splitlines() if line.startswith('{"')):
         if "note" in entry:
             log(entry["note"])
         if "what" in entry:
             raise UserError(entry["what"], location=entry["where"], hint=entry["hint"])
-    if completed.returncode < 0:
+    status = completed.status or 0
+    if status < 0:
         hint = "the conversion needs more memory than the model: free some, or convert on a larger machine"
-        raise UserError(f"conversion was stopped by signal {-completed.returncode}", location=str(path), hint=hint)
-    if completed.returncode:
-        raise RuntimeError(f"converting '{path}' failed:\n{completed.stderr[-2000:]}")
+        raise UserError(f"conversion was stopped by signal {-status}", location=str(path), hint=hint)
+    if status:
+        raise RuntimeError(f"converting '{path}' failed:\n{completed.messages[-2000:]}")
 
 
 def convert_in_process(path: str, dtype: str, target: str) -> int:

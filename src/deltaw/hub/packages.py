@@ -12,7 +12,6 @@ import lzma
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import urllib.parse
@@ -27,6 +26,7 @@ from typing import IO
 from deltaw import atomic_files
 from deltaw.cache.keys import root
 from deltaw.cache.results import file_digest
+from deltaw.child_process import run_command
 from deltaw.errors import UserError, did_you_mean
 from deltaw.progress import track_progress
 
@@ -286,10 +286,10 @@ def _download_with_uv(package: PackageReference, folder: Path) -> Path:
 
 def _run(command: list[str], package: PackageReference) -> None:
     """Run a package installer. The last line of its output becomes the error message."""
-    finished = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if finished.returncode == 0:
+    finished = run_command(command)
+    if finished.status == 0:
         return
-    output = finished.stdout + finished.stderr
+    output = finished.output + finished.messages
     if _OFFLINE.search(output):
         message = "the package index cannot be reached, and the package is neither installed nor cached"
         raise _package_error(package, message, f"connect to the network, or copy the member to {_root(package)}")

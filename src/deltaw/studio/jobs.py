@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 
 from deltaw import platforms
 from deltaw.atomic_files import write_text
+from deltaw.child_process import start_command
 from deltaw.errors import UserError
 from deltaw.runs.folder import is_alive, is_locked, process_identity
 from deltaw.studio.workspace import Workspace, load_fields
@@ -45,8 +46,8 @@ _ERROR = re.compile(r"(.*?)(?:\n  where: (.*?))?(?:\n  hint:  (.*?))?", re.DOTAL
 _CHILD = "import signal, sys; sys.path[:] = {paths!r}; signal.signal(signal.SIGINT, signal.default_int_handler); {code}"
 
 
-def python_command(code: str, workspace: Workspace, arguments: Sequence[str] = ()) -> tuple[list[str], dict[str, Any]]:
-    """Return the command line and the process options for Python code with the import path of this process.
+def python_command(code: str, workspace: Workspace, arguments: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
+    """Return the command line and the environment for Python code with the import path of this process.
 
     Modules are not imported from the current folder, because it may contain uploaded files. The process reads images of
     rows only from the studio's folder.
@@ -54,14 +55,12 @@ def python_command(code: str, workspace: Workspace, arguments: Sequence[str] = (
     here = os.getcwd()
     package = str(Path(platforms.__file__).parents[1])
     paths = [os.path.abspath(path) for path in sys.path if path and (os.path.abspath(path) != here or here == package)]
-    flags = {"creationflags": 0x200} if platforms.WINDOWS else {"start_new_session": True}  # CREATE_NEW_PROCESS_GROUP
     command = [sys.executable, "-I", "-u", "-X", "utf8", "-c", _CHILD.format(paths=paths, code=code), *arguments]
-    environment = {**os.environ, "NO_COLOR": "1", **workspace.permissions.environment()}
-    return command, {"env": environment, "stdin": subprocess.DEVNULL, **flags}
+    return command, {**os.environ, "NO_COLOR": "1", **workspace.permissions.environment()}
 
 
-def child_command(workspace: Workspace, arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Return the command line and the process options of a command of deltaw."""
+def child_command(workspace: Workspace, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the command line and the environment of a command of deltaw."""
     return python_command("from deltaw.cli import main; main()", workspace, arguments)
 
 
@@ -352,14 +351,14 @@ class JobQueue:
         return alive is True or (is_elsewhere and is_locked(self._workspace.folder / str(job.run)))
 
     def _start(self, job: StudioJob) -> None:
-        command, options = child_command(self._workspace, job.arguments)
+        command, environment = child_command(self._workspace, job.arguments)
         for function in self.on_start:
             function(job)
         try:
             with (job.folder / "stdout").open("wb") as out, (job.folder / "stderr").open("wb") as errors:
                 job.state = RUNNING
                 job.save()  # before the process exists, so that no server starts it again
-                child = subprocess.Popen(command, cwd=job.folder, stdout=out, stderr=errors, **options)
+                child = start_command(command, environment=environment, folder=job.folder, stdout=out, stderr=errors)
         except ValueError as error:  # NUL in an argument
             job.state = FAILED
             job.save()

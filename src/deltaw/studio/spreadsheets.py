@@ -9,7 +9,6 @@ import filecmp
 import json
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
 from collections.abc import Collection, Iterator, Sequence
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.parsers import expat
 
+from deltaw.child_process import run_command
 from deltaw.data.sources import open_source
 from deltaw.errors import UserError
 from deltaw.studio.jobs import python_command
@@ -68,15 +68,13 @@ def convert(workspace: Workspace, file: Path, *, sheet: str = "", is_upload: boo
     if sheet:  # so that the same sheet becomes the same file again
         name = re.sub(r"[^\w-]+", "-", sheet)
         target = target.with_stem(f"{target.stem}-{name}")
-    command, options = python_command(_CODE, workspace, [str(file), str(output), sheet])
-    options |= {"capture_output": True, "timeout": MAX_SECONDS, "encoding": "utf-8", "check": False}
+    command, environment = python_command(_CODE, workspace, [str(file), str(output), sheet])
+    result = run_command(command, environment=environment, seconds=MAX_SECONDS)
+    message = result.output.strip() or "the file is too large, or a sheet has a cell far away from its table"
+    if result.status is None:
+        message = f"the file was not read within {MAX_SECONDS} seconds"
     try:
-        process = subprocess.run(command, **options)
-        message = process.stdout.strip() or "the file is too large, or a sheet has a cell far away from its table"
-    except subprocess.TimeoutExpired:
-        process, message = None, f"the file was not read within {MAX_SECONDS} seconds"
-    try:
-        if process is None or process.returncode:
+        if result.status != 0:
             if is_upload:
                 file.unlink(missing_ok=True)
             raise UserError(message, location=file.name, hint="correct it, or save the sheet with the rows as CSV")

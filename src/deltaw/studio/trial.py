@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from deltaw.child_process import kill_process_tree, start_command
 from deltaw.errors import UserError
 from deltaw.serving.http.settings import KEY_VARIABLE
 from deltaw.studio.jobs import python_command, read_error
@@ -78,13 +79,20 @@ class TrialServer:
     def start(self, run: Path, others: Sequence[Path] = ()) -> None:
         """Serve a run, and other runs of the same model next to it."""
         arguments = ["serve", str(run), "--port=0", "--log=off", *(f"--adapter={path.name}={path}" for path in others)]
-        command, options = python_command(_CODE, self._workspace, arguments)
+        command, environment = python_command(_CODE, self._workspace, arguments)
         with self._lock:
             self._stop()
             self.key = secrets.token_urlsafe(32)
-            options |= {"env": {**options["env"], KEY_VARIABLE: self.key}, "cwd": self._workspace.state}
-            options |= {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-            process = subprocess.Popen(command, text=True, encoding="utf-8", errors="replace", **options)
+            process = start_command(
+                command,
+                environment={**environment, KEY_VARIABLE: self.key},
+                folder=self._workspace.state,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                encoding="utf-8",
+                errors="replace",
+            )
             self._process = process
             self.run = run
             self.last_used = time.monotonic()
@@ -116,7 +124,6 @@ class TrialServer:
         self._url = ""
         self.run = None
         if process is not None:
-            process.kill()  # no state to save
-            process.wait()
+            kill_process_tree(process)  # no state to save
             assert process.stdin is not None
             process.stdin.close()

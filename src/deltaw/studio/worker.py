@@ -71,8 +71,8 @@ class Worker:
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
-        command, options = python_command("from deltaw.studio.worker import main; main()", workspace)
-        self._process = PipeWorker(command, environment=options["env"], extra_start_seconds=240)
+        command, environment = python_command("from deltaw.studio.worker import main; main()", workspace)
+        self._process = PipeWorker(command, environment=environment, extra_start_seconds=240)
         self._changed = threading.Condition()
         self._calls: dict[str, _Call] = {}
         self._running: _Call | None = None
