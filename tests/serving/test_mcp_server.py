@@ -226,7 +226,7 @@ def test_rows_of_agent_cannot_refer_to_images_outside(agent_folder: Path, tmp_pa
 
 def test_processes_of_agent_are_restricted_to_its_folders(agent_folder: Path, tmp_path: Path) -> None:
     server = AgentServer(FolderPermissions([agent_folder], allow_remote=False), 60, tmp_path)
-    environment = server._command(["eval"])[1]["env"]
+    _, environment = server._command(["eval"])
     code = "from deltaw.untrusted_paths import AllowedFolders; print(*AllowedFolders.of_process().folders)"
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert process.stdout.strip() == str(agent_folder.resolve())
