@@ -397,6 +397,7 @@ class Launcher:
             self._worker = PipeWorker(
                 [sys.executable, "-c", _LAUNCH, str(remote_end.fileno()), *map(str, sys.path)],
                 environment={name: value for name, value in os.environ.items() if not name.startswith("DELTAW_")},
+                extra_start_seconds=_START_SECONDS,
                 stderr=subprocess.DEVNULL,
                 pass_fds=[remote_end.fileno()],
             )
