@@ -56,9 +56,9 @@ class BestParameters:
         self._checkpoint_step: int | None = None  # best step of the last checkpoint
         self._newest_step: int | None = None
 
-    def save(self, step: int) -> None:
-        """Write the current parameters atomically."""
-        save_tensors(self._file(step), self._parameters(), {"step": str(step)})
+    def save(self, step: int, state: TrainState | None = None) -> None:
+        """Write the current parameters atomically, or the master weights of ``state``."""
+        save_tensors(self._file(step), self._parameters(state), {"step": str(step)})
         self._newest_step = step
         self._remove_except({step, self._checkpoint_step})
 
@@ -76,29 +76,38 @@ class BestParameters:
             return False
 
     @torch.no_grad()
-    def restore(self, step: int) -> None:
-        """Load the parameters of this step into the model. Do not call it during training.
+    def restore(self, step: int, state: TrainState | None = None) -> None:
+        """Load the parameters of this step into the model.
+
+        Args:
+            step: Step of :meth:`save`.
+            state: State that was passed to :meth:`save`. During training, its master weights are loaded, too.
 
         Raises:
             UserError: if their file is missing or damaged.
         """
         try:
             tensors = TensorFile(self._file(step))
-            if missing := self._parameters().keys() - tensors.keys():
+            parameters = self._parameters(state)
+            if missing := parameters.keys() - tensors.keys():
                 raise ValueError(f"it lacks '{min(missing)}'")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             message = f"the parameters of the best step, {step}, cannot be read: {error}"
             hint = "the adapter of the last step is in the run's folder"
             raise UserError(message, location=str(self._file(step)), hint=hint) from error
-        for name, parameter in self._parameters().items():
+        for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
+        if state is not None:
+            state.write_back()
         self._session.method.after_step(self._session.model)
 
     def remove(self) -> None:
         """Remove all stored parameters."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _parameters(self) -> dict[str, nn.Parameter]:
+    def _parameters(self, state: TrainState | None = None) -> dict[str, nn.Parameter]:
+        if state is not None:
+            return dict(zip(state.names, state.trained, strict=True))
         return dict(self._session.method.parameters(self._session.model))
 
     def _file(self, step: int) -> Path:
