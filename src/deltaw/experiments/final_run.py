@@ -31,7 +31,7 @@ from deltaw.runs.summary import write_card
 from deltaw.settings.config import RunConfig
 from deltaw.training.callbacks import Callback, LineCallback
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.monitoring.generation import GenerationCheck
+from deltaw.training.monitoring.generation import GenerationProbe
 from deltaw.training.process import preserved_process_state
 from deltaw.training.session import read_data
 from deltaw.training.state import Step
@@ -79,7 +79,8 @@ def final_run(config: RunConfig, log: LogFunction, *, plan: bool) -> dict[str, o
         folder.write_settings(trial.config, {key: (c.value, c.why) for key, c in trial.chosen.items()})
         if task.tokenizer is not None:
             folder.write_tokenizer(task.tokenizer)
-        check = GenerationCheck(session)
+        check = GenerationProbe(session)
+        check.before()
         release_free_memory()
         try:
             curve = trial.until_flat(

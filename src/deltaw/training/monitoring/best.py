@@ -399,11 +399,11 @@ class CostEstimates:
         answers: Number of answers that each evaluation generates (``train.eval_answers``).
 
     Attributes:
-        samples: Seconds that the answers to the sample prompts took.
+        probes: Seconds that the probes of an evaluation take.
     """
 
     def __init__(self, session: Session, answers: int) -> None:
-        self.samples = 0.0
+        self.probes = 0.0
         self._tokens = 0
         self._seconds = 0.0
         rows = [row for part in evaluated_rows(session) for row in part]
@@ -425,7 +425,7 @@ class CostEstimates:
         """Update the estimates of values that were not measured yet."""
         token_seconds = self._seconds / max(1, self._tokens)
         if not ending.measured:
-            ending.evaluation = self._evaluation * token_seconds + self.samples
+            ending.evaluation = self._evaluation * token_seconds + self.probes
         ending.after = self._drift * token_seconds + self._saving
         if self._keeps_best:  # it is restored, saved and evaluated again
             ending.after += ending.evaluation + 2 * self._saving
