@@ -125,6 +125,7 @@ class FlatLossStop(Callback):
     It sets the schedule of the training, evaluates the validation rows at intervals, and starts the cooldown.
 
     Attributes:
+        best: Stores the best parameters on disk. In memory, they would take four bytes per parameter.
         callback: Receives the evaluations.
         curve: Result of the training so far.
         max_steps: Number of steps of the budget.
@@ -189,6 +190,7 @@ class FlatLossStop(Callback):
         curve = self.curve
         curve.points.append((step, loss))
         if loss < curve.best_loss:
+            self.best.remove()  # two copies would need twice the disk space
             self.best.save(step, self._state)
             curve.best_step = step
             curve.best_loss = loss
