@@ -36,9 +36,9 @@ from deltaw.hub.packages import member
 from deltaw.runs.load_model import load_model
 from deltaw.runs.process_agreement import assemble_session
 from deltaw.settings.config import RunConfig
-from deltaw.training.drift_meter import DriftMeter
 from deltaw.training.evaluation.general import GeneralRehearsal
 from deltaw.training.losses import detach_wide
+from deltaw.training.monitoring.drift_probe import DriftProbe
 from deltaw.training.reducer import SINGLE_PROCESS
 from deltaw.training.session import Session, read_data
 
@@ -222,7 +222,9 @@ def run(session: Session, initial: Sequence[Tensor], weight: str) -> dict[str, f
         outcome = session.train(add_gradients=rehearsal if float(value) else None)
         seconds = time.process_time() - start
         metrics = session.evaluate().metrics
-    drift = DriftMeter(session).measure()
+    probe = DriftProbe(session)
+    probe.before()
+    drift = probe.measure()
     assert drift is not None
     numbers = {"steps": outcome.steps, "cpu_seconds": seconds, "train_loss": outcome.loss}
     numbers |= {f"eval_{name}": number for name, number in metrics.items()}

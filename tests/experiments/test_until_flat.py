@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from types import SimpleNamespace
 
@@ -12,7 +11,8 @@ import torch
 from deltaw.errors import UserError
 from deltaw.experiments.folder import Budget
 from deltaw.experiments.trial import TrainingStopped
-from deltaw.experiments.until_flat import BestPoint, Cooldown
+from deltaw.experiments.until_flat import Cooldown
+from deltaw.training.callbacks import FunctionCallback
 
 
 def validation_loss(trial):
@@ -24,7 +24,7 @@ def validation_loss(trial):
 def test_training_stops_when_loss_is_flat(make_trial, method, rate):
     trial = make_trial(method=method, train={"eval_every": 2})
     rates = []
-    curve = trial.until_flat(rate, Budget(400), on_step=lambda step: rates.append(step.learning_rate))
+    curve = trial.until_flat(rate, Budget(400), FunctionCallback(on_step=lambda step: rates.append(step.learning_rate)))
     assert curve.flattened and curve.outcome.steps < 400
     assert curve.points[0][0] == 0 and curve.points[0][1] > 2 * curve.best_loss
     cooldown_start = curve.points[-2][0]
@@ -78,7 +78,8 @@ def test_cooldown_starts_from_lowest_loss(make_trial, monkeypatch):
 
     monkeypatch.setattr(trial.session, "evaluate", lambda rows: SimpleNamespace(metrics={"loss": next(losses)}))
     store = parameters_by_step.__setitem__
-    curve = trial.until_flat(1e-2, Budget(24), on_step=lambda step: store(step.step, parameters().clone()))
+    callback = FunctionCallback(on_step=lambda step: store(step.step, parameters().clone()))
+    curve = trial.until_flat(1e-2, Budget(24), callback)
     assert curve.best_step == 4
     assert torch.equal(parameters(), parameters_by_step[4])
     # The first cooldown step is close to step 4 and far from step 20.
@@ -95,28 +96,10 @@ def test_seeds_differ_on_equal_rows(make_trial):
     assert first.until_flat(1e-2, Budget(3)).points != second.until_flat(1e-2, Budget(3)).points
 
 
-def test_divergence_and_stop_signal_raise(make_trial, monkeypatch):
+def test_divergence_and_stop_signal_raise(make_trial):
     trial = make_trial(method="full", train={"max_grad_norm": None})
     with pytest.raises(UserError, match="diverged"):
         trial.until_flat(1e6, Budget(50))
     trial = make_trial()
-    stopped_train = functools.partial(trial.session.train, should_stop=lambda: True)
-    monkeypatch.setattr(trial.session, "train", stopped_train)
     with pytest.raises(TrainingStopped):
-        trial.until_flat(1e-3, Budget(5))
-
-
-def test_best_point_restores_exactly():
-    parameters = [torch.randn(3, 5), torch.randn(7).bfloat16(), torch.zeros(0, 4), torch.tensor(2.5)]
-    with BestPoint() as best:
-        best.store_point(3, 0.5, parameters)
-        other = [torch.empty_like(p) for p in parameters]
-        best.restore(other)
-        assert all(torch.equal(a, b) for a, b in zip(parameters, other, strict=True))
-        best.store_point(5, 0.4, [p + 1 for p in parameters])
-        best.restore(other)
-        assert (best.step, best.loss) == (5, 0.4)
-        assert torch.equal(other[0], parameters[0] + 1)
-        rounded = [torch.empty(3, 5, dtype=torch.bfloat16), *other[1:]]
-        best.restore(rounded)
-        assert torch.equal(rounded[0], (parameters[0] + 1).bfloat16())
+        trial.until_flat(1e-3, Budget(5), FunctionCallback(should_stop=lambda: True))

@@ -56,7 +56,7 @@ PROMPTS = DRIFT_PROMPTS[:12]
 
 @pytest.fixture(autouse=True)
 def _few_prompts(monkeypatch):
-    for module in ("deltaw.training.drift_meter", "deltaw.inference.run_drift"):
+    for module in ("deltaw.training.monitoring.drift_probe", "deltaw.inference.run_drift"):
         monkeypatch.setattr(f"{module}.DRIFT_PROMPTS", PROMPTS)
     monkeypatch.setattr("deltaw.training.session.REHEARSAL_PROMPTS", REHEARSAL_PROMPTS[:24])
 

@@ -21,8 +21,9 @@ from deltaw.runtime import quantized_weights
 from deltaw.settings.config import RunConfig
 from deltaw.training import causal_objective
 from deltaw.training.approximations import AllowedApproximations, GradientCheck
+from deltaw.training.callbacks import Callback
 from deltaw.training.evaluation import general
-from deltaw.training.monitoring.monitor import Samples
+from deltaw.training.monitoring.samples import SampleProbe
 from deltaw.training.planning import plan_run as planning
 from deltaw.training.planning.budget import memory_budget, memory_limit_error
 from deltaw.training.planning.plan_arguments import reject_memory_setting
@@ -173,8 +174,9 @@ def test_second_start_reuses_calibration_comparison_and_base_answers(settings, t
     monkeypatch.setattr(GradientCheck, "choose", lambda check, offered: compared(check, offered))
 
     def start(**train: object) -> tuple[dict, list[str], list]:
-        session = build_session(settings(tmp_path / "run", precision="int8", train=train), candidates=APPROXIMATIONS)
-        answers = Samples(session, session.data.held_out, 2).of_base()
+        config = settings(tmp_path / "run", precision="int8", train={"samples": 2, **train})
+        session = build_session(config, candidates=APPROXIMATIONS)
+        answers = SampleProbe(session, Callback()).of_base()
         return session.model.state_dict(), session.notes, answers
 
     def calls() -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from deltaw.experiments.comparison_page import comparison_markdown
 from deltaw.experiments.entry import ComparedMethod, Message
 from deltaw.experiments.folder import ExperimentFolder, describe_changes, require_held_out, result_settings
 from deltaw.experiments.jobs import Job, JobResult, WorkerExited, WorkerProcess, run_locally
-from deltaw.experiments.until_flat import ProgressLog
+from deltaw.experiments.progress_log import ProgressLog
 from deltaw.methods.start import resolve_start
 from deltaw.progress import LogFunction, ignore_line
 from deltaw.runs.folder import remember_settings

@@ -19,6 +19,7 @@ from deltaw.errors import UserError
 from deltaw.experiments.constant_answers import best_constant_answer, single_answer
 from deltaw.experiments.folder import budget_from_settings
 from deltaw.experiments.trial import TrainingStopped, Trial
+from deltaw.experiments.until_flat import loss_of
 from deltaw.machine.choices import choose_device
 from deltaw.machine.memory import peak_resident_bytes, release_free_memory
 from deltaw.memory.plan import Plan
@@ -28,14 +29,28 @@ from deltaw.runs.memory_check import plan_memory
 from deltaw.runs.save_adapter import save_adapter
 from deltaw.runs.summary import write_card
 from deltaw.settings.config import RunConfig
-from deltaw.training.callbacks import LineCallback
+from deltaw.training.callbacks import Callback, LineCallback
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.monitoring.generation import GenerationCheck
+from deltaw.training.monitoring.generation import GenerationProbe
 from deltaw.training.process import preserved_process_state
 from deltaw.training.session import read_data
+from deltaw.training.state import Step
 from deltaw.training.task import Task
 
 ADAPTER_FILES = "adapter_*"
+
+
+class MetricsCallback(Callback):
+    """Writes the metrics of steps and the validation losses to a run's folder."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+
+    def on_step(self, step: Step) -> None:
+        self._folder.write_metrics(step.as_dict())
+
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        self._folder.write_metrics({"step": step, "validation": {"loss": loss_of(evaluation)}})
 
 
 @preserved_process_state()
@@ -64,14 +79,14 @@ def final_run(config: RunConfig, log: LogFunction, *, plan: bool) -> dict[str, o
         folder.write_settings(trial.config, {key: (c.value, c.why) for key, c in trial.chosen.items()})
         if task.tokenizer is not None:
             folder.write_tokenizer(task.tokenizer)
-        check = GenerationCheck(session)
+        check = GenerationProbe(session)
+        check.before()
         release_free_memory()
         try:
             curve = trial.until_flat(
                 session.learning_rate,
                 budget_from_settings(trial.config.train, len(trial.training)),
-                on_step=lambda step: folder.write_metrics(step.as_dict()),
-                on_validation=lambda step, loss: folder.write_metrics({"step": step, "validation": {"loss": loss}}),
+                MetricsCallback(folder),
             )
         except TrainingStopped as error:
             raise UserError("the training was stopped by a signal", hint="start the comparison again") from error

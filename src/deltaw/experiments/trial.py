@@ -23,6 +23,7 @@ from deltaw.experiments.until_flat import TrainingCurve, until_flat, validation_
 from deltaw.progress import LogFunction, ignore_line
 from deltaw.runs.load_model import load_model
 from deltaw.settings.config import RunConfig
+from deltaw.training.callbacks import Callback
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.state import Step
 from deltaw.training.task import Task
@@ -122,11 +123,11 @@ class Trial:
         self._needs_reload = False
         return loss
 
-    def until_flat(self, rate: float, budget: Budget, **callbacks: Any) -> TrainingCurve:
+    def until_flat(self, rate: float, budget: Budget, callback: Callback | None = None) -> TrainingCurve:
         """Train from the initialization until the validation loss flattens or the budget ends.
 
         Args:
-            callbacks: Callbacks of :func:`deltaw.experiments.until_flat.until_flat`.
+            callback: Receives the events of :func:`deltaw.experiments.until_flat.until_flat`.
 
         Raises:
             UserError: If training diverged.
@@ -134,7 +135,9 @@ class Trial:
         """
         self._reset()
         with self.session.running():
-            curve = until_flat(self.session, self.training, self.validation, rate=rate, budget=budget, **callbacks)
+            curve = until_flat(
+                self.session, self.training, self.validation, rate=rate, budget=budget, callback=callback
+            )
         if curve.outcome.interrupted:
             raise TrainingStopped
         self._needs_reload = False

@@ -27,6 +27,7 @@ from deltaw.experiments.comparison_page import markdown_table
 from deltaw.experiments.entry import Message
 from deltaw.experiments.folder import ExperimentFolder, describe_changes, result_settings
 from deltaw.experiments.jobs import Job, JobResult, WorkerExited, WorkerProcess, run_locally
+from deltaw.experiments.progress_log import ProgressLog
 from deltaw.experiments.search_space import (
     CategoricalValues,
     Range,
@@ -38,7 +39,6 @@ from deltaw.experiments.search_space import (
     nested_values,
     parse_space,
 )
-from deltaw.experiments.until_flat import ProgressLog
 from deltaw.methods.start import resolve_start
 from deltaw.progress import LogFunction, ignore_line
 from deltaw.settings.config import RunConfig

@@ -9,9 +9,9 @@ from deltaw.data.prompt_tokens import encode_prompt
 from deltaw.decoding.generation import TextGenerator
 from deltaw.inference.opened_run import OpenedRun
 from deltaw.training.drift import BATCH_TOKENS, Drift, measure_drift
-from deltaw.training.drift_meter import GeneralAnswer, drift_enabled, pair_answers, select_evenly
 from deltaw.training.evaluation.general import MAX_ANSWER_TOKENS, GreedyDecoder, check_size, general_answers
 from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
+from deltaw.training.monitoring.drift_probe import GeneralAnswer, drift_enabled, pair_answers, select_evenly
 
 
 def measure_run_drift(opened: OpenedRun, writer: TextGenerator | None = None) -> Drift | None:

@@ -29,9 +29,9 @@ from deltaw.reports.memory_parts import memory_legend, memory_parts
 from deltaw.reports.plan import process_parts
 from deltaw.reports.svg import Bar, Figure, bars, stack, standalone, swatch
 from deltaw.reports.tables import MISSING, Cell, add_row, count, gigabytes, metric_name, one_line, table
-from deltaw.training.drift_meter import GeneralAnswer
 from deltaw.training.evaluation.answers import EvaluatedAnswer
 from deltaw.training.evaluation.base import Evaluation, Interval, is_share, metric_format, paired_difference
+from deltaw.training.monitoring.drift_probe import GeneralAnswer
 
 if TYPE_CHECKING:
     from deltaw.evaluation.harness import TaskScore

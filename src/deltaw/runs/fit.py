@@ -83,7 +83,6 @@ def _run(run: TrainingRun) -> Result:
         run.announce()
         run.measure_base()
         run.train()
-        run.compare_with_base()
         run.measure_adapter()
         run.finish()
     return run.result()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +46,11 @@ from deltaw.runs.summary import write_card
 from deltaw.runs.trained_rows import write_trained_rows
 from deltaw.runs.translate_errors import translate_errors
 from deltaw.training.callbacks import Callback, RunStart
-from deltaw.training.drift import Drift
-from deltaw.training.drift_meter import DriftMeter
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.monitoring.best import now
-from deltaw.training.monitoring.generation import GenerationCheck
 from deltaw.training.monitoring.monitor import Monitor
+from deltaw.training.monitoring.probe import Probe
+from deltaw.training.monitoring.probes import run_probes
 from deltaw.training.monitoring.rates import choose_rate
 from deltaw.training.parallel.joining import apply_parallelism
 from deltaw.training.reducer import Reducer
@@ -83,12 +80,12 @@ class TrainingRun:
         session: Model, method, rows and task, ready for training.
         folder: Folder of the run.
         record: State of the run in ``run.json`` and checkpoints.
+        probes: Measurements of the base model and the trained model.
         monitor: Evaluations during the run.
         num_trained: Number of trained parameters.
         outcome: Totals of the training.
         evaluation: Evaluation after the training. Empty if the training was interrupted.
-        drift: Drift of general answers, if it was measured.
-        generation: Result of the check of generated answers.
+        measured: Fields of the result that the probes measured, such as ``drift``.
     """
 
     task: Task[Any]
@@ -99,6 +96,7 @@ class TrainingRun:
     session: Session
     folder: RunFolder
     record: RunRecord
+    probes: Sequence[Probe]
     monitor: Monitor
     num_trained: int
     outcome: Outcome
@@ -111,8 +109,7 @@ class TrainingRun:
         self.output = Path(os.path.expanduser(start.requested.output))
         self.clock = PartTimer()
         self.evaluation = Evaluation()
-        self.drift: Drift | None = None
-        self.generation: Mapping[str, object] = {}
+        self.measured: dict[str, Any] = {}
         self._started_at = now()
         self._should_train = True
 
@@ -216,8 +213,14 @@ class TrainingRun:
             choices=run_choices(self.session, self.loaded.choices),
             log=self.callback.on_line,
         )
+        self.probes = run_probes(self.session, self.callback)
         self.monitor = Monitor(
-            self.session, self.folder.path, self.callback, self.folder.write_metrics, start=self._started_at
+            self.session,
+            self.folder.path,
+            self.callback,
+            self.folder.write_metrics,
+            probes=self.probes,
+            start=self._started_at,
         )
         self.record.add("monitor", self.monitor, durable=self.monitor.on_checkpoint)
         self.record.extras["approximations"] = self.session.approximations
@@ -267,10 +270,10 @@ class TrainingRun:
         )
 
     def measure_base(self) -> None:
-        """Measure the base model's general answers and generation, which are compared after the training."""
+        """Measure the base model with all probes, which compare it with the trained model later."""
         with self.clock.part("drift"):
-            self._drift_meter = DriftMeter(self.session)
-            self._generation_check = GenerationCheck(self.session)
+            for probe in self.probes:
+                probe.before()
 
     def train(self) -> None:
         """Train and evaluate. The adapter is saved even if the training fails, unless it is inconsistent."""
@@ -312,6 +315,7 @@ class TrainingRun:
         self.outcome = outcome
         if not outcome.interrupted:
             self.evaluation = self.monitor.evaluation
+        self._write_settings()  # includes settings that were chosen during the run
 
     def _save_adapter_after_error(self, error: BaseException) -> None:
         """Save the parameters that were trained before an error, if they are consistent.
@@ -328,42 +332,18 @@ class TrainingRun:
         if isinstance(error, UserError):
             self.callback.on_line(f"the adapter from before that step is in {self.folder.path}")
 
-    def compare_with_base(self) -> None:
-        """Record and log the measurements of the task, such as the comparison with a distilled prompt."""
-        if not self.outcome.interrupted:
-            for name, result in self.task.final_measurements(self.session, self.evaluation):
-                self.folder.write_metrics({"step": self.outcome.steps, name: result.as_dict()})
-                self.callback.on_line(str(result))
-        self._write_settings()  # includes settings that were chosen during the run
-
     def measure_adapter(self) -> None:
-        """Measure drift and generation of the trained model."""
+        """Measure the trained model with all probes, and record their results."""
         with self.clock.part("drift"):
-            if not self.outcome.interrupted:
-                self.drift = self._measure_drift()
-                self.generation = self._generation_check.measure()
-
-    def _measure_drift(self) -> Drift | None:
-        """Measure and record the drift. Log the reason if a language model has no general answers."""
-        meter = self._drift_meter
-        step = self.outcome.steps
-        try:
-            drift = meter.measure()
-        except NoGeneralAnswers as reason:
-            self.callback.on_line(f"drift: not measured ({reason})")
-            return None
-        if drift is not None:
-            answers = [asdict(answer) for answer in meter.compare_answers()]
-            self.folder.write_metrics({"step": step, "general": answers})
-            self.folder.write_metrics({"step": step, "drift": drift.as_dict()})
-        return drift
+            for probe in () if self.outcome.interrupted else self.probes:
+                for result in probe.after(self.evaluation):
+                    result.record(self.outcome.steps, self.folder.write_metrics, self.callback.on_line)
+                    self.measured |= result.fields
 
     def finish(self) -> None:
         """Release the other processes, write the model card and record the end of the run."""
         self.processes.dismiss()
-        write_card(
-            self.folder.path, self.session, self.outcome, self.evaluation, self.num_trained, self.drift, self.generation
-        )
+        write_card(self.folder.path, self.session, self.outcome, self.evaluation, self.num_trained, **self.measured)
         self.record.done(self.outcome)
         self.monitor.close(self.outcome, can_resume=self.record.checkpoints.enabled)
 
@@ -381,8 +361,7 @@ class TrainingRun:
             method=self.config.method,
             task=self.config.task,
             generates_text=self.task.generates_text,
-            drift=self.drift,
-            generation=self.generation,
+            **self.measured,
             arithmetic=self._arithmetic() if device == "cpu" else {},
             approximations=self.session.approximations.as_dict(),
             best=self.monitor.best.as_dict(),

@@ -469,6 +469,10 @@ class TrainState:
             with skip_update_if(self.optimizer, unless):
                 self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.write_back()
+
+    def write_back(self) -> None:
+        """Round the master weights into the parameters of the model."""
         self._master_weights.write_back()
 
     def end_step(self, step: Step) -> None:
@@ -541,7 +545,7 @@ class TrainState:
             on_device = {k: t.to(parameter.device, copy=True) for k, t in moments.items() if t is not None}
             if on_device:
                 self.optimizer.state[parameter] = on_device
-        self._master_weights.write_back()
+        self.write_back()
         self.sums = Outcome(**state.values["sums"])
         self.skipped_in_row = state.values["skipped_in_row"]
         if self.loss_scale is not None and (scale := state.values.get("loss_scale")) is not None:

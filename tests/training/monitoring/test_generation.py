@@ -164,7 +164,7 @@ def test_supervised_runs_are_not_checked(finished_run):
 
 def test_check_of_untrained_adapter_is_fine_and_does_not_change_it(preference_run, monkeypatch):
     checked = fit(preference_run("checked", learning_rate=1e-5))
-    monkeypatch.setattr(generation.GenerationCheck, "measure", lambda self: {})
+    monkeypatch.setattr(generation.GenerationProbe, "measure", lambda self: {})
     unchecked = fit(preference_run("unchecked", learning_rate=1e-5))
     assert checked.generation["verdict"] == FINE and not unchecked.generation
     assert (checked.output / ADAPTER).read_bytes() == (unchecked.output / ADAPTER).read_bytes()

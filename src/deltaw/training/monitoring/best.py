@@ -56,9 +56,9 @@ class BestParameters:
         self._checkpoint_step: int | None = None  # best step of the last checkpoint
         self._newest_step: int | None = None
 
-    def save(self, step: int) -> None:
-        """Write the current parameters atomically."""
-        save_tensors(self._file(step), self._parameters(), {"step": str(step)})
+    def save(self, step: int, state: TrainState | None = None) -> None:
+        """Write the current parameters atomically, or the master weights of ``state``."""
+        save_tensors(self._file(step), self._parameters(state), {"step": str(step)})
         self._newest_step = step
         self._remove_except({step, self._checkpoint_step})
 
@@ -76,29 +76,38 @@ class BestParameters:
             return False
 
     @torch.no_grad()
-    def restore(self, step: int) -> None:
-        """Load the parameters of this step into the model. Do not call it during training.
+    def restore(self, step: int, state: TrainState | None = None) -> None:
+        """Load the parameters of this step into the model.
+
+        Args:
+            step: Step of :meth:`save`.
+            state: State that was passed to :meth:`save`. During training, its master weights are loaded, too.
 
         Raises:
             UserError: if their file is missing or damaged.
         """
         try:
             tensors = TensorFile(self._file(step))
-            if missing := self._parameters().keys() - tensors.keys():
+            parameters = self._parameters(state)
+            if missing := parameters.keys() - tensors.keys():
                 raise ValueError(f"it lacks '{min(missing)}'")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             message = f"the parameters of the best step, {step}, cannot be read: {error}"
             hint = "the adapter of the last step is in the run's folder"
             raise UserError(message, location=str(self._file(step)), hint=hint) from error
-        for name, parameter in self._parameters().items():
+        for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
+        if state is not None:
+            state.write_back()
         self._session.method.after_step(self._session.model)
 
     def remove(self) -> None:
         """Remove all stored parameters."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _parameters(self) -> dict[str, nn.Parameter]:
+    def _parameters(self, state: TrainState | None = None) -> dict[str, nn.Parameter]:
+        if state is not None:
+            return dict(zip(state.names, state.trained, strict=True))
         return dict(self._session.method.parameters(self._session.model))
 
     def _file(self, step: int) -> Path:
@@ -390,11 +399,11 @@ class CostEstimates:
         answers: Number of answers that each evaluation generates (``train.eval_answers``).
 
     Attributes:
-        samples: Seconds that the answers to the sample prompts took.
+        probes: Seconds that the probes of an evaluation take.
     """
 
     def __init__(self, session: Session, answers: int) -> None:
-        self.samples = 0.0
+        self.probes = 0.0
         self._tokens = 0
         self._seconds = 0.0
         rows = [row for part in evaluated_rows(session) for row in part]
@@ -416,7 +425,7 @@ class CostEstimates:
         """Update the estimates of values that were not measured yet."""
         token_seconds = self._seconds / max(1, self._tokens)
         if not ending.measured:
-            ending.evaluation = self._evaluation * token_seconds + self.samples
+            ending.evaluation = self._evaluation * token_seconds + self.probes
         ending.after = self._drift * token_seconds + self._saving
         if self._keeps_best:  # it is restored, saved and evaluated again
             ending.after += ending.evaluation + 2 * self._saving

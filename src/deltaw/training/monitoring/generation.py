@@ -21,9 +21,11 @@ from deltaw.decoding.generation import GeneratedCompletion, position_limit
 from deltaw.progress import track_progress
 from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.evaluation.answers import has_prompt
+from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import MAX_ANSWER_TOKENS, NoGeneralAnswers, check_size
 from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
 from deltaw.training.losses import RowLogProbs
+from deltaw.training.monitoring.probe import Probe, ProbeResult
 from deltaw.training.rendered_rows import render_example
 from deltaw.training.session import Session
 
@@ -269,8 +271,8 @@ class ReferenceAnswers:
     checks_cut: bool = False
 
 
-class GenerationCheck:
-    """Answers prompts before and after the training of a session. Create it before the first step.
+class GenerationProbe(Probe):
+    """Answers prompts before and after the training of a session.
 
     The answers before training are those of the reference model: the adapter of ``start_from`` or the base model. If
     it can be restored after training, all prompts are answered at the end. Otherwise it answers first.
@@ -279,7 +281,15 @@ class GenerationCheck:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._keeps_base = session.method.can_restore_base(session.model) and not session.uses_start_reference
-        self._references = [] if self._keeps_base else self._reference_answers()
+        self._references: Sequence[ReferenceAnswers] = ()
+
+    def before(self) -> None:
+        """Answer with the reference model if it cannot be restored after training."""
+        if not self._keeps_base:
+            self._references = self._reference_answers()
+
+    def after(self, evaluation: Evaluation) -> Iterator[ProbeResult]:
+        yield ProbeResult(fields={"generation": self.measure()})
 
     def measure(self) -> dict[str, object]:
         """Compare the answers of the trained model with those before training; empty if the run is not checked.

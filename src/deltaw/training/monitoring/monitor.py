@@ -13,23 +13,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
-from transformers import PreTrainedTokenizerBase
-
-from deltaw.data.example import MAX_TEXT_LENGTH, Example
+from deltaw.data.example import MAX_TEXT_LENGTH
 from deltaw.data.row_reader import RunData
-from deltaw.decoding.generation import GeneratedCompletion
 from deltaw.errors import UserError
-from deltaw.machine.choices import Choice
 from deltaw.progress import Detail, track_progress
 from deltaw.settings import task_registry
 from deltaw.settings.config import RunConfig, duration_seconds
-from deltaw.training.callbacks import Callback, Sample
-from deltaw.training.evaluation.answers import EvaluatedAnswer, answers, exact_match_warning
+from deltaw.training.callbacks import Callback
 from deltaw.training.evaluation.base import Evaluation, wilson_interval
-from deltaw.training.evaluation.general import NoGeneralAnswers, check_size
 from deltaw.training.monitoring.best import (
     BestParameters,
     BestScore,
@@ -41,6 +34,8 @@ from deltaw.training.monitoring.best import (
     with_deciding_metric,
 )
 from deltaw.training.monitoring.generation import choose_rows
+from deltaw.training.monitoring.probe import Probe, WriteLine
+from deltaw.training.monitoring.samples import generate_answers
 from deltaw.training.session import Session
 from deltaw.training.state import Outcome, Step, TrainState
 from deltaw.training.task import Task
@@ -212,89 +207,15 @@ def _round_up(value: float) -> float:
     return round(math.ceil(value / power) * power, 10)
 
 
-# Answers to held-out prompts during training, either scored or shown. Decoding is greedy, uses no random numbers and
-# does not change the model, so the training is not affected.
+# Scored answers to held-out prompts during training. Decoding is greedy, uses no random numbers and does not change the
+# model, so the training is not affected.
 
-# Bounds of the maximum length of a sample answer. It is shorter if the expected answers are short.
-MAX_SAMPLE_TOKENS = 48
-MIN_SAMPLE_TOKENS = 16
-# Maximum length for a model that is trained with rewards.
-MAX_REWARD_SAMPLE_TOKENS = 256
-# Random streams that select rows for scored answers and for samples.
+# Random stream that selects rows for scored answers.
 _ANSWER_STREAM = 11
-_SAMPLE_STREAM = 12
 # Metric of generated answers: share of exact matches with the data.
 ANSWER_METRIC = "generated_exact_match"
-
-
-class Samples:
-    """Answers to held-out prompts, by the base model and by the adapter during training (``train.samples``).
-
-    Args:
-        session: Session of the run. No samples are generated if its model generates no text.
-        rows: Held-out rows as the model receives them.
-        count: Number of samples.
-    """
-
-    def __init__(self, session: Session, rows: Sequence[Any], count: int) -> None:
-        self._session = session
-        is_enabled = session.task.tokenizer is not None and session.task.generates_text and count > 0
-        self._rows = choose_rows(rows, count, (session.config.train.seed, _SAMPLE_STREAM)) if is_enabled else []
-        max_answer_length = max((len(row) - row.prompt_length for row in self._rows), default=0)
-        self._max_new_tokens = min(MAX_SAMPLE_TOKENS, max(MIN_SAMPLE_TOKENS, 2 * max_answer_length))
-        if max_new_tokens := session.generation_limits.max_new_tokens:
-            self._max_new_tokens = min(MAX_REWARD_SAMPLE_TOKENS, max_new_tokens)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def of_base(self) -> list[Sample]:
-        """Return the base model's answers.
-
-        If the method does not preserve the base model, call it before the first step.
-        """
-        method = self._session.method
-        model = self._session.model
-        if not method.can_restore_base(model):
-            return self.of_adapter()
-        with method.base_model_active(model):
-            return self._written([row.without_prefix(method.virtual_tokens) for row in self._rows], of_base=True)
-
-    def of_adapter(self) -> list[Sample]:
-        """Return the answers of the current model."""
-        return self._written(self._rows)
-
-    def pictures(self) -> dict[str, list[str]]:
-        """Return thumbnails of the images in the prompts, by row number."""
-        images = self._session.task.images
-        pictures = {} if images is None else {str(row.row): images.thumbnails(row.tokens) for row in self._rows}
-        return {row: urls for row, urls in pictures.items() if urls}
-
-    def _written(self, rows: Sequence[Example], of_base: bool = False) -> list[Sample]:
-        with track_progress("answering sample prompts"):
-            answers = generate_answers(self._session, rows, max_new_tokens=self._max_new_tokens, of_base=of_base)
-        return [Sample(a.row, a.question, a.expected or None, a.output) for a in answers]
-
-
-def generate_answers(
-    session: Session, rows: Sequence[Example], *, max_new_tokens: int | None, of_base: bool = False
-) -> list[EvaluatedAnswer]:
-    """Return the model's greedy answers to rendered rows. See :meth:`Session.complete`."""
-    tokenizer = session.task.tokenizer
-    if not rows or not isinstance(tokenizer, PreTrainedTokenizerBase):
-        return []
-
-    def complete(prompts: Sequence[np.ndarray], count: int, *_: object) -> list[GeneratedCompletion]:
-        return session.complete(prompts, count, of_base=of_base)
-
-    return answers(session.model, tokenizer, rows, max_new_tokens=max_new_tokens, writer=complete)
-
-
-# Adds a line to a run's metrics.
-WriteLine: TypeAlias = Callable[[Mapping[str, object]], None]
 # Subfolder for the adapter of the last step, if the best one is saved.
 LAST = "last"
-SAMPLES = 8
 # The held-out rows are also evaluated before the first step if that computes at most this share of the rows of all
 # steps. A forward pass takes about a third of a step, so this costs about a tenth of the training time.
 MAX_BASE_SHARE = 0.35
@@ -338,6 +259,7 @@ class Monitor:
         folder: Folder of the run.
         callback: Receives messages and results.
         write: Appends a line to the run's metrics.
+        probes: Probes that measure at each evaluation.
         start: Start of the run, measured by :func:`deltaw.training.monitoring.best.now`.
 
     Attributes:
@@ -346,7 +268,16 @@ class Monitor:
         budget: Time budget, if any.
     """
 
-    def __init__(self, session: Session, folder: Path, callback: Callback, write: WriteLine, *, start: float) -> None:
+    def __init__(
+        self,
+        session: Session,
+        folder: Path,
+        callback: Callback,
+        write: WriteLine,
+        *,
+        probes: Sequence[Probe],
+        start: float,
+    ) -> None:
         train = session.config.train
         self._session = session
         self._folder = folder
@@ -360,8 +291,7 @@ class Monitor:
         count = train.eval_answers
         seed = (train.seed, _ANSWER_STREAM)
         self._answer_rows = {name: choose_rows(rows, count, seed) for name, rows in sets}
-        self._samples = Samples(session, session.data.held_out, self._sample_count())
-        self._base_samples: list[Sample] | None = None
+        self._probes = probes
         self._step_monitor = StepMonitor(train.max_grad_norm)
         self._eval_every = train.eval_every
         self._restored = False
@@ -379,7 +309,7 @@ class Monitor:
             self._choose_eval_interval(session.total_steps)
 
     def prepare(self) -> None:
-        """Evaluate the base model and generate its sample answers, unless an earlier process did.
+        """Evaluate the base model and call the probes for step 0, unless an earlier process did.
 
         Call it before the first step, outside of ``session.running()``.
         """
@@ -389,15 +319,9 @@ class Monitor:
                 before = self._evaluate_sets(scores_answers=False)
                 self._write({"step": 0, "base": before.as_dict()})
                 self._evaluate_base_of_start(before)
-        if not len(self._samples) or self._base_samples is not None:
-            return
         start = time.perf_counter()
-        is_base = self._session.start is None
-        self._base_samples = self._samples.of_base() if is_base else self._samples.of_adapter()
-        self._costs.samples = time.perf_counter() - start
-        self._report_samples(0, self._base_samples)
-        if pictures := self._samples.pictures():
-            self._write({"step": 0, "pictures": pictures})
+        self._record_probes(0)
+        self._costs.probes = time.perf_counter() - start
 
     def _evaluate_base_of_start(self, start: Evaluation) -> None:
         """Evaluate the base model of a run that starts from an adapter, on the first set of held-out rows.
@@ -483,24 +407,10 @@ class Monitor:
         elif self._evaluation is None:  # it was evaluated and reported by an earlier process
             self._evaluation = self._evaluate_sets()
         self._write_outcomes(step)
-        self._verify_exact_match()
+        for probe in self._probes:
+            for result in probe.verify(self.evaluation):
+                result.record(step, self._write, self._callback.on_line)
         return with_deciding_metric(self.evaluation, generates_text=self._session.task.generates_text)
-
-    def _verify_exact_match(self) -> None:
-        """Report if generated answers contradict the exact match of the first set."""
-        session = self._session
-        if not len(self._samples) or not isinstance(session.task.tokenizer, PreTrainedTokenizerBase):
-            return
-        rows = next(iter(session.data.sets.values()))
-
-        def complete(prompts: Sequence[np.ndarray], count: int, *_: object) -> list[GeneratedCompletion]:
-            return session.complete(prompts, count)
-
-        with track_progress("verifying answers"):
-            warning = exact_match_warning(rows, self.evaluation, session.task.tokenizer, complete)
-        if warning is not None:
-            session.notes.append(warning)
-            self._callback.on_line(warning)
 
     def save_best(self, step: int, save: Callable[[Path], None], *, evaluate: bool) -> None:
         """Save the best adapter as the run's adapter and the last one in ``last/``.
@@ -553,7 +463,7 @@ class Monitor:
         return {
             "best": self.best.state(),
             "watch": self._step_monitor.state(),
-            "samples": None if self._base_samples is None else [sample.as_dict() for sample in self._base_samples],
+            **{name: value for probe in self._probes for name, value in probe.state().items()},
             "evaluated": self._evaluated_step,
             "every": self._eval_every,
             "budget": None if self.budget is None else self.budget.state(),
@@ -564,8 +474,8 @@ class Monitor:
         self._restored = True
         self.best.restore(state["best"])
         self._step_monitor.restore(state["watch"])
-        if state["samples"] is not None:
-            self._base_samples = [Sample(**sample) for sample in state["samples"]]
+        for probe in self._probes:
+            probe.restore(state)
         self._evaluated_step = state["evaluated"]
         if self._session.config.train.eval_every is None:
             self._eval_every = state["every"]
@@ -575,22 +485,6 @@ class Monitor:
         if self._best_parameters is not None and step is not None and not self._best_parameters.has(step):
             self._callback.on_line(f"the parameters of the best step, {step}, are missing: looking for a new one")
             self.best = BestScore(self.best.patience)
-
-    def _sample_count(self) -> int:
-        """Return the number of samples."""
-        session = self._session
-        setting = self._session.config.train.samples
-        if setting != "auto":
-            return int(setting)
-        chosen = Choice(SAMPLES, "a language model")
-        try:
-            if not session.task.generates_text:
-                raise NoGeneralAnswers(f"a model for {session.task.name} generates no text")
-            check_size(session.model)
-        except NoGeneralAnswers as reason:
-            chosen = Choice(0, str(reason))
-        session.chosen["train.samples"] = chosen
-        return chosen.value
 
     def _choose_eval_interval(self, total_steps: int) -> None:
         """Choose the evaluation interval if the best evaluation is needed and the interval is not configured."""
@@ -631,8 +525,7 @@ class Monitor:
                 return None
             self._write({"step": step, "eval": measured.as_dict()})
             self._callback.on_evaluation(step, measured)
-            if len(self._samples):
-                self._report_samples(step, self._samples.of_adapter())
+            self._record_probes(step)
             generates_text = self._session.task.generates_text
             if self.best.update(step, measured, generates_text=generates_text) and self._best_parameters:
                 self._best_parameters.save(step)
@@ -655,6 +548,7 @@ class Monitor:
             return image.name if isinstance(image, Path) else image if isinstance(image, str) else ""
         return str(tokenizer.decode(value.tokens[:MAX_TEXT_LENGTH], skip_special_tokens=True))[:MAX_TEXT_LENGTH]
 
-    def _report_samples(self, step: int, samples: list[Sample]) -> None:
-        self._write({"step": step, "samples": [sample.as_dict() for sample in samples]})
-        self._callback.on_samples(step, samples)
+    def _record_probes(self, step: int) -> None:
+        for probe in self._probes:
+            for result in probe.evaluate(step):
+                result.record(step, self._write, self._callback.on_line)

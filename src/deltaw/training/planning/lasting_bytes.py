@@ -13,7 +13,7 @@ from deltaw.kernels.decode import PAGE_TOKENS
 from deltaw.training.evaluation.general import MAX_ANSWER_TOKENS
 from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
 from deltaw.training.monitoring.generation import MAX_DATA_ANSWER_TOKENS, PROMPTS, is_checked
-from deltaw.training.monitoring.monitor import SAMPLES
+from deltaw.training.monitoring.samples import SAMPLES
 from deltaw.training.planning.heaviest_step import LOGIT_COPIES, row_length
 from deltaw.training.session import Session
 

@@ -32,8 +32,8 @@ from deltaw.runtime.weights_in_huge_pages import MOVE_CHUNK_BYTES as MOVED_AT_ON
 from deltaw.settings.config import RunConfig
 from deltaw.training.approximations import applicable
 from deltaw.training.callbacks import FunctionCallback
-from deltaw.training.drift_meter import DriftMeter
 from deltaw.training.evaluation.general import NoGeneralAnswers
+from deltaw.training.monitoring.drift_probe import DriftProbe
 from deltaw.training.monitoring.rates import restored_parameters
 from deltaw.training.planning.fake_model import FakeModel, WeightsTooLargeError, block_bytes
 from deltaw.training.planning.heaviest_step import (
@@ -244,7 +244,8 @@ def _dry_run(session: Session, processes: int) -> _DryRun:
     trim_memory()  # as before the first step of a run
     batcher = PeakBatcher(session, heaviest.labeled)
     marks = [(0, 0)]
-    meter = DriftMeter(session)
+    drift = DriftProbe(session)
+    drift.before()
     # A learning rate search trains like the run, with an additional copy of the trained parameters.
     searches_rate = session.config.train.learning_rate == "search"
     parameter_copy = restored_parameters(session) if searches_rate else contextlib.nullcontext()
@@ -263,7 +264,7 @@ def _dry_run(session: Session, processes: int) -> _DryRun:
         with session.running():
             evaluate_rows(session, longest)
     with contextlib.suppress(NoGeneralAnswers):  # the run does not measure drift in this case
-        meter.measure()
+        drift.measure()
     share = sum(c * n for c, n in heaviest.shapes) / max(1, batcher.tokens)
     operations, operators = (int((b - a) * share) for a, b in zip(*marks[1:3], strict=True))
     return _DryRun(session, heaviest, work, batcher, operations, operators)

@@ -39,7 +39,8 @@ from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
 from deltaw.training.feed import Feed
 from deltaw.training.monitoring.best import PROMPT_TOKENS, default_eval_every, evaluated_rows
 from deltaw.training.monitoring.generation import answer_limit, is_checked, prompts_of
-from deltaw.training.monitoring.monitor import MAX_SAMPLE_TOKENS, MIN_SAMPLE_TOKENS, SAMPLES, evaluates_base
+from deltaw.training.monitoring.monitor import evaluates_base
+from deltaw.training.monitoring.samples import MAX_SAMPLE_TOKENS, MIN_SAMPLE_TOKENS, SAMPLES
 from deltaw.training.optimizer import clipped_norm
 from deltaw.training.planning.run_time import BUSY_REASON, Generation, Microbatches, MicrobatchTime, StepRates, Workload
 from deltaw.training.reducer import SINGLE_PROCESS

@@ -7,8 +7,8 @@ parameters, the base model is evaluated before training.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,10 @@ import numpy as np
 from deltaw.data.example import Example
 from deltaw.decoding.generation import GeneratedCompletion
 from deltaw.training.drift import BaseLosses, Drift, base_losses, measure_drift
+from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import MAX_ANSWER_TOKENS, NUM_STORED_ANSWERS, NoGeneralAnswers, check_size
 from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
+from deltaw.training.monitoring.probe import Probe, ProbeResult
 from deltaw.training.rendered_rows import render_example
 from deltaw.training.session import Session
 from deltaw.training.task import Task
@@ -48,8 +50,8 @@ def pair_answers(answers: Sequence[Example], completions: Sequence[GeneratedComp
     return [GeneralAnswer(DRIFT_PROMPTS[base.row - 1], base.answer or "", c.text) for base, c in pairs]
 
 
-class DriftMeter:
-    """Measures the drift caused by a session's training. Create it before the first step.
+class DriftProbe(Probe):
+    """Measures the drift caused by a session's training.
 
     Args:
         session: Session that is ready to train. Drift is not measured if ``train.drift`` is false or the model
@@ -58,16 +60,19 @@ class DriftMeter:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        setting = session.config.train.drift
-        self._enabled = drift_enabled(setting, session.task)
+        self._enabled = drift_enabled(session.config.train.drift, session.task)
         self._stored_losses: BaseLosses | None = None
         self._answers: Sequence[Example] = ()
         self._reason: NoGeneralAnswers | None = None
         self._at_start: Drift | None = None
+
+    def before(self) -> None:
+        """Measure the base model if the method does not preserve it, and the adapter of ``start_from``."""
         if not self._enabled:
             return
+        session = self._session
         try:
-            if setting == "auto":
+            if session.config.train.drift == "auto":
                 check_size(session.model)
             if session.replaced_base:
                 raise NoGeneralAnswers("the adapter of start_from has replaced weights of the base model")
@@ -79,6 +84,17 @@ class DriftMeter:
                 self._at_start = self.measure()
         except NoGeneralAnswers as reason:
             self._reason = reason
+
+    def after(self, evaluation: Evaluation) -> Iterator[ProbeResult]:
+        """Measure the drift, and compare general answers. Log the reason if a language model has none."""
+        try:
+            drift = self.measure()
+        except NoGeneralAnswers as reason:
+            yield ProbeResult(line=f"drift: not measured ({reason})")
+            return
+        if drift is not None:
+            yield ProbeResult({"general": [asdict(answer) for answer in self.compare_answers()]})
+            yield ProbeResult({"drift": drift.as_dict()}, fields={"drift": drift})
 
     def measure(self) -> Drift | None:
         """Return the drift of the trained model, or None if it is disabled. Call it outside of ``session.running``.
