@@ -7,8 +7,10 @@ implementation is used (padded rows, eager attention), or an error names the mis
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import torch
@@ -104,3 +106,28 @@ def detach_from_model_config(config: GenerationConfig) -> None:
     """Mark generation settings as independent of the model's configuration."""
     if look_up(config, FOLLOWS_MODEL) is not None:
         setattr(config, FOLLOWS_MODEL, False)
+
+
+# Functions of modeling modules that carry a state from token to token.
+CONVOLUTION_FUNCTION = "causal_conv1d_fn"
+DELTA_RULE_FUNCTION = "torch_chunk_gated_delta_rule"
+STATE_SPACE_FUNCTION = "mamba2_chunk_scan"
+_REPLACED = "_deltaw_original"
+
+
+def replace_functions(model: nn.Module, name: str, replacement: Callable[..., Any]) -> None:
+    """Replace a function of the modules of transformers that define the layers of ``model``, once per module.
+
+    Args:
+        name: Name of the function. Modules without it are unchanged.
+        replacement: Called with the original function and the arguments.
+    """
+    for module_name in {type(layer).__module__ for layer in model.modules()}:
+        if not module_name.startswith("transformers.models."):
+            continue
+        namespace = vars(sys.modules[module_name])
+        original = namespace.get(name)
+        if original is not None and not hasattr(original, _REPLACED):
+            replaced = functools.wraps(original)(functools.partial(replacement, original))
+            setattr(replaced, _REPLACED, original)
+            namespace[name] = replaced

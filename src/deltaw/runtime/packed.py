@@ -1,8 +1,9 @@
 """Run transformers models on packed rows, with deltaw's attention kernels.
 
 Packed rows are concatenated without padding, and rows may share prefixes. The layout reaches the attention function as
-a keyword argument that the model passes on (transformers' ``AttentionInterface``). No mask is created and no model code
-is patched. :mod:`deltaw.runtime.packing_checks` tests if a model supports packed rows.
+a keyword argument that the model passes on (transformers' ``AttentionInterface``). No mask is created. Layers with a
+recurrent state get it the same way (:mod:`deltaw.runtime.recurrent_layers`).
+:mod:`deltaw.runtime.packing_checks` tests if a model supports packed rows.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from deltaw.lora.adapted import ACTIVE_KEYWORD, Activation
 from deltaw.runtime.attention_choice import use_attention
 from deltaw.runtime.fused_blocks import FusedBlocks, Mode, cached_in_mode, fused_in_mode, record_config
 from deltaw.runtime.partial import PartialLayout, layer_index_of, partial_attention
+from deltaw.runtime.recurrent_layers import use_packed_operators
 
 ATTENTION = "deltaw_packed"
 SAMPLE_TOKENS = 24
@@ -102,6 +104,7 @@ def packed_rows(model: PreTrainedModel, *, fused: bool = True, independent: bool
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(use_attention(model, ATTENTION))
+        use_packed_operators(model)
         if fused:
             stack.enter_context(fused_in_mode(model, PACKED_INDEPENDENT if independent else PACKED).installed())
         yield

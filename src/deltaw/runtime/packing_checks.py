@@ -18,10 +18,17 @@ from deltaw.runtime.fused_blocks import recording_configs
 from deltaw.runtime.packed import INDEPENDENT, PREFIX_TREE, backbone_of, packed_rows, sample_rows, without_cache
 from deltaw.runtime.partial import PartialLayout
 from deltaw.runtime.recognition import TOLERANCE
+from deltaw.runtime.recurrent_layers import RECURRENT_LAYER_TYPES, STATELESS_LAYER_TYPES, counting_convolutions
 from deltaw.runtime.small_copy import measure_once
 
 # Supported layer types. Other types may differ only at distances beyond the test sample.
-PLAIN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+SUPPORTED_LAYER_TYPES = {
+    "full_attention",
+    "sliding_attention",
+    "attention",
+    *RECURRENT_LAYER_TYPES,
+    *STATELESS_LAYER_TYPES,
+}
 
 
 def can_pack(model: PreTrainedModel, parents: Sequence[int] = PREFIX_TREE) -> Choice:
@@ -35,14 +42,16 @@ def can_pack(model: PreTrainedModel, parents: Sequence[int] = PREFIX_TREE) -> Ch
         parents: Parent segments of the sample. For an encoder, which attends to later tokens: :data:`INDEPENDENT`.
     """
     name = type(model).__name__
-    types = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
-    if types - PLAIN_LAYER_TYPES:
-        return Choice(False, f"{name} has unsupported layer types: {', '.join(sorted(types - PLAIN_LAYER_TYPES))}")
+    layer_types = list(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    unsupported = sorted(set(layer_types) - SUPPORTED_LAYER_TYPES)
+    if unsupported:
+        return Choice(False, f"{name} has unsupported layer types: {', '.join(unsupported)}")
     try:
-        calls = _count_attention_calls(model, parents)
+        calls = _count_layer_calls(model, parents)
     except Exception as error:  # any error of a third-party model means that it needs padded rows
         return Choice(False, f"{name} cannot run packed rows ({type(error).__name__}: {str(error)[:100]})")
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
+    layers -= sum(kind in STATELESS_LAYER_TYPES for kind in layer_types)
     if calls < layers:
         return Choice(False, f"{name} passes the layout to {calls} of its {layers} layers")
     if "position_ids" not in inspect.signature(backbone_of(model).forward).parameters:
@@ -67,12 +76,13 @@ def can_pack_independent(model: PreTrainedModel) -> Choice:
     return can_pack(model, INDEPENDENT)
 
 
-def _count_attention_calls(model: PreTrainedModel, parents: Sequence[int]) -> int:
-    """Return the number of attention calls for a packed row."""
+def _count_layer_calls(model: PreTrainedModel, parents: Sequence[int]) -> int:
+    """Return the number of calls of attention and of recurrent layers for a packed row."""
     _, inputs = sample_rows(model, parents)
-    with torch.no_grad(), packed_rows(model, fused=False), recording_configs() as notes:
+    recorded = recording_configs(), counting_convolutions()
+    with torch.no_grad(), packed_rows(model, fused=False), recorded[0] as notes, recorded[1] as convolutions:
         backbone_of(model)(**inputs)
-    return len(notes)
+    return len(notes) + len(convolutions)
 
 
 _DIFFERENCES: dict[tuple[Any, ...], float] = {}

@@ -1,0 +1,438 @@
+"""Linear recurrences over a prefix tree of segments: the gated delta rule, and the state-space scan of Mamba-2.
+
+A head carries a state S (d, d_v). Each token t decays it, corrects it, and reads it:
+
+    S ← exp(g_t)·S
+    u_t = β_t·(v_t − Sᵀk_t)        gated delta rule (arXiv 2412.06464, equation 10)
+    u_t = v_t                       state-space scan (arXiv 2405.21060, section 3; k = B, q = C, v = Δ·x, g = Δ·A)
+    S ← S + k_t u_tᵀ
+    y_t = Sᵀq_t
+
+A segment starts with the last state of its parent, so packed rows do not mix and a shared prefix is computed once.
+
+Chunks: Let G be the cumulative sum of g in a chunk, D_ij = exp(G_i − G_j) for i ≥ j, and S the state before the chunk.
+The corrected values U of the chunk solve a triangular system (arXiv 2406.06484, section 3):
+
+    (I + tril(β·KKᵀ∘D, −1)) U = β·(V − exp(G)·K S)
+    Y = exp(G)·Q S + (QKᵀ∘D) U
+    S ← exp(G_C)·S + (exp(G_C − G)·K)ᵀ U
+
+The backward pass recomputes the states and passes the gradient of a state to the chunk that it continues.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltaw.kernels.chunks import Chunks, Level, chunks_of, count_chunks
+from deltaw.kernels.layout import Layout
+from deltaw.kernels.operators import accumulation_dtype
+
+# Added to the squared norm of queries and keys of the gated delta rule.
+NORM_EPS = 1e-6
+CHUNK_SIZES = (16, 32, 64)
+# Overhead of a level (about ten calls), in multiply-adds of one head.
+WORK_PER_LEVEL = 200_000
+# Heads are processed in groups whose intermediate results have about this many elements.
+ELEMENTS_PER_GROUP = 2**23
+
+
+@dataclass(frozen=True)
+class RecurrenceOptions:
+    """Options of a recurrence.
+
+    Attributes:
+        scaling: Factor on the queries.
+        unit_vectors: True to divide queries and keys by their norms first.
+    """
+
+    scaling: float = 1.0
+    unit_vectors: bool = False
+
+
+def packed_recurrence(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    rate: Tensor | None,
+    layout: Layout,
+    *,
+    scaling: float = 1.0,
+    unit_vectors: bool = False,
+) -> Tensor:
+    """Return the outputs y of a linear recurrence.
+
+    Args:
+        query: (T, key heads, d). Heads ``i·g … i·g + g - 1`` of the values share key head ``i``.
+        key: (T, key heads, d).
+        value: (T, heads, d_v).
+        decay: (T, heads) logarithms g of the decay, at most 0.
+        rate: (T, heads) β of the gated delta rule, or None for a state-space scan.
+        layout: Layout of the T tokens.
+        scaling: Factor on the queries.
+        unit_vectors: True to divide queries and keys by their norms first.
+
+    Returns:
+        (T, heads, d_v) in the dtype of ``value``. States and sums are in fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    _check_shapes(query, key, value, decay, rate, layout)
+    return _Recurrence.apply(query, key, value, decay, rate, layout, RecurrenceOptions(scaling, unit_vectors))
+
+
+def recurrence_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    rate: Tensor | None,
+    layout: Layout,
+    *,
+    scaling: float = 1.0,
+    unit_vectors: bool = False,
+) -> Tensor:
+    """Reference implementation of :func:`packed_recurrence`, token by token. Supports autograd."""
+    dtype = accumulation_dtype(value)
+    group = value.shape[1] // key.shape[1]
+    q = query.to(dtype)
+    k = key.to(dtype)
+    if unit_vectors:
+        q = _unit(q)[0]
+        k = _unit(k)[0]
+    q = (q * scaling).repeat_interleave(group, 1)
+    k = k.repeat_interleave(group, 1)
+    v = value.to(dtype)
+    g = decay.to(dtype).exp()[..., None, None]
+    beta = None if rate is None else rate.to(dtype)[..., None]
+    ends: list[Tensor] = []
+    outputs: list[Tensor] = []
+    for start, stop, parent in zip(layout.starts.tolist(), layout.stops.tolist(), layout.parents.tolist(), strict=True):
+        state = ends[parent] if parent >= 0 else v.new_zeros(v.shape[1], k.shape[2], v.shape[2])
+        for t in range(start, stop):
+            state = state * g[t]
+            new = v[t]
+            if beta is not None:
+                new = beta[t] * (new - (state * k[t][..., None]).sum(1))
+            state = state + k[t][..., None] * new[:, None]
+            outputs.append((state * q[t][..., None]).sum(1))
+        ends.append(state)
+    return torch.stack(outputs).to(value.dtype)
+
+
+class _Recurrence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, decay, rate, layout, options):  # type: ignore[override]
+        ctx.save_for_backward(query, key, value, decay, rate)
+        ctx.layout = layout
+        ctx.options = options
+        inputs = _Inputs(query, key, value, decay, rate)
+        return torch.cat([_of_chunks(part, layout, options).outputs() for part in _head_groups(inputs)], 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # type: ignore[override]
+        inputs = _Inputs(*ctx.saved_tensors)
+        grads = []
+        first = 0
+        for part in _head_groups(inputs):
+            heads = part.value.shape[1]
+            grads.append(_of_chunks(part, ctx.layout, ctx.options).gradients(grad[:, first : first + heads]))
+            first += heads
+        merged = (None if tensors[0] is None else torch.cat(tensors, 1) for tensors in zip(*grads, strict=True))
+        return *merged, None, None
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Arguments of :func:`packed_recurrence`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    decay: Tensor
+    rate: Tensor | None
+
+
+def _head_groups(inputs: _Inputs) -> list[_Inputs]:
+    """Split the inputs by heads, so that intermediate results fit in the cache or at least in little memory."""
+    length, heads, d_v = inputs.value.shape
+    key_heads, d = inputs.key.shape[1:]
+    wide = max(1, ELEMENTS_PER_GROUP // (length * (4 * d + 6 * d_v)) * key_heads // heads)
+    if wide >= key_heads:
+        return [inputs]
+    shared = heads // key_heads
+    parts = []
+    for low in range(0, key_heads, wide):
+        keys = slice(low, low + wide)
+        values = slice(low * shared, (low + wide) * shared)
+        rate = None if inputs.rate is None else inputs.rate[:, values]
+        part = _Inputs(
+            query=inputs.query[:, keys],
+            key=inputs.key[:, keys],
+            value=inputs.value[:, values],
+            decay=inputs.decay[:, values],
+            rate=rate,
+        )
+        parts.append(part)
+    return parts
+
+
+def _of_chunks(inputs: _Inputs, layout: Layout, options: RecurrenceOptions) -> _ChunkedRecurrence:
+    d = inputs.key.shape[2]
+    size = _chunk_size(layout, d, inputs.value.shape[2])
+    return _ChunkedRecurrence(inputs, chunks_of(layout, size), options)
+
+
+def _chunk_size(layout: Layout, d: int, d_v: int) -> int:
+    """Return the chunk size with the least estimated work."""
+
+    def work(size: int) -> int:
+        chunks, levels = count_chunks(layout, size)
+        return chunks * size * (3 * d * d_v + size * 2 * (d + d_v)) + levels * WORK_PER_LEVEL
+
+    return min(CHUNK_SIZES, key=work)
+
+
+class _ChunkedRecurrence:
+    """A recurrence in chunks of C tokens: (N, heads, C, d) tensors, see the module's formulas.
+
+    Attributes:
+        states: State before the chunks of each level (n, heads, d, d_v), None in the first level.
+        corrected: U of the chunks of each level (n, heads, C, d_v).
+        recalled: K S of the chunks of each level, None in the first level.
+    """
+
+    def __init__(self, inputs: _Inputs, chunks: Chunks, options: RecurrenceOptions) -> None:
+        dtype = accumulation_dtype(inputs.value)
+        self.inputs = inputs
+        self.chunks = chunks
+        self.options = options
+        used = chunks.used[:, None]
+        self.query = chunks.gather(inputs.query, dtype)
+        self.key = chunks.gather(inputs.key, dtype) * used[..., None]
+        if options.unit_vectors:
+            self.query, self.query_rnorm = _unit(self.query)
+            self.key, self.key_rnorm = _unit(self.key)
+        self.query = self.query * options.scaling
+        self.value = chunks.gather(inputs.value, dtype)
+        self.rate = None if inputs.rate is None else chunks.gather(inputs.rate[..., None], dtype)
+        self.shared = self.value.shape[1] // self.key.shape[1]
+        decay = chunks.gather(inputs.decay[..., None], dtype)[..., 0] * used
+        cumulative = decay.cumsum(-1)
+        future = torch.ones(decay.shape[-1], decay.shape[-1], dtype=torch.bool, device=decay.device).triu(1)
+        pairs = cumulative[..., :, None] - cumulative[..., None, :]
+        self.pair_decay = pairs.masked_fill_(future, float("-inf")).exp_()
+        self.decay_before = cumulative.exp()[..., None]
+        self.decay_after = (cumulative[..., -1:] - cumulative).exp()[..., None]
+        self.chunk_decay = self.decay_before[..., -1:, :]
+        self.scores = self._per_head(self.query @ self.key.mT) * self.pair_decay
+        self.states: list[Tensor | None] = []
+        self.corrected: list[Tensor] = []
+        self.recalled: list[Tensor | None] = []
+        if self.rate is not None:
+            self.similarity = self._per_head(self.key @ self.key.mT) * self.pair_decay
+            self.system = (self.similarity * self.rate).tril_(-1)
+
+    def _per_head(self, values: Tensor) -> Tensor:
+        """Expand (N, key heads, …) to (N, heads, …)."""
+        return values if self.shared == 1 else values.repeat_interleave(self.shared, 1)
+
+    def _per_key_head(self, values: Tensor) -> Tensor:
+        """Sum (N, heads, …) to (N, key heads, …)."""
+        return values if self.shared == 1 else values.unflatten(1, (-1, self.shared)).sum(2)
+
+    def outputs(self) -> Tensor:
+        """Return the outputs (T, heads, d_v)."""
+        outputs = torch.cat([self._run_level(level, keep=False) for level in self._levels()])
+        return self.chunks.scatter(outputs).to(self.inputs.value.dtype)
+
+    def _levels(self) -> tuple[Level, ...]:
+        self.state: Tensor | None = None
+        return self.chunks.levels
+
+    def _run_level(self, level: Level, *, keep: bool) -> Tensor:
+        """Compute the outputs (n, heads, C, d_v) of a level, and the states after it."""
+        part = slice(level.start, level.stop)
+        state = None if level.parents is None or self.state is None else self.state[level.parents]
+        key = self._per_head(self.key[part])
+        values = self.value[part]
+        recalled = None
+        if self.rate is not None:
+            if state is not None:
+                recalled = key @ state
+                values = values - self.decay_before[part] * recalled
+            values = _solve(self.system[part], values * self.rate[part])
+        output = self.scores[part] @ values
+        after = (key * self.decay_after[part]).mT @ values
+        if state is not None:
+            output += self.decay_before[part] * (self._per_head(self.query[part]) @ state)
+            after += self.chunk_decay[part] * state
+        self.state = after
+        if keep:
+            self.states.append(state)
+            self.corrected.append(values)
+            self.recalled.append(recalled)
+        return output
+
+    def gradients(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Return the gradients of the inputs from the gradient (T, heads, d_v) of the outputs."""
+        for level in self._levels():
+            self._run_level(level, keep=True)
+        grad_output = self.chunks.gather(grad, self.value.dtype) * self.chunks.used[:, None, :, None]
+        sums = _Gradients(self)
+        grad_state: Tensor | None = None
+        for index in reversed(range(len(self.chunks.levels))):
+            grad_state = sums.add_level(index, grad_output, grad_state)
+        return sums.finish(grad_output)
+
+
+class _Gradients:
+    """Gradients of a :class:`_ChunkedRecurrence`. Names follow the recurrence's names."""
+
+    def __init__(self, run: _ChunkedRecurrence) -> None:
+        self.run = run
+        heads = run.value.shape[1]
+        wide = (*run.key.shape[:1], heads, *run.key.shape[2:])
+        self.query = run.key.new_zeros(wide)
+        self.key = run.key.new_zeros(wide)
+        self.values = torch.empty_like(run.value)  # of the right side of the triangular system
+        self.decay_before = torch.zeros_like(run.decay_before)
+        self.decay_after = torch.zeros_like(run.decay_after)
+        self.chunk_decay = torch.zeros_like(run.chunk_decay)
+
+    def add_level(self, index: int, grad_output: Tensor, grad_after: Tensor | None) -> Tensor | None:
+        """Add the gradients that pass through the states of a level.
+
+        Args:
+            grad_output: (N, heads, C, d_v).
+            grad_after: (n, heads, d, d_v) gradient of the states after the level. None if nothing reads them.
+
+        Returns:
+            Gradient of the states after the previous level, or None in the first level.
+        """
+        run = self.run
+        level = run.chunks.levels[index]
+        state = run.states[index]
+        corrected = run.corrected[index]
+        recalled = run.recalled[index]
+        part = slice(level.start, level.stop)
+        key = run._per_head(run.key[part])
+        values = run.scores[part].mT @ grad_output[part]
+        if grad_after is not None:
+            values += run.decay_after[part] * (key @ grad_after)
+            from_state = corrected @ grad_after.mT
+            self.key[part] += run.decay_after[part] * from_state
+            self.decay_after[part] = (from_state * key).sum(-1, keepdim=True)
+        if run.rate is not None:
+            values = _solve_transposed(run.system[part], values)
+        self.values[part] = values
+        if state is None or level.parents is None:
+            return None
+        query = run._per_head(run.query[part])
+        read = grad_output[part] @ state.mT
+        self.query[part] += run.decay_before[part] * read
+        self.decay_before[part] += (read * query).sum(-1, keepdim=True)
+        grad_state = query.mT @ (run.decay_before[part] * grad_output[part])
+        if grad_after is not None:
+            grad_state += run.chunk_decay[part] * grad_after
+            self.chunk_decay[part] = (grad_after * state).sum((-1, -2))[..., None, None]
+        if run.rate is not None and recalled is not None:
+            scaled = run.rate[part] * values
+            self.decay_before[part] -= (scaled * recalled).sum(-1, keepdim=True)
+            grad_recalled = -run.decay_before[part] * scaled
+            self.key[part] += grad_recalled @ state.mT
+            grad_state += key.mT @ grad_recalled
+        above = run.chunks.levels[index - 1]
+        summed = grad_state.new_zeros(above.stop - above.start, *grad_state.shape[1:])
+        return summed.index_add_(0, level.parents, grad_state)
+
+    def finish(self, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Add the gradients inside the chunks, and return those of the inputs."""
+        run = self.run
+        corrected = torch.cat(run.corrected)
+        grad_scores = grad_output @ corrected.mT
+        pair_log = grad_scores * run.scores  # of the logarithms of pair_decay
+        grad_products = run._per_key_head(grad_scores * run.pair_decay)
+        query = run._per_key_head(self.query) + grad_products @ run.key
+        key = run._per_key_head(self.key) + grad_products.mT @ run.query
+        value = self.values
+        rate = None
+        if run.rate is not None:
+            grad_system = -(self.values @ corrected.mT).tril_(-1)
+            pair_log += grad_system * run.system
+            grad_similarity = run._per_key_head(grad_system * run.pair_decay * run.rate)
+            key += (grad_similarity + grad_similarity.mT) @ run.key
+            residuals = [self._residual(index) for index in range(len(run.chunks.levels))]
+            rate = (grad_system * run.similarity).sum(-1, keepdim=True)
+            rate += (self.values * torch.cat(residuals)).sum(-1, keepdim=True)
+            value = self.values * run.rate
+        query = query * run.options.scaling
+        if run.options.unit_vectors:
+            query = _unit_backward(query, run.query / run.options.scaling, run.query_rnorm)
+            key = _unit_backward(key, run.key, run.key_rnorm)
+        scatter = run.chunks.scatter
+        inputs = run.inputs
+        return (
+            scatter(query).to(inputs.query.dtype),
+            scatter(key).to(inputs.key.dtype),
+            scatter(value).to(inputs.value.dtype),
+            scatter(self._decay(pair_log)[..., None])[..., 0].to(inputs.decay.dtype),
+            None if rate is None or inputs.rate is None else scatter(rate)[..., 0].to(inputs.rate.dtype),
+        )
+
+    def _residual(self, index: int) -> Tensor:
+        """Return V − exp(G)·K S of a level."""
+        level = self.run.chunks.levels[index]
+        recalled = self.run.recalled[index]
+        value = self.run.value[level.start : level.stop]
+        return value if recalled is None else value - self.run.decay_before[level.start : level.stop] * recalled
+
+    def _decay(self, pair_log: Tensor) -> Tensor:
+        """Return the gradients (N, heads, C) of g from those of the decay factors."""
+        run = self.run
+        cumulative = pair_log.sum(-1) - pair_log.sum(-2)
+        cumulative += (self.decay_before * run.decay_before)[..., 0]
+        after = (self.decay_after * run.decay_after)[..., 0]
+        cumulative -= after
+        cumulative[..., -1] += after.sum(-1) + (self.chunk_decay * run.chunk_decay)[..., 0, 0]
+        return cumulative.flip(-1).cumsum(-1).flip(-1)
+
+
+def _solve(system: Tensor, values: Tensor) -> Tensor:
+    """Return (I + system)⁻¹ values for a strictly lower triangular system."""
+    return torch.linalg.solve_triangular(system, values, upper=False, unitriangular=True)
+
+
+def _solve_transposed(system: Tensor, values: Tensor) -> Tensor:
+    """Return (I + systemᵀ)⁻¹ values."""
+    return torch.linalg.solve_triangular(system.mT, values, upper=True, unitriangular=True)
+
+
+def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x divided by its norm over the last dimension, and the reciprocal norm."""
+    rnorm = torch.rsqrt(x.square().sum(-1, keepdim=True) + NORM_EPS)
+    return x * rnorm, rnorm
+
+
+def _unit_backward(grad: Tensor, unit: Tensor, rnorm: Tensor) -> Tensor:
+    return rnorm * (grad - unit * (grad * unit).sum(-1, keepdim=True))
+
+
+def _check_shapes(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor | None, layout: Layout
+) -> None:
+    if value.dim() != 3 or key.dim() != 3 or query.shape != key.shape:
+        raise ValueError(f"queries {tuple(query.shape)}, keys {tuple(key.shape)} and values {tuple(value.shape)} differ")
+    if value.shape[0] != layout.length or key.shape[0] != layout.length:
+        raise ValueError(f"the layout has {layout.length} tokens, the values {value.shape[0]}, the keys {key.shape[0]}")
+    if key.shape[1] == 0 or value.shape[1] % key.shape[1]:
+        raise ValueError(f"{value.shape[1]} heads cannot share {key.shape[1]} key heads")
+    for name, tensor in (("decays", decay), ("rates", rate)):
+        if tensor is not None and tensor.shape != value.shape[:2]:
+            raise ValueError(f"{name} must have the shape {tuple(value.shape[:2])}, not {tuple(tensor.shape)}")

@@ -1,0 +1,151 @@
+"""Layers with a recurrent state on packed rows: short convolutions, gated delta rule and state-space scans.
+
+transformers' models call module-level functions for the parts that carry a state from token to token. They pass their
+keyword arguments on, including the layout of a packed row. A call with a layout runs the operators of
+:mod:`deltaw.kernels` instead, so rows do not mix and shared prefixes are computed once. Other calls are unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deltaw.hub.transformers_private import (
+    CONVOLUTION_FUNCTION,
+    DELTA_RULE_FUNCTION,
+    STATE_SPACE_FUNCTION,
+    replace_functions,
+)
+from deltaw.kernels.layout import Layout
+from deltaw.kernels.recurrence import packed_recurrence
+from deltaw.kernels.short_convolution import packed_convolution
+
+# Layer types of transformers' configurations that these operators compute.
+RECURRENT_LAYER_TYPES = frozenset({"linear_attention", "conv", "mamba", "hybrid"})
+# Layer types without attention or a state.
+STATELESS_LAYER_TYPES = frozenset({"mlp", "moe"})
+
+
+# Active recordings of the channels of each convolution. Every recurrent layer has one convolution.
+_RECORDERS: list[list[int]] = []
+
+
+@contextlib.contextmanager
+def counting_convolutions() -> Iterator[list[int]]:
+    """Context that lists the numbers of channels of all convolutions of packed rows."""
+    channels: list[int] = []
+    _RECORDERS.append(channels)
+    try:
+        yield channels
+    finally:
+        _RECORDERS.remove(channels)
+
+
+def use_packed_operators(model: nn.Module) -> None:
+    """Let the recurrent layers of ``model`` accept packed rows. Has no effect on other layers and other rows."""
+    for name, operator in _OPERATORS.items():
+        replace_functions(model, name, functools.partial(_dispatch, operator))
+
+
+def _dispatch(operator: Callable[..., Any], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    layout = kwargs.get("packed_layout")
+    if layout is None:
+        return original(*args, **kwargs)
+    if not isinstance(layout, Layout):
+        raise RuntimeError("a recurrent layer needs all tokens of a row")
+    return operator(*args, **kwargs)
+
+
+def _convolve(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    packed_layout: Layout,
+    **unused: object,
+) -> Tensor:
+    """Causal convolution of (1, channels, T)."""
+    if activation not in (None, "silu", "swish"):
+        raise RuntimeError(f"the activation {activation} of a convolution is not supported on packed rows")
+    rows = _only_row(hidden_states).transpose(0, 1)
+    for channels in _RECORDERS:
+        channels.append(rows.shape[1])
+    y = packed_convolution(rows, weight, bias, packed_layout, silu=activation is not None)
+    return y.transpose(0, 1)[None]
+
+
+def _apply_delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    packed_layout: Layout,
+    use_qk_l2norm_in_kernel: bool = False,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    **unused: object,
+) -> tuple[Tensor, None]:
+    """Gated delta rule of (1, T, heads, d)."""
+    if initial_state is not None or output_final_state:
+        raise RuntimeError("a cache cannot run on packed rows")
+    y = packed_recurrence(
+        *map(_only_row, (query, key, value, g, beta)),
+        packed_layout,
+        scaling=query.shape[-1] ** -0.5,
+        unit_vectors=use_qk_l2norm_in_kernel,
+    )
+    return y[None], None
+
+
+def _scan(
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,  # noqa: N803 - name of transformers
+    B: Tensor,  # noqa: N803
+    C: Tensor,  # noqa: N803
+    chunk_size: int,
+    D: Tensor | None = None,  # noqa: N803
+    dt_bias: Tensor | None = None,
+    *,
+    packed_layout: Layout,
+    initial_states: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    **unused: object,
+) -> Tensor:
+    """State-space scan of Mamba-2 of (1, T, heads, d). The result is in fp32, as in transformers."""
+    if initial_states is not None or return_final_states:
+        raise RuntimeError("a cache cannot run on packed rows")
+    steps = _only_row(dt)
+    if dt_bias is not None:
+        steps = steps + dt_bias.to(steps.dtype)
+    if dt_softplus:
+        steps = F.softplus(steps)
+    steps = steps.clamp(min=dt_limit[0], max=dt_limit[1])
+    x = _only_row(hidden_states).float()
+    decay = A.float() * steps.float()
+    values = x * steps[..., None].float()
+    y = packed_recurrence(_only_row(C), _only_row(B), values, decay, None, packed_layout)
+    return (y if D is None else y + D[..., None] * x)[None]
+
+
+def _only_row(tensor: Tensor) -> Tensor:
+    if tensor.shape[0] != 1:
+        raise RuntimeError("packed rows are one row of tokens")
+    return tensor[0]
+
+
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    CONVOLUTION_FUNCTION: _convolve,
+    DELTA_RULE_FUNCTION: _apply_delta_rule,
+    STATE_SPACE_FUNCTION: _scan,
+}

@@ -1,0 +1,150 @@
+"""Tests of linear recurrences and short convolutions over prefix trees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from deltaw.kernels import recurrence
+from deltaw.kernels.chunks import chunks_of
+from deltaw.kernels.layout import Layout
+from deltaw.kernels.recurrence import packed_recurrence, recurrence_reference
+from deltaw.kernels.short_convolution import convolution_reference, packed_convolution, predecessors
+from tests.kernels.conftest import examples
+
+
+@st.composite
+def trees(draw):
+    count = draw(st.integers(1, 7))
+    lengths = [draw(st.sampled_from([0, 1, 2, 7, 16, 17, 40, 70])) for _ in range(count)]
+    lengths[0] += 1
+    parents = [draw(st.integers(-1, i - 1)) for i in range(count)]
+    return Layout.of_lengths(lengths, parents)
+
+
+def random_inputs(layout, *, delta, key_heads=2, heads=4, d=5, d_v=3, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(layout.length, *shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def uniform(*shape):
+        return torch.rand(layout.length, *shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    rate = uniform(heads) if delta else None
+    return [normal(key_heads, d), normal(key_heads, d), normal(heads, d_v), -uniform(heads), rate]
+
+
+def gradients(function, inputs, layout, **options):
+    """Return the output and the gradients of the inputs."""
+    leaves = [None if t is None else t.clone().requires_grad_() for t in inputs]
+    out = function(*leaves, layout, **options)
+    slopes = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, [t for t in leaves if t is not None], slopes)]
+
+
+@examples(trees(), st.booleans(), st.booleans(), st.sampled_from(recurrence.CHUNK_SIZES), count=60)
+def test_chunks_equal_the_recurrence_token_by_token(layout, delta, unit_vectors, size):
+    inputs = random_inputs(layout, delta=delta)
+    options = {"scaling": 0.4, "unit_vectors": unit_vectors or delta}
+    expected = gradients(recurrence_reference, inputs, layout, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recurrence, "CHUNK_SIZES", (size,))
+        computed = gradients(packed_recurrence, inputs, layout, **options)
+    for actual, reference in zip(computed, expected, strict=True):
+        torch.testing.assert_close(actual, reference, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("delta", [True, False])
+def test_closed_form_equals_numeric_gradients(delta):
+    layout = Layout.of_lengths([5, 2, 3], [-1, 0, 0])
+    inputs = [t.requires_grad_() for t in random_inputs(layout, delta=delta) if t is not None]
+
+    def outputs(*tensors):
+        rate = tensors[4] if delta else None
+        return packed_recurrence(*tensors[:4], rate, layout, scaling=0.7, unit_vectors=delta)
+
+    assert torch.autograd.gradcheck(outputs, inputs)
+
+
+def test_heads_are_independent_of_their_group(monkeypatch):
+    layout = Layout.of_lengths([20, 9, 9], [-1, 0, 0])
+    inputs = random_inputs(layout, delta=True, key_heads=4, heads=8)
+    whole = gradients(packed_recurrence, inputs, layout)
+    monkeypatch.setattr(recurrence, "ELEMENTS_PER_GROUP", 1)
+    for actual, expected in zip(gradients(packed_recurrence, inputs, layout), whole, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_sums_of_16_bit_inputs_are_in_fp32():
+    layout = Layout.of_lengths([150])
+    inputs = random_inputs(layout, delta=True, dtype=torch.bfloat16)
+    inputs[3] = inputs[3] * 0.01  # slow decay, so that errors would accumulate
+    exact = recurrence_reference(*(t.double() for t in inputs), layout, unit_vectors=True)
+    computed = packed_recurrence(*inputs, layout, unit_vectors=True)
+    assert computed.dtype == torch.bfloat16
+    error = float((computed.double() - exact).norm() / exact.norm())
+    assert error < 2.0**-8
+
+
+def test_rows_that_share_a_prefix_equal_separate_rows():
+    layout = Layout.of_lengths([37, 5, 21], [-1, 0, 0])
+    inputs = random_inputs(layout, delta=True)
+    packed = packed_recurrence(*inputs, layout)
+    first = torch.arange(42)
+    second = torch.cat([torch.arange(37), torch.arange(42, 63)])
+    for tokens in (first, second):
+        row = packed_recurrence(*(t[tokens] for t in inputs), Layout.of_lengths([len(tokens)]))
+        torch.testing.assert_close(packed[tokens], row)
+
+
+def test_a_chunk_starts_after_the_last_chunk_of_its_parent():
+    layout = Layout.of_lengths([20, 0, 3], [-1, 0, 1])
+    chunks = chunks_of(layout, 16)
+    assert [(level.start, level.stop) for level in chunks.levels] == [(0, 1), (1, 2), (2, 3)]
+    assert chunks.positions[2, :3].tolist() == [20, 21, 22]
+    assert chunks.used.sum().item() == 23
+
+
+@pytest.mark.parametrize("change", ["length", "heads", "rate"])
+def test_shapes_that_do_not_fit_are_rejected(change):
+    layout = Layout.of_lengths([4])
+    inputs = random_inputs(layout, delta=True)
+    if change == "length":
+        layout = Layout.of_lengths([5])
+    elif change == "heads":
+        inputs[0] = inputs[1] = torch.zeros(4, 3, 5, dtype=torch.float64)
+    else:
+        inputs[4] = inputs[4][:, :1]
+    with pytest.raises(ValueError, match=r"tokens|share|shape"):
+        packed_recurrence(*inputs, layout)
+
+
+@examples(trees(), st.booleans(), st.sampled_from([1, 3, 4]), count=40)
+def test_convolution_equals_its_reference(layout, silu, width):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (layout.length, 6), (6, width), (6,)
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    expected = gradients(convolution_reference, inputs, layout, silu=silu)
+    for actual, reference in zip(gradients(packed_convolution, inputs, layout, silu=silu), expected, strict=True):
+        torch.testing.assert_close(actual, reference)
+
+
+def test_convolution_equals_torch_row_by_row():
+    layout = Layout.of_lengths([9, 2, 4], [-1, 0, 0])
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(layout.length, 6, generator=generator)
+    weight = torch.randn(6, 4, generator=generator)
+    bias = torch.randn(6, generator=generator)
+    packed = packed_convolution(x, weight, bias, layout)
+    for tokens in (torch.arange(11), torch.cat([torch.arange(9), torch.arange(11, 15)])):
+        padded = torch.nn.functional.pad(x[tokens].T[None], (3, 0))
+        row = torch.nn.functional.conv1d(padded, weight[:, None], bias, groups=6)[0].T
+        torch.testing.assert_close(packed[tokens], row)
+
+
+def test_predecessors_cross_short_and_empty_segments():
+    layout = Layout.of_lengths([3, 0, 1, 2], [-1, 0, 1, 2])
+    assert predecessors(layout, 4)[:, 4].tolist() == [4, 3, 2, 1]
+    assert predecessors(layout, 4)[:, 0].tolist() == [0, 6, 6, 6]
