@@ -80,6 +80,7 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
     for name in _INNER:
         if isinstance(getattr(config, name, None), int):
             setattr(small, name, INNER)
+    _reduce_mamba_heads(small)
     if getattr(config, "vocab_size", None) is not None:
         small.vocab_size = VOCABULARY
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -92,6 +93,20 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
     if isinstance(getattr(config, "image_size", None), int) and isinstance(patch, int):
         small.image_size = 2 * patch
     return small
+
+
+def _reduce_mamba_heads(small: PretrainedConfig) -> None:
+    """Set the head size of Mamba layers whose inner size is a multiple of the hidden size."""
+    expansion = getattr(small, "mamba_expand", None)
+    heads = getattr(small, "mamba_n_heads", None)
+    if not isinstance(expansion, int) or not isinstance(heads, int) or getattr(small, "mamba_d_ssm", None) is not None:
+        return
+    inner = expansion * int(small.hidden_size)
+    num_heads = math.gcd(heads, inner)
+    if num_heads % int(getattr(small, "mamba_n_groups", 1)):
+        raise ValueError("the Mamba heads cannot be reduced")
+    small.mamba_n_heads = num_heads
+    small.mamba_d_head = inner // num_heads
 
 
 def _heads(config: PretrainedConfig) -> tuple[int, int, int]:
