@@ -58,11 +58,62 @@ QWEN = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
+QWEN35_LAYERS = [*["linear_attention"] * 3, "full_attention"] * 6
+QWEN35 = {
+    "vocab_size": 248320,
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "intermediate_size": 3584,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "layer_types": tuple(QWEN35_LAYERS),
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+# Layers with attention of LFM2-350M. The others are short convolutions.
+LFM2_ATTENTION = (2, 5, 8, 10, 12, 14)
+LFM2 = {
+    "vocab_size": 65536,
+    "hidden_size": 1024,
+    "num_hidden_layers": 16,
+    "intermediate_size": 6656,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "layer_types": tuple("full_attention" if layer in LFM2_ATTENTION else "conv" for layer in range(16)),
+    "max_position_embeddings": 8192,
+}
+# Layers with attention of Granite 4.0 H 350M. The others are Mamba-2.
+GRANITE_ATTENTION = (10, 13, 17, 27)
+GRANITE = {
+    "vocab_size": 100352,
+    "hidden_size": 768,
+    "num_hidden_layers": 32,
+    "shared_intermediate_size": 2048,
+    "intermediate_size": 2048,
+    "num_local_experts": 0,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "mamba_n_heads": 48,
+    "mamba_d_head": 32,
+    "mamba_d_state": 128,
+    "mamba_n_groups": 1,
+    "layer_types": tuple("full_attention" if layer in GRANITE_ATTENTION else "linear_attention" for layer in range(32)),
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
 MODELS = {
     "smollm2": Size(2, 512),
     "qwen2.5-0.5b": Size(1, 512, "Qwen2", tuple(QWEN.items())),
     "llama-3.2-1b": Size(1, 512, "Llama", _llama(2048, 16, 32)),
     "llama-3.2-3b": Size(1, 512, "Llama", _llama(3072, 28, 24)),
+    "qwen3.5-0.8b": Size(1, 512, "Qwen3_5Text", tuple(QWEN35.items())),
+    "lfm2.5-350m": Size(1, 512, "Lfm2", tuple(LFM2.items())),
+    "granite-4.0-h-350m": Size(1, 512, "GraniteMoeHybrid", tuple(GRANITE.items())),
     "llama-3.1-8b": Size(1, 512, "Llama", _llama(4096, 32, 32, intermediate=14336, tied=False)),
 }
 
@@ -76,7 +127,8 @@ def config_of(name: str) -> Any:
         from deltaw.hub.folders import config_folder
 
         return transformers.AutoConfig.from_pretrained(config_folder(SMOLLM2, "bf16", False))
-    return getattr(transformers, f"{size.kind}Config")(**dict(size.sizes))
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in size.sizes}
+    return getattr(transformers, f"{size.kind}Config")(**settings)
 
 
 def prepare_model(name: str, folder: Path) -> tuple[str, str]:

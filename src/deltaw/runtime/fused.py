@@ -90,7 +90,7 @@ class FusedNorm:
             trained
             or weight is None
             or weight.dtype != hidden_states.dtype
-            or not _is_on_supported_device(hidden_states)
+            or not is_on_supported_device(hidden_states)
         ):
             return self.original_forward(hidden_states)
         ids = [id(tensor) for tensor in direct_parameters(self.module).values()]
@@ -200,7 +200,7 @@ class FusedBlock:
     def _layout(self, hidden: Tensor, arguments: dict[str, Any]) -> Layout | PartialLayout | None:
         """Return the layout of a call, or None if the call is not supported."""
         unsupported = (v is not None and v is not False and name not in _SUPPORTED for name, v in arguments.items())
-        if hidden.dim() != 3 or not _is_on_supported_device(hidden) or any(unsupported):
+        if hidden.dim() != 3 or not is_on_supported_device(hidden) or any(unsupported):
             return None
         return self.layouts(hidden, arguments, self.roles.attention.causal)
 
@@ -273,9 +273,9 @@ class FusedBlock:
         if are_hooked(self._tables):
             return True
         for table in self._tables:
-            if "forward" in table or (table["training"] and _has_dropout(table)):
+            if "forward" in table or (table["training"] and has_dropout(table)):
                 return True
-        return self.block.training and _has_dropout(vars(self.block))
+        return self.block.training and has_dropout(vars(self.block))
 
     def _run(self, hidden: Tensor, halves: Halves, context: AttentionContext, checkpointed: bool) -> Tensor:
         x = hidden.flatten(0, 1)
@@ -315,11 +315,11 @@ def _half_norms(paths: Norms, norms: dict[str, Norm | None]) -> HalfNorms:
     return HalfNorms(*(norms.get(path or "") for path in (paths.before, paths.after, paths.post)))
 
 
-def _is_on_supported_device(hidden: Tensor) -> bool:
+def is_on_supported_device(hidden: Tensor) -> bool:
     return hidden.device.type in ("cpu", "cuda") and not torch.is_autocast_enabled(hidden.device.type)
 
 
-def _has_dropout(table: dict[str, Any]) -> bool:
+def has_dropout(table: dict[str, Any]) -> bool:
     """True if a module in training applies dropout: as ``nn.Dropout``, or by an attribute with a dropout rate."""
     if table.get("p", 0.0) and "inplace" in table:
         return True

@@ -29,6 +29,7 @@ from deltaw.kernels.torch_modules import direct_modules
 from deltaw.machine.choices import Choice
 from deltaw.runtime.block_roles import BlockRoles, norm_form
 from deltaw.runtime.fused import FusedBlock, FusedNorm, Layouts
+from deltaw.runtime.fused_parts import FusedMLP, fused_parts
 from deltaw.runtime.recognition import (
     AttentionConfig,
     BlockCall,
@@ -103,6 +104,7 @@ class FusedBlocks:
         recognized: Descriptions, for blocks that are replaced later.
         configs: Attention parameters of each block, for blocks that are replaced later.
         norm: Norm after the last block, if supported.
+        separate_parts: True if norms and MLPs inside the blocks run fused because the blocks are not.
     """
 
     blocks: list[FusedBlock]
@@ -113,6 +115,7 @@ class FusedBlocks:
     config: list[AttentionConfig] = field(default_factory=list)
     layouts: Layouts | None = None
     norm: FusedNorm | None = None
+    separate_parts: bool = False
 
     @property
     def last(self) -> FusedBlock | None:
@@ -126,10 +129,7 @@ class FusedBlocks:
     def installed(self) -> Iterator[None]:
         """Context in which the blocks use their fused forward."""
         self._update_blocks()
-        parts: list[tuple[nn.Module, FusedBlock | FusedNorm]] = [(b.block, b) for b in self.blocks]
-        if self.norm is not None:
-            parts.append((self.norm.module, self.norm))
-        used = [part for part in parts if self.choice.value and "forward" not in vars(part[0])]
+        used = [part for part in self._parts() if "forward" not in vars(part[0])]
         for module, fused in used:
             vars(module)["forward"] = fused
         try:
@@ -139,6 +139,21 @@ class FusedBlocks:
                 del vars(module)["forward"]
                 if isinstance(fused, FusedBlock):
                     fused.reset()
+
+    def _parts(self) -> list[tuple[nn.Module, FusedBlock | FusedNorm | FusedMLP]]:
+        """Return modules with their fused forward functions."""
+        if self.separate_parts and self.backbone is not None:
+            blocks = blocks_of(self.backbone)
+            norm = final_norm(self.backbone)
+            last = [] if norm is None else [FusedNorm(norm)]
+            inside = [] if blocks is None else fused_parts(blocks[1])
+            return [(part.module, part) for part in (*inside, *last)]
+        if not self.choice.value:
+            return []
+        parts: list[tuple[nn.Module, FusedBlock | FusedNorm | FusedMLP]] = [(b.block, b) for b in self.blocks]
+        if self.norm is not None:
+            parts.append((self.norm.module, self.norm))
+        return parts
 
     def _update_blocks(self) -> None:
         """Update the blocks and the final norm for modules that were replaced.
@@ -188,19 +203,19 @@ def recognize(model: PreTrainedModel, mode: Mode) -> FusedBlocks:
     try:
         recognized = measure_once(_RECOGNIZED, backbone, lambda small: _recognize_kinds(small, mode), mode.name)
         if not recognized.kinds:
-            return FusedBlocks([], Choice(False, recognized.why))
+            return _separate_parts(backbone, recognized.why)
         recorded = recording_configs(), _recorded_calls(list(block_modules))
         with mode.attention(model), torch.no_grad(), recorded[0] as notes, recorded[1] as calls:
             backbone(**mode.inputs(backbone))
-    except Exception as error:  # any error of third-party code means that it runs unfused
-        return FusedBlocks([], Choice(False, f"{type(error).__name__}: {str(error)[:100]}"))
+    except Exception as error:  # any error of third-party code means that its blocks run unfused
+        return _separate_parts(backbone, f"{type(error).__name__}: {str(error)[:100]}")
     configs = _configs(list(block_modules), notes)
     blocks: list[FusedBlock] = []
     for index, block in enumerate(block_modules):
         config = configs.get(index)
         roles = recognized.kinds.get((signature(block), (config or AttentionConfig(1.0)).kind))
         if roles is None or (notes and config is None):
-            return FusedBlocks([], Choice(False, f"block {index} ({type(block).__name__}) has an unverified kind"))
+            return _separate_parts(backbone, f"block {index} ({type(block).__name__}) has an unverified kind")
         config = config or AttentionConfig(roles.attention.head_size**-0.5)
         blocks.append(FusedBlock(block, roles, config, mode.layouts))
     if model.device.type != "cpu" and has_values(model) and (why := _mismatch(calls, blocks, mode, model)):
@@ -210,6 +225,11 @@ def recognize(model: PreTrainedModel, mode: Mode) -> FusedBlocks:
     fused_norm = None if norm is None else FusedNorm(norm)
     choice = Choice(True, recognized.why)
     return FusedBlocks(blocks, choice, backbone, path, recognized, block_configs, mode.layouts, fused_norm)
+
+
+def _separate_parts(backbone: PreTrainedModel, why: str) -> FusedBlocks:
+    """Return fused norms and MLPs of blocks that are not recognized for the given reason."""
+    return FusedBlocks([], Choice(False, why), backbone, separate_parts=True)
 
 
 _RECOGNIZED: dict[tuple[Any, ...], RecognizedBlocks] = {}

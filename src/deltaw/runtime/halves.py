@@ -74,10 +74,12 @@ class MLPHalf(Half):
 
     Args:
         kind: Activation function, a name of :data:`deltaw.kernels.rows.ACTIVATIONS`.
+        residual: True to add the result to the residual stream.
     """
 
     gated: bool
     kind: str
+    residual: bool = True
 
 
 @dataclass
@@ -118,7 +120,9 @@ class AttentionContext:
 
 
 def run_mlp(x: Tensor, stream: Tensor | None, half: MLPHalf) -> Tensor:
-    """Run the second half of a block on rows x (T, hidden), and add it to ``stream`` (T, hidden) or to x."""
+    """Run the second half of a block on rows x (T, hidden), and add it to ``stream`` (T, hidden) or to x, unless the
+    half has no residual stream.
+    """
     return _MLP.apply(x, stream, half, *factors_of(half.projections))
 
 
@@ -240,7 +244,7 @@ class _MLP(torch.autograd.Function):
         del n, rounded
         gate, up = _gate_and_up(inner, half)
         end_tensors: tuple[Tensor | None, ...]
-        residual = x if stream is None else stream
+        residual = (x if stream is None else stream) if half.residual else None
         y, h_o, end_tensors = _finish_half(half.output, rows.activation(gate, up, half.kind), residual, norms)
         ctx.half = half
         ctx.has_stream = stream is not None
@@ -268,7 +272,7 @@ class _MLP(torch.autograd.Function):
         del d_gate, d_up
         n = _recompute_input(x, half.inputs, norms.before)
         need_x = ctx.needs_input_grad[0]
-        stream_grad = None if ctx.has_stream else grad
+        stream_grad = None if ctx.has_stream or not half.residual else grad
         d_n = stream_grad if need_x and norms.before is None else None
         input_factor_grads: list[Tensor | None] = []
         for layer, h_in, d in zip(half.inputs, h, d_inner, strict=True):
@@ -380,7 +384,7 @@ def _input_backward(
 
 
 def _finish_half(
-    output: Projection, x: Tensor, stream: Tensor, norms: HalfNorms
+    output: Projection, x: Tensor, stream: Tensor | None, norms: HalfNorms
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     """Return the result of the half, x·A of its output projection, and tensors for :func:`_finish_half_backward`."""
     y, h = output(x, RoundedInput(), stream if norms.after is None else None)
@@ -388,7 +392,7 @@ def _finish_half(
     if norms.after is not None:
         before_after = y
         y, stats_after = norms.after(y)
-        y = stream + y
+        y = y if stream is None else stream + y
     if norms.post is not None:
         total = y
         y, stats_post = norms.post(y)

@@ -54,7 +54,7 @@ _SEPARATE_NAMES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("
 _COMBINED_NAMES = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv")
 _HEAD_NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
 _HEAD_SIZES = ("head_dim", "head_size", "attention_head_size")
-_GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("gate", "up", "down"))
+GATED_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("gate", "up", "down"))
 # Attributes that differ between blocks of a kind, or depend on sizes.
 _PER_LAYER_FLAGS = ("layer_idx", "layer_number", "scaling", "training", "gradient_checkpointing", "enabled", "merged")
 Signature = tuple[tuple[str, ...], ...]
@@ -196,7 +196,7 @@ def _head_size(attention: nn.Module) -> int | None:
 def _mlp_shapes(inner: list[str], linear: dict[str, nn.Module]) -> list[tuple[tuple[str, ...], str, bool]] | None:
     """Return possible (inputs, output, gated) of the MLP's layers."""
     by_name = {path.rpartition(".")[2]: path for path in inner}
-    for gate, up, down in _GATED:
+    for gate, up, down in GATED_NAMES:
         if len(inner) == 3 and {gate, up, down} == set(by_name):
             return [((by_name[gate], by_name[up]), by_name[down], True)]
     if len(inner) != 2:
