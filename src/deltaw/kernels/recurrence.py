@@ -17,7 +17,8 @@ The corrected values U of the chunk solve a triangular system (arXiv 2406.06484,
     Y = exp(G)·Q S + (QKᵀ∘D) U
     S ← exp(G_C)·S + (exp(G_C − G)·K)ᵀ U
 
-The backward pass recomputes the states and passes the gradient of a state to the chunk that it continues.
+The backward pass recomputes the states and passes the gradient of a state to the chunk that it continues. The compiled
+kernels (``csrc/recurrence.cpp``) and the torch implementation below compute the same formulas.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltaw.kernels import loader
 from deltaw.kernels.chunks import Chunks, Level, chunks_of, count_chunks
 from deltaw.kernels.layout import Layout
-from deltaw.kernels.operators import accumulation_dtype
+from deltaw.kernels.operators import accumulation_dtype, define
 
 # Added to the squared norm of queries and keys of the gated delta rule.
 NORM_EPS = 1e-6
@@ -131,21 +133,89 @@ class _Recurrence(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, decay, rate)
         ctx.layout = layout
         ctx.options = options
+        if is_compiled(query, key, value):
+            return _recurrence(query, key, value, decay, rate, layout.segments(), options.scaling, options.unit_vectors)
         inputs = _Inputs(query, key, value, decay, rate)
         return torch.cat([_of_chunks(part, layout, options).outputs() for part in _head_groups(inputs)], 1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
+        options = ctx.options
+        if is_compiled(*ctx.saved_tensors[:3]):
+            arguments = (ctx.layout.segments(), options.scaling, options.unit_vectors)
+            *tensors, grad_rate = _recurrence_backward(grad, *ctx.saved_tensors, *arguments)
+            return *tensors, grad_rate if ctx.saved_tensors[4] is not None else None, None, None
         inputs = _Inputs(*ctx.saved_tensors)
         grads = []
         first = 0
         for part in _head_groups(inputs):
             heads = part.value.shape[1]
-            grads.append(_of_chunks(part, ctx.layout, ctx.options).gradients(grad[:, first : first + heads]))
+            grads.append(_of_chunks(part, ctx.layout, options).gradients(grad[:, first : first + heads]))
             first += heads
         merged = (None if tensors[0] is None else torch.cat(tensors, 1) for tensors in zip(*grads, strict=True))
         return *merged, None, None
+
+
+# The compiled kernels process this many columns of a matrix at a time.
+KERNEL_COLUMNS = 32
+
+
+def is_compiled(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """True if the compiled kernels support these tensors: one type, and head sizes that are multiples of 32."""
+    sizes = (key.shape[2], value.shape[2])
+    return loader.supports(query, key, value) and not any(size % KERNEL_COLUMNS for size in sizes)
+
+
+def _operations(query: Tensor, key: Tensor, value: Tensor, *_: object) -> int:
+    """Return the operations of a forward pass in chunks of 64 tokens."""
+    length, heads, d_v = value.shape
+    d = key.shape[2]
+    return 2 * length * heads * (3 * d * d_v + 64 * (d + 2 * d_v))
+
+
+@define(
+    "recurrence(Tensor query, Tensor key, Tensor value, Tensor decay, Tensor? rate, Tensor segments, float scaling, "
+    "bool unit_vectors) -> Tensor",
+    lambda query, key, value, *_: value.new_empty(value.shape),
+    _operations,
+)
+def _recurrence(query, key, value, decay, rate, segments, scaling, unit_vectors):  # type: ignore[no-untyped-def]
+    tensors = [query.contiguous(), key.contiguous(), value.contiguous(), *_fp32(decay, rate)]
+    out = torch.empty_like(tensors[2])
+    loader.kernels().dw_recurrence(
+        loader.dtype_code(value.dtype), segments.data_ptr(), segments.shape[1], *value.shape[:2], *key.shape[1:],
+        value.shape[2], scaling, unit_vectors, *map(loader.address, tensors), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+@define(
+    "recurrence_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor decay, Tensor? rate, "
+    "Tensor segments, float scaling, bool unit_vectors) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda grad, query, key, value, decay, rate, *_: (
+        *(t.new_empty(t.shape) for t in (query, key, value, decay)),
+        decay.new_empty(0) if rate is None else rate.new_empty(rate.shape),
+    ),
+    lambda grad, *arguments: 4 * _operations(*arguments),
+)
+def _recurrence_backward(  # type: ignore[no-untyped-def]
+    grad, query, key, value, decay, rate, segments, scaling, unit_vectors
+):
+    tensors = [query.contiguous(), key.contiguous(), value.contiguous(), *_fp32(decay, rate)]
+    grads = [torch.empty_like(t) for t in tensors if t is not None]
+    grad_rate = grads[4].data_ptr() if rate is not None else None
+    loader.kernels().dw_recurrence_backward(
+        loader.dtype_code(value.dtype), segments.data_ptr(), segments.shape[1], *value.shape[:2], *key.shape[1:],
+        value.shape[2], scaling, unit_vectors, *map(loader.address, tensors),
+        grad.to(value.dtype).contiguous().data_ptr(), *(g.data_ptr() for g in grads[:4]), grad_rate,
+    )  # fmt: skip
+    grads[3] = grads[3].to(decay.dtype)
+    return *grads[:4], grads[4].to(rate.dtype) if rate is not None else decay.new_empty(0)
+
+
+def _fp32(decay: Tensor, rate: Tensor | None) -> list[Tensor | None]:
+    return [decay.float().contiguous(), None if rate is None else rate.float().contiguous()]
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deltaw.kernels import loader
 from deltaw.kernels.layout import Layout, to_device
-from deltaw.kernels.operators import accumulation_dtype
+from deltaw.kernels.operators import accumulation_dtype, define
 
 
 def packed_convolution(
@@ -91,18 +92,72 @@ def _weighted_sum(padded: Tensor, weight: Tensor, layout: Layout) -> Tensor:
     return y
 
 
+@define(
+    "convolution(Tensor x, Tensor weight, Tensor? bias, Tensor indices, bool silu) -> Tensor",
+    lambda x, *_: x.new_empty(x.shape),
+    lambda x, weight, *_: 2 * x.numel() * weight.shape[1],
+)
+def _convolution(x, weight, bias, indices, silu):  # type: ignore[no-untyped-def]
+    x = x.contiguous()
+    taps, shift = _kernel_weights(weight, bias)
+    y = torch.empty_like(x)
+    loader.kernels().dw_convolution(
+        loader.dtype_code(x.dtype), *x.shape, weight.shape[1], silu, x.data_ptr(), taps.data_ptr(),
+        loader.address(shift), indices.data_ptr(), y.data_ptr(),
+    )  # fmt: skip
+    return y
+
+
+@define(
+    "convolution_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor indices, bool silu, "
+    "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    lambda grad, x, weight, bias, indices, silu, need_weight, need_bias: (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape if need_weight else 0),
+        weight.new_empty(weight.shape[0] if need_bias else 0),
+    ),
+    lambda grad, x, weight, *_: 6 * x.numel() * weight.shape[1],
+)
+def _convolution_backward(grad, x, weight, bias, indices, silu, need_weight, need_bias):  # type: ignore[no-untyped-def]
+    x = x.contiguous()
+    taps, shift = _kernel_weights(weight, bias)
+    grad_x = torch.empty_like(x)
+    grad_taps = torch.empty_like(taps) if need_weight else None
+    grad_shift = torch.empty(x.shape[1]) if need_bias else None
+    loader.kernels().dw_convolution_backward(
+        loader.dtype_code(x.dtype), *x.shape, weight.shape[1], silu, grad.to(x.dtype).contiguous().data_ptr(),
+        x.data_ptr(), taps.data_ptr(), loader.address(shift), indices.data_ptr(), grad_x.data_ptr(),
+        loader.address(grad_taps), loader.address(grad_shift),
+    )  # fmt: skip
+    grad_weight = weight.new_empty(0) if grad_taps is None else grad_taps.flip(0).t().to(weight.dtype)
+    grad_bias = weight.new_empty(0) if grad_shift is None else grad_shift.to(weight.dtype)
+    return grad_x, grad_weight, grad_bias
+
+
+def _kernel_weights(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the weights (W, channels) from the current token back, and the bias, in fp32."""
+    return weight.float().t().flip(0).contiguous(), None if bias is None else bias.float().contiguous()
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, layout, silu):  # type: ignore[override]
         ctx.save_for_backward(x, weight, bias)
         ctx.layout = layout
         ctx.silu = silu
+        if loader.supports(x):
+            return _convolution(x, weight, bias, predecessors(layout, weight.shape[1]), silu)
         return convolution_reference(x, weight, bias, layout, silu=silu)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
         x, weight, bias = ctx.saved_tensors
+        if loader.supports(x):
+            indices = predecessors(ctx.layout, weight.shape[1])
+            needed = ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[2]
+            grads = _convolution_backward(grad, x, weight, bias, indices, ctx.silu, *needed)
+            return grads[0], *(g if n else None for g, n in zip(grads[1:], needed, strict=True)), None, None
         dtype = accumulation_dtype(x)
         wide = weight.to(dtype)
         padded = torch.cat([x, x.new_zeros(1, x.shape[1])]).to(dtype)

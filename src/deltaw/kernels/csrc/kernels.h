@@ -7,7 +7,7 @@
 
 // Increment if a function's arguments, its supported types, or a struct in block.h, blocks.h or decode.h changes. The
 // loader compares it with its expected value.
-const int DW_ABI = 9;
+const int DW_ABI = 10;
 
 #ifdef _WIN32
 #define DW_EXPORT __declspec(dllexport)
@@ -94,6 +94,18 @@ DW_EXPORT int dw_attention_backward(int type, const int64_t *segments, int64_t c
                                     int64_t heads, int64_t key_heads, int64_t d, int64_t dv, float scaling, float cap, const int64_t *output_rows,
                                     int64_t output_count, const void *q, const void *k, const void *v, const void *out, const void *grad, void *dq,
                                     void *dk, void *dv_out, const int64_t *strides, const float *logs);
+
+DW_EXPORT int dw_recurrence(int type, const int64_t *segments, int64_t count, int64_t length, int64_t heads, int64_t key_heads, int64_t d,
+                            int64_t dv, float scaling, int unit_vectors, const void *query, const void *key, const void *value, const float *decay,
+                            const float *rate, void *out);
+DW_EXPORT int dw_recurrence_backward(int type, const int64_t *segments, int64_t count, int64_t length, int64_t heads, int64_t key_heads, int64_t d,
+                                     int64_t dv, float scaling, int unit_vectors, const void *query, const void *key, const void *value,
+                                     const float *decay, const float *rate, const void *grad, void *d_query, void *d_key, void *d_value,
+                                     float *d_decay, float *d_rate);
+DW_EXPORT int dw_convolution(int type, int64_t length, int64_t channels, int64_t width, int silu, const void *x, const float *weight,
+                             const float *bias, const int64_t *before, void *y);
+DW_EXPORT int dw_convolution_backward(int type, int64_t length, int64_t channels, int64_t width, int silu, const void *grad, const void *x,
+                                      const float *weight, const float *bias, const int64_t *before, void *d_x, float *d_weight, float *d_bias);
 
 DW_EXPORT int dw_block_sizes(const BlockParts *block, int64_t T, int64_t output_count, int64_t *sizes);
 DW_EXPORT int dw_block(const BlockParts *block, int64_t T, void *in, const int64_t *segments, int64_t count, const int64_t *output_rows,
