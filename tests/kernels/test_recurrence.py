@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from deltaw.kernels import recurrence
+from deltaw.kernels import loader, recurrence
 from deltaw.kernels.chunks import chunks_of
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.recurrence import packed_recurrence, recurrence_reference
 from deltaw.kernels.short_convolution import convolution_reference, packed_convolution, predecessors
-from tests.kernels.conftest import examples
+from tests.kernels.conftest import compiled_only, examples, relative_error
 
 
 @st.composite
@@ -54,6 +54,56 @@ def test_chunks_equal_the_recurrence_token_by_token(layout, delta, unit_vectors,
         computed = gradients(packed_recurrence, inputs, layout, **options)
     for actual, reference in zip(computed, expected, strict=True):
         torch.testing.assert_close(actual, reference, rtol=1e-9, atol=1e-9)
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(2, 2), (2, 4), (1, 12)], ids=["own keys", "shared keys", "one key head"])
+@pytest.mark.parametrize("delta", [True, False], ids=["delta", "scan"])
+def test_compiled_kernels_equal_the_reference_in_fp64(delta, heads, dtype, arithmetic):
+    layout = Layout.of_lengths([70, 0, 64, 1, 130, 5], [-1, 0, 1, 1, -1, 4])
+    sizes = {"key_heads": heads[0], "heads": heads[1], "d": 64, "d_v": 32}
+    inputs = random_inputs(layout, delta=delta, dtype=dtype, **sizes)
+    inputs[1] = inputs[1] * 0.2
+    options = {"scaling": 0.3, "unit_vectors": delta}
+    assert recurrence.is_compiled(*inputs[:3])
+    computed = gradients(packed_recurrence, inputs, layout, **options)
+    wide = [None if t is None else t.double() for t in inputs]
+    expected = gradients(recurrence_reference, wide, layout, **options)
+    # Each result is rounded once to its type. The gradients of decays and rates are sums of rounded products.
+    tolerance = 3e-6 if dtype == torch.float32 else 2e-2
+    for actual, reference in zip(computed, expected, strict=True):
+        assert relative_error(actual.double(), reference) < tolerance
+
+
+@compiled_only
+def test_compiled_kernels_do_not_depend_on_the_number_of_threads(arithmetic):
+    layout = Layout.of_lengths([70, 20, 30], [-1, 0, 0])
+    inputs = random_inputs(layout, delta=True, key_heads=2, heads=6, d=32, d_v=64, dtype=torch.float32)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(gradients(packed_recurrence, inputs, layout, unit_vectors=True))
+    for other in results[1:]:
+        for actual, expected in zip(other, results[0], strict=True):
+            assert relative_error(actual, expected) < 1e-6
+
+
+@compiled_only
+def test_planned_scratch_memory_equals_the_arenas(arithmetic):
+    from deltaw.memory.scratch import arena_bytes
+
+    layout = Layout.of_lengths([70, 200, 30], [-1, 0, 0])
+    inputs = random_inputs(layout, delta=True, key_heads=1, heads=6, d=32, d_v=64, dtype=torch.float32)
+    operators = torch.ops.deltaw
+    arguments = (*inputs, layout.segments(), 1.0, True)
+    for operator, args in ((operators.recurrence, arguments), (operators.recurrence_backward, (inputs[2], *arguments))):
+        loader.release_scratch()
+        loader.kernels().dw_scratch_bytes(1)
+        operator(*args)
+        measured = loader.kernels().dw_scratch_bytes(1)
+        planned = arena_bytes(operator.default, args)
+        assert 0.9 * planned <= measured <= 1.25 * planned + 2**16
 
 
 @pytest.mark.parametrize("delta", [True, False])

@@ -160,6 +160,7 @@ _RESULTS: dict[str, tuple[type, list[type]]] = {
     "dw_head_gradient_scratch_size": (_L, [_L, _L]),
     "dw_attention_scratch_size": (_L, [_I, _L, _L, _L, _L, _L]),
     "dw_attention_backward_scratch_size": (_L, [_I, _L, _L, _L, _L, _L]),
+    "dw_recurrence_scratch_size": (_L, [_I, _P, *[_L] * 6]),
     "dw_abi": (_I, []),
     "dw_struct_layout": (_L, [_I, _P, _L]),
     "dw_scratch_bytes": (_L, [_I]),

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from deltaw.kernels import attention, head_gradient, loader, quantize, rows
+from deltaw.kernels import attention, head_gradient, loader, quantize, recurrence, rows, short_convolution
 from deltaw.kernels.linear import LinearProduct, reference_chunk_rows, split_arguments
 from deltaw.kernels.quantize import INT8_BLOCK
 from deltaw.kernels.torch_private import FLASH_BACKWARD, FLASH_FORWARD
@@ -25,7 +25,7 @@ from deltaw.kernels.torch_private import FLASH_BACKWARD, FLASH_FORWARD
 
 
 # Importing these modules registers the operators.
-assert attention and head_gradient and rows
+assert attention and head_gradient and recurrence and rows and short_convolution
 
 _ops = torch.ops.deltaw
 Arguments: TypeAlias = tuple[Any, ...]
@@ -89,6 +89,17 @@ def _attention_size(function: str, query: Tensor, value: Tensor) -> int:
     length, key_heads, width = value.shape
     room = getattr(loader.kernels(), function)
     return room(loader.dtype_code(query.dtype), length, heads, key_heads, depth, width)
+
+
+def _recurrence_size(backward: bool, key: Tensor, value: Tensor, segments: Tensor) -> int:
+    length, heads, width = value.shape
+    sizes = (length, heads, *key.shape[1:], width)
+    return loader.kernels().dw_recurrence_scratch_size(backward, segments.data_ptr(), segments.shape[1], *sizes)
+
+
+def _convolution_backward_arena(args: Arguments) -> int:
+    """Return the bytes of the sums of 64 channels per thread."""
+    return torch.get_num_threads() * (args[1].shape[0] + 1) * 64 * 4
 
 
 def _cross_entropy_reference(args: Arguments) -> int:
@@ -188,6 +199,9 @@ ARENAS: dict[object, Rule] = {
         (_ops.class_gradient_, _class_gradient_arena),
         (_ops.head_gradient_, _head_gradient_arena),
         (_ops.cross_entropy_, _cross_entropy_arena),
+        (_ops.recurrence, lambda args: _recurrence_size(False, args[1], args[2], args[5])),
+        (_ops.recurrence_backward, lambda args: _recurrence_size(True, args[2], args[3], args[6])),
+        (_ops.convolution_backward, _convolution_backward_arena),
         (_ops.attention, lambda args: _attention_size("dw_attention_scratch_size", args[0], args[2])),
         (_ops.attention_backward, lambda args: _attention_size("dw_attention_backward_scratch_size", args[1], args[3])),
     )

@@ -52,6 +52,8 @@ DW_EXPORT int64_t dw_factors_scratch_size(int type, int64_t M, int64_t rank);
 DW_EXPORT int64_t dw_class_gradient_scratch_size(int64_t M, int64_t V, int64_t D);
 DW_EXPORT int64_t dw_head_gradient_scratch_size(int64_t M, int64_t D);
 DW_EXPORT int64_t dw_attention_scratch_size(int type, int64_t length, int64_t heads, int64_t key_heads, int64_t d, int64_t dv);
+DW_EXPORT int64_t dw_recurrence_scratch_size(int backward, const int64_t *segments, int64_t count, int64_t length, int64_t heads, int64_t key_heads,
+                                             int64_t d, int64_t dv);
 DW_EXPORT int64_t dw_attention_backward_scratch_size(int type, int64_t length, int64_t heads, int64_t key_heads, int64_t d, int64_t dv);
 
 DW_EXPORT int dw_linear(int type, int64_t M, int64_t out, int64_t in, const void *x, int weight_type, const void *weight, int by_column,

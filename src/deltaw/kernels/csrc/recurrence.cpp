@@ -601,6 +601,16 @@ class Backward {
     }
 };
 
+// Peak bytes of a thread's buffers for a group of heads.
+int64_t group_bytes(const Sizes &z, int64_t heads, int64_t kept, bool backward) {
+    auto of = [](int64_t rows, int64_t columns) { return Panels::numbers(rows, columns); };
+    const int64_t square = of(CHUNK, CHUNK), wide = of(CHUNK, z.d), columns = of(z.d, CHUNK), values = of(CHUNK, z.dv);
+    int64_t numbers = 2 * wide + columns + 2 * square + 2 * CHUNK + 3 * square + 3 * values;
+    if (backward) numbers += 4 * values + 2 * of(z.dv, z.d) + of(z.dv, CHUNK) + 3 * wide + 4 * square + columns + z.state() + 2 * heads * kept * z.state();
+    else numbers += 2 * values + heads * (1 + kept) * z.state();
+    return numbers * 4;
+}
+
 template <class T>
 void run_forward(const Segments &f, const Sizes &z, const void *query, const void *key, const void *value, const float *decay, const float *rate,
                  void *out) {
@@ -614,6 +624,36 @@ void run_backward(const Segments &f, const Sizes &z, const void *query, const vo
 }
 
 }  // namespace
+
+// Peak bytes of all threads' arenas during dw_recurrence or dw_recurrence_backward.
+int64_t dw_recurrence_scratch_size(int backward, const int64_t *segments, int64_t count, int64_t length, int64_t heads, int64_t key_heads, int64_t d,
+                                   int64_t dv) {
+    int64_t bytes = 0;
+    guarded([&] {
+        const Segments f(segments, count, length, 0, 1, nullptr, 0);
+        const Sizes z{length, heads, key_heads, d, dv, 1.0f, 0};
+        const std::vector<Chunk> chunks = cut(f);
+        const int64_t kept = backward ? (int64_t)chunks.size() : KeptStates(chunks).count;
+        const int threads = thread_count();
+        std::vector<int64_t> groups(key_heads, 0);
+        for (int thread = 0; thread < threads; thread++) {
+            int64_t peak = 0;
+            for_heads_of(z, thread, threads, [&](int64_t key_head, int64_t low, int64_t high) {
+                peak = std::max(peak, group_bytes(z, high - low, kept, backward));
+                groups[key_head]++;
+            });
+            bytes += peak;
+        }
+        for (int thread = 0; backward && thread < threads; thread++) {
+            int64_t last = -1;
+            for_heads_of(z, thread, threads, [&](int64_t key_head, int64_t, int64_t) {
+                if (groups[key_head] > 1 && key_head != last) bytes += 2 * length * d * 4;
+                last = key_head;
+            });
+        }
+    });
+    return bytes;
+}
 
 // Outputs (length, heads, dv) of a recurrence. `segments` is a table of Segments (4, count). Queries and keys are
 // (length, key heads, d), values (length, heads, dv), decay and rate (length, heads). rate is null for a state-space
