@@ -93,8 +93,9 @@ def test_compiled_kernels_do_not_depend_on_the_number_of_threads(arithmetic):
 def test_planned_scratch_memory_equals_the_arenas(arithmetic):
     from deltaw.memory.scratch import arena_bytes
 
-    layout = Layout.of_lengths([70, 200, 30], [-1, 0, 0])
-    inputs = random_inputs(layout, delta=True, key_heads=1, heads=6, d=32, d_v=64, dtype=torch.float32)
+    torch.set_num_threads(1)
+    layout = Layout.of_lengths([700, 200, 300], [-1, 0, 0])
+    inputs = random_inputs(layout, delta=True, key_heads=1, heads=6, d=64, d_v=64, dtype=torch.float32)
     operators = torch.ops.deltaw
     arguments = (*inputs, layout.segments(), 1.0, True)
     for operator, args in ((operators.recurrence, arguments), (operators.recurrence_backward, (inputs[2], *arguments))):
@@ -103,7 +104,7 @@ def test_planned_scratch_memory_equals_the_arenas(arithmetic):
         operator(*args)
         measured = loader.kernels().dw_scratch_bytes(1)
         planned = arena_bytes(operator.default, args)
-        assert 0.9 * planned <= measured <= 1.25 * planned + 2**16
+        assert 0.98 * planned <= measured <= 1.1 * planned + 2**17
 
 
 @pytest.mark.parametrize("delta", [True, False])
