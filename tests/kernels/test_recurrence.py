@@ -93,6 +93,7 @@ def test_compiled_kernels_do_not_depend_on_the_number_of_threads(arithmetic):
 def test_planned_scratch_memory_equals_the_arenas(arithmetic):
     from deltaw.memory.scratch import arena_bytes
 
+    loader.release_scratch()  # of all threads
     torch.set_num_threads(1)
     layout = Layout.of_lengths([700, 200, 300], [-1, 0, 0])
     inputs = random_inputs(layout, delta=True, key_heads=1, heads=6, d=64, d_v=64, dtype=torch.float32)
@@ -100,11 +101,12 @@ def test_planned_scratch_memory_equals_the_arenas(arithmetic):
     arguments = (*inputs, layout.segments(), 1.0, True)
     for operator, args in ((operators.recurrence, arguments), (operators.recurrence_backward, (inputs[2], *arguments))):
         loader.release_scratch()
+        operator(*args)  # the first call cuts the arena into chunks
         loader.kernels().dw_scratch_bytes(1)
         operator(*args)
         measured = loader.kernels().dw_scratch_bytes(1)
         planned = arena_bytes(operator.default, args)
-        assert 0.98 * planned <= measured <= 1.1 * planned + 2**17
+        assert planned <= measured <= 1.02 * planned + 2**12
 
 
 @pytest.mark.parametrize("delta", [True, False])

@@ -28,6 +28,7 @@ FAMILIES = {
     "lfm3": CONVOLUTION,
     "lfm2_moe": CONVOLUTION | EXPERTS | {"num_dense_layers": 1},
     "granitemoehybrid": MAMBA | GRANITE,
+    "granitemoehybrid, one group": MAMBA | GRANITE | {"mamba_n_groups": 1},
     "falcon_h1": MAMBA | {"mamba_d_ssm": 96},
     "bamba": MAMBA | {"attn_layer_indices": [1, 3]},
     "nemotron_h": NEMOTRON,
@@ -37,7 +38,7 @@ FAMILIES = {
 def recurrent_model(family: str, dtype: torch.dtype = torch.float32, **changes: object) -> nn.Module:
     """Create a frozen, deterministic causal model. Matrices are large enough that the states have an effect."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **changes})
+    config = AutoConfig.for_model(family.partition(",")[0], **{**SIZES, **FAMILIES[family], **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():

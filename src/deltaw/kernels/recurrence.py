@@ -203,12 +203,13 @@ def _recurrence_backward(  # type: ignore[no-untyped-def]
     grad, query, key, value, decay, rate, segments, scaling, unit_vectors
 ):
     tensors = [query.contiguous(), key.contiguous(), value.contiguous(), *_fp32(decay, rate)]
+    slope = grad.to(value.dtype).contiguous()
     grads = [torch.empty_like(t) for t in tensors if t is not None]
     grad_rate = grads[4].data_ptr() if rate is not None else None
     loader.kernels().dw_recurrence_backward(
         loader.dtype_code(value.dtype), segments.data_ptr(), segments.shape[1], *value.shape[:2], *key.shape[1:],
         value.shape[2], scaling, unit_vectors, *map(loader.address, tensors),
-        grad.to(value.dtype).contiguous().data_ptr(), *(g.data_ptr() for g in grads[:4]), grad_rate,
+        slope.data_ptr(), *(g.data_ptr() for g in grads[:4]), grad_rate,
     )  # fmt: skip
     grads[3] = grads[3].to(decay.dtype)
     return *grads[:4], grads[4].to(rate.dtype) if rate is not None else decay.new_empty(0)
@@ -498,7 +499,9 @@ def _check_shapes(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor | None, layout: Layout
 ) -> None:
     if value.dim() != 3 or key.dim() != 3 or query.shape != key.shape:
-        raise ValueError(f"queries {tuple(query.shape)}, keys {tuple(key.shape)} and values {tuple(value.shape)} differ")
+        raise ValueError(
+            f"queries {tuple(query.shape)}, keys {tuple(key.shape)} and values {tuple(value.shape)} differ"
+        )
     if value.shape[0] != layout.length or key.shape[0] != layout.length:
         raise ValueError(f"the layout has {layout.length} tokens, the values {value.shape[0]}, the keys {key.shape[0]}")
     if key.shape[1] == 0 or value.shape[1] % key.shape[1]:

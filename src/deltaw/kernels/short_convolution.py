@@ -16,9 +16,7 @@ from deltaw.kernels.layout import Layout, to_device
 from deltaw.kernels.operators import accumulation_dtype, define
 
 
-def packed_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, *, silu: bool = False
-) -> Tensor:
+def packed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, *, silu: bool = False) -> Tensor:
     """Return the causal convolution of each channel.
 
     Args:
@@ -121,12 +119,13 @@ def _convolution(x, weight, bias, indices, silu):  # type: ignore[no-untyped-def
 def _convolution_backward(grad, x, weight, bias, indices, silu, need_weight, need_bias):  # type: ignore[no-untyped-def]
     x = x.contiguous()
     taps, shift = _kernel_weights(weight, bias)
+    slope = grad.to(x.dtype).contiguous()
     grad_x = torch.empty_like(x)
     grad_taps = torch.empty_like(taps) if need_weight else None
     grad_shift = torch.empty(x.shape[1]) if need_bias else None
     loader.kernels().dw_convolution_backward(
-        loader.dtype_code(x.dtype), *x.shape, weight.shape[1], silu, grad.to(x.dtype).contiguous().data_ptr(),
-        x.data_ptr(), taps.data_ptr(), loader.address(shift), indices.data_ptr(), grad_x.data_ptr(),
+        loader.dtype_code(x.dtype), *x.shape, weight.shape[1], silu, slope.data_ptr(), x.data_ptr(),
+        taps.data_ptr(), loader.address(shift), indices.data_ptr(), grad_x.data_ptr(),
         loader.address(grad_taps), loader.address(grad_shift),
     )  # fmt: skip
     grad_weight = weight.new_empty(0) if grad_taps is None else grad_taps.flip(0).t().to(weight.dtype)

@@ -83,7 +83,9 @@ class FusedNorm:
         self.original_forward = module.forward
         self._cached: tuple[list[int], Norm | None] = ([], None)
 
-    def __call__(self, hidden_states: Tensor) -> Tensor:
+    def __call__(self, hidden_states: Tensor, *others: Tensor | None) -> Tensor:
+        if any(value is not None for value in others):  # for example a gate
+            return self.original_forward(hidden_states, *others)
         weight = direct_parameters(self.module).get("weight")
         trained = any(p is not None and p.requires_grad for p in direct_parameters(self.module).values())
         if (

@@ -134,7 +134,7 @@ def _scan(
     x = _only_row(hidden_states).float()
     decay = A.float() * steps.float()
     values = x * steps[..., None].float()
-    y = packed_recurrence(_only_row(C), _only_row(B), values, decay, None, packed_layout)
+    y = packed_recurrence(_only_row(C).float(), _only_row(B).float(), values, decay, None, packed_layout)
     return (y if D is None else y + D[..., None] * x)[None]
 
 
