@@ -111,6 +111,11 @@ _FAMILIES: dict[str, Architecture] = {
 }
 
 
+def is_known_family(model_type: str) -> bool:
+    """True if models of this family can be exported, unless llama.cpp lacks a feature of their configuration."""
+    return model_type in _FAMILIES
+
+
 def find_architecture(config: PretrainedConfig) -> Architecture:
     """Return the model family of a configuration.
 

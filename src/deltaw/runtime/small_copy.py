@@ -31,6 +31,8 @@ INNER = 96
 WINDOW = 8
 # Maximum number of layers of the copy.
 MAX_LAYERS = 16
+# Endings of the names of settings that list numbers of layers.
+_INDEX_LISTS = ("_idxs", "_indices")
 _INNER = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim", "moe_intermediate_size")
 
 
@@ -122,7 +124,8 @@ def _reduce_layers(small: PretrainedConfig, config: PretrainedConfig) -> None:
     """Set a number of layers that includes every kind of layer listed in the configuration, at least two."""
     count = int(config.num_hidden_layers)
     sequences = {name: value for name, value in config.to_dict().items() if isinstance(value, (list, tuple))}
-    lists = {name: value for name, value in sequences.items() if len(value) == count > 1}
+    by_layer = {name: value for name, value in sequences.items() if not name.endswith(_INDEX_LISTS)}
+    lists = {name: value for name, value in by_layer.items() if len(value) == count > 1}
     layer_kinds = list(zip(*(map(str, value) for value in lists.values()), strict=True))
     last = max((layer_kinds.index(layer_kind) for layer_kind in set(layer_kinds)), default=0)
     num_layers = min(count, max(2, last + 1))
