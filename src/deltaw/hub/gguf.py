@@ -150,11 +150,11 @@ def _convert_in_child(path: Path, dtype: str, target: Path, log: Callable[[str],
             log(entry["note"])
         if "what" in entry:
             raise UserError(entry["what"], location=entry["where"], hint=entry["hint"])
-    status = completed.status or 0
-    if status < 0:
+    status = completed.status
+    if status is not None and status < 0:
         hint = "the conversion needs more memory than the model: free some, or convert on a larger machine"
         raise UserError(f"conversion was stopped by signal {-status}", location=str(path), hint=hint)
-    if status:
+    if status != 0:
         raise RuntimeError(f"converting '{path}' failed:\n{completed.messages[-2000:]}")
 
 
