@@ -40,7 +40,11 @@ class CommandResult:
 
 
 def start_command(
-    command: Sequence[str], *, environment: Mapping[str, str] | None = None, folder: Path | None = None, **popen_options: Any
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+    **popen_options: Any,
 ) -> subprocess.Popen[Any]:
     """Start a command in a session of its own, without a terminal.
 

@@ -8,7 +8,7 @@ import pytest
 import deltaw
 from deltaw.errors import UserError
 from deltaw.reports.page.run_view import notices, score_warnings
-from deltaw.runs.checks import check_run
+from deltaw.runs.checks import check_data_and_run
 from deltaw.runs.folder import read_run
 from deltaw.settings.config import RunConfig
 from tests.conftest import refusal, write_rows
@@ -115,7 +115,7 @@ def test_reward_unsuitable_for_rows_is_rejected_before_loading_model(reward_run,
         error = refusal(refuse, exact, match="needs 'answer', which no row has")
         assert error.hint == "the rows have: prompt"
     config = RunConfig.read(exact)
-    first = check_run(config, folder=False).findings[0]
+    first = check_data_and_run(config, folder=False).findings[0]
     assert first.level == "error" and "needs 'answer', which no row has" in first.text
     code = "class Few:\n  def reset(self, row): return None\n  def step(self, text): return 1\n"
     (tmp_path / "own.py").write_text(code)

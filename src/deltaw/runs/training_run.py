@@ -85,7 +85,7 @@ class TrainingRun:
         num_trained: Number of trained parameters.
         outcome: Totals of the training.
         evaluation: Evaluation after the training. Empty if the training was interrupted.
-        probe_fields: Fields of the result that the probes probe_fields, such as ``drift``.
+        probe_fields: Fields of the result that the probes measured, such as ``drift``.
     """
 
     task: Task[Any]
@@ -271,7 +271,7 @@ class TrainingRun:
 
     def measure_base(self) -> None:
         """Measure the base model with all probes, which compare it with the trained model later."""
-        with self.clock.part("measurements"):
+        with self.clock.part("measuring"):
             for probe in self.probes:
                 probe.before()
 
@@ -334,7 +334,7 @@ class TrainingRun:
 
     def measure_adapter(self) -> None:
         """Measure the trained model with all probes, and record their results."""
-        with self.clock.part("measurements"):
+        with self.clock.part("measuring"):
             for probe in () if self.outcome.interrupted else self.probes:
                 for result in probe.after(self.evaluation):
                     result.record(self.outcome.steps, self.folder.write_metrics, self.callback.on_line)
