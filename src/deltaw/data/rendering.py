@@ -75,13 +75,19 @@ class ConversationPrefixes:
 
 
 def render_conversation(
-    template: str, messages: Sequence[Mapping[str, object]], *, generation: bool, variables: Mapping[str, object]
+    template: str,
+    messages: Sequence[Mapping[str, object]],
+    *,
+    generation: bool,
+    tools: Sequence[Mapping[str, object]] = (),
+    variables: Mapping[str, object],
 ) -> str:
     """Render a conversation. Thread-safe.
 
     Args:
         template: Jinja template, as in transformers.
         generation: Append the prefix of the assistant's turn (``add_generation_prompt``).
+        tools: Function definitions.
         variables: Additional variables, for example the special tokens by name.
 
     Raises:
@@ -89,7 +95,7 @@ def render_conversation(
         Exception: one of :data:`FAULTS`.
     """
     prefixes = [(len(messages), generation)]
-    ((text,),) = render_batch(template, [ConversationPrefixes(messages, prefixes)], variables)
+    ((text,),) = render_batch(template, [ConversationPrefixes(messages, prefixes, tools)], variables)
     if isinstance(text, Exception):
         raise text
     return text
