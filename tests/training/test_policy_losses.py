@@ -152,6 +152,16 @@ def test_advantages_are_computed_per_group():
     np.testing.assert_allclose(advantages(rewards, "rloo")[0], rewards[0] - baselines)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_equal_rewards_have_no_advantage_for_any_group_size(loss: str):
+    for size in range(2, 18):
+        for reward in (0.1, 0.3, 1 / 3, 0.7, 1.1, -2.3):
+            rewards = np.full((3, size), reward)
+            rewards[1, 0] += 1
+            values = advantages(rewards, loss, loss != "dr_grpo")
+            assert not values[[0, 2]].any() and values[1].all(), (size, reward)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.05])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_loss_and_gradient_match_trl(loss: str, beta: float):
