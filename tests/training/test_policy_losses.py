@@ -13,6 +13,7 @@ import torch
 
 from deltaw.tasks.reward.feed import RewardFeed
 from deltaw.tasks.reward.losses import PolicyLoss, Rollout, advantages
+from deltaw.tasks.reward.scoring import Scorer
 from deltaw.tasks.reward.settings import RewardSettings
 from deltaw.training.batchers import MicroBatcher
 from deltaw.training.losses import RowLogProbs
@@ -166,6 +167,14 @@ def test_completions_without_advantage_do_not_count_as_work_of_a_process():
     assert sorted(index for part in parts for index in part) == list(range(9))
     with_divergence = RewardFeed(SimpleNamespace(), batcher, None, settings_of("grpo", beta=0.1), **arguments)
     assert with_divergence.cost_rows(rows) == rows
+
+
+def test_equal_rewards_of_several_functions_have_equal_sums():
+    functions = [{"name": "length", "weight": weight, "target": 9} for weight in (0.1, 0.7, -1.3)]
+    scorer = Scorer(settings_of("grpo", functions=functions))
+    for size in range(2, 18):
+        totals = scorer.total(np.repeat([[0.1], [0.3], [0.9]], size, axis=1))
+        assert np.ptp(totals) == 0 and totals[0] == pytest.approx(0.01 + 0.21 - 1.17)
 
 
 def make_row(number: int, length: int, advantage: float) -> Rollout:
