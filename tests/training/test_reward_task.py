@@ -82,6 +82,13 @@ def test_rewards_without_advantage_are_reported_early_and_at_end(reward_run, nam
     assert any("The rewards trained nothing" in line for line in notices(run))
 
 
+def test_steps_without_advantage_do_not_count_as_untrained_with_divergence(reward_run):
+    """The gradient of the divergence is 0 as long as the model equals the reference model."""
+    result = deltaw.fit(reward_run("run", name="equal", steps=3, reward={"beta": 0.1}))
+    assert result.rewards_differed is False
+    assert [step["gradient_norm"] for step in metrics(result.output, "loss")] == [0.0, 0.0, 0.0]
+
+
 def test_short_run_without_advantage_is_reported_at_end(reward_run):
     callback = RecordingCallback()
     result = deltaw.fit(reward_run("run", name="equal", steps=2), callback=callback)
