@@ -35,12 +35,12 @@ def has_ended(pid: int) -> bool:
 
 def test_result_has_status_start_of_output_and_end_of_messages():
     code = "import sys; print(sys.stdin.read() * 10); print('x' * 99 + 'end', file=sys.stderr); sys.exit(3)"
-    result = run_command(python(code), content=b"abc", max_bytes=5)
+    result = run_command(python(code), stdin_bytes=b"abc", max_bytes=5)
     assert (result.status, result.output, result.messages.strip()[-3:]) == (3, "abcab", "end")
 
 
 def test_time_limit_kills_descendants():
-    result = run_command(python(START_CHILD + "child.wait()"), seconds=5)
+    result = run_command(python(START_CHILD + "child.wait()"), timeout=5)
     assert result.status is None
     assert has_ended(int(result.output))
 

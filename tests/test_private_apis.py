@@ -280,4 +280,6 @@ def test_overridden_convolution_forward_is_detected_without_private_names(monkey
 
 def test_missing_wrapper_subclass_raises_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"train.sharding: base needs Tensor._make_wrapper_subclass"):
-        _without(monkeypatch, "_make_wrapper_subclass").sized_tensor(object, torch.Size([1]), torch.float32)
+        _without(monkeypatch, "_make_wrapper_subclass").sized_tensor(
+            object, torch.Size([1]), torch.float32, feature="train.sharding: base"
+        )

@@ -17,7 +17,7 @@ from deltaw.cli import main
 from deltaw.errors import UserError
 from deltaw.experiments.compare import compare
 from deltaw.inference.open_run import open_run
-from deltaw.runs.checks import check_run
+from deltaw.runs.checks import check_data_and_run
 from deltaw.runs.data_checks import check_data, preview_rows
 from deltaw.runs.folder import Run
 from deltaw.settings import task_registry
@@ -172,7 +172,7 @@ def test_section_of_registered_task_is_validated(letters, letter_settings):
     with pytest.raises(UserError, match="does not support sharding"):
         RunConfig.read(letter_settings(train={"sharding": "base"}))
     blank = RunConfig.read(letter_settings(letters={"letters": " "}))
-    assert "all letters are blank" in check_run(blank, folder=False).findings[0].text
+    assert "all letters are blank" in check_data_and_run(blank, folder=False).findings[0].text
     assert set(run_schema()["properties"]["letters"]["properties"]) == set(LETTERS.settings.model_fields)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,15 +40,20 @@ class CommandResult:
 
 
 def start_command(
-    command: Sequence[str], *, environment: Mapping[str, str] | None = None, folder: Path | None = None, **streams: Any
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+    **popen_options: Any,
 ) -> subprocess.Popen[Any]:
-    """Start a command in a session of its own. It inherits no descriptors.
+    """Start a command in a session of its own, without a terminal.
 
     Args:
         command: Program and arguments.
         environment: Environment variables. The default is those of this process.
         folder: Working directory. The default is that of this process.
-        streams: Options of :class:`subprocess.Popen` for the streams. The default standard input is empty.
+        popen_options: Further options of :class:`subprocess.Popen`, for example its streams. The default standard input
+            is empty. Other descriptors are inherited only if ``pass_fds`` lists them.
     """
     return subprocess.Popen(
         command,
@@ -55,12 +61,12 @@ def start_command(
         cwd=folder,
         start_new_session=not platforms.WINDOWS,
         creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-        **{"stdin": subprocess.DEVNULL, **streams},
+        **{"stdin": subprocess.DEVNULL, **popen_options},
     )
 
 
 @dataclass(frozen=True)
-class CommandJob:
+class RunningCommand:
     """Running command.
 
     Attributes:
@@ -74,11 +80,11 @@ class CommandJob:
     messages: IO[bytes]
 
     def finish(
-        self, content: bytes = b"", *, seconds: float | None = None, max_bytes: int = MAX_OUTPUT_BYTES
+        self, stdin_bytes: bytes = b"", *, timeout: float | None = None, max_bytes: int = MAX_OUTPUT_BYTES
     ) -> CommandResult:
         """Wait for the command, then kill the processes that it left behind. See :func:`run_command`."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.communicate(content, seconds)
+            self.process.communicate(stdin_bytes, timeout)
         status = self.process.returncode
         if status is None:
             kill_process_tree(self.process)
@@ -93,7 +99,7 @@ class CommandJob:
 @contextlib.contextmanager
 def start_job(
     command: Sequence[str], *, environment: Mapping[str, str] | None = None, folder: Path | None = None
-) -> Iterator[CommandJob]:
+) -> Iterator[RunningCommand]:
     """Start a command that writes to temporary files. It is killed at the end of the context.
 
     Args:
@@ -107,7 +113,7 @@ def start_job(
         )
         with process:
             try:
-                yield CommandJob(process, output, messages)
+                yield RunningCommand(process, output, messages)
             finally:
                 kill_process_tree(process)
 
@@ -115,8 +121,8 @@ def start_job(
 def run_command(
     command: Sequence[str],
     *,
-    content: bytes = b"",
-    seconds: float | None = None,
+    stdin_bytes: bytes = b"",
+    timeout: float | None = None,
     max_bytes: int = MAX_OUTPUT_BYTES,
     environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
@@ -125,14 +131,14 @@ def run_command(
 
     Args:
         command: Program and arguments.
-        content: Standard input.
-        seconds: Time limit. A slower command is killed.
+        stdin_bytes: Standard input.
+        timeout: Time limit in seconds. A slower command is killed.
         max_bytes: Maximum length of the output and of the messages.
         environment: See :func:`start_command`.
         folder: See :func:`start_command`.
     """
     with start_job(command, environment=environment, folder=folder) as job:
-        return job.finish(content, seconds=seconds, max_bytes=max_bytes)
+        return job.finish(stdin_bytes, timeout=timeout, max_bytes=max_bytes)
 
 
 def kill_process_tree(process: subprocess.Popen[Any]) -> int:
@@ -156,7 +162,11 @@ def kill_process_tree(process: subprocess.Popen[Any]) -> int:
 
 
 def _kill_group(pid: int) -> None:
-    """Kill the processes in the session of a process that has just exited or was killed."""
+    """Kill the processes that remain in the group of a process that was killed or whose exit status was just read.
+
+    The system does not reuse the pid while the group has a process. An empty group does not exist, so that nothing is
+    killed, unless the pid was reused for a new group since the exit. Call this immediately after it.
+    """
     if not platforms.WINDOWS:
         with contextlib.suppress(OSError):
-            os.killpg(pid, 9)
+            os.killpg(pid, signal.SIGKILL)

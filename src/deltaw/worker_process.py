@@ -36,12 +36,13 @@ class WorkerError(Exception):
 
 
 class PipeWorker:
-    """A worker process. It starts at the first request, and again at the first request after it was killed.
+    """A worker process. It starts at the first request.
 
     Args:
         command: Program and arguments.
         environment: Environment variables. The default is those of this process.
         extra_start_seconds: Time allowed for the start, in addition to the default.
+        restart: Start it again at the first request after it was killed. Otherwise, this request is a WorkerError.
         options: Further options of :func:`deltaw.child_process.start_command`.
 
     Attributes:
@@ -54,12 +55,15 @@ class PipeWorker:
         *,
         environment: Mapping[str, str] | None = None,
         extra_start_seconds: float = 0.0,
+        restart: bool = True,
         **options: Any,
     ) -> None:
         self._command = command
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
         self._options = {"environment": environment, **pipes, **options}
         self._start_seconds = _START_SECONDS + extra_start_seconds
+        self._can_start = True
+        self._restart = restart
         self._process: subprocess.Popen[bytes] | None = None
         self._can_poll = True
         self._deadline = 0.0
@@ -109,6 +113,9 @@ class PipeWorker:
 
     def _start(self) -> subprocess.Popen[bytes]:
         """Start a worker and wait until it is ready."""
+        if not self._can_start:
+            raise WorkerError("was killed, and cannot be started again")
+        self._can_start = self._restart
         process = start_command(self._command, **self._options)
         self._process, self._can_poll = process, not platforms.WINDOWS
         for pipe in (process.stdin, process.stdout):

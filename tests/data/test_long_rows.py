@@ -47,7 +47,7 @@ def test_every_label_occurs_once_after_its_context(limit, length, filled, cuts):
     spans = list(zip(edges[0::2], edges[1::2], strict=False))
     row = Encoded(tokens, spans, 0, None)
     learned: list[int] = []
-    for piece in split_tokens(row, limit, (), filled=filled):
+    for piece in split_tokens(row, limit, (), maximize_context=filled):
         assert 2 <= len(piece.tokens) <= limit
         # Tokens are consecutive as in the row, so each label has the same context.
         assert piece.tokens == list(range(piece.tokens[0], piece.tokens[0] + len(piece.tokens)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -55,6 +56,7 @@ def test_budget_limits_training_and_repetition_is_equal(make_trial):
     assert [step for step, _ in curve.points][-2:] == [10, 12]
     assert trial.until_flat(3e-2, Budget(1)).outcome.steps == 1
     assert trial.until_flat(1e-2, Budget(12)).points == curve.points
+    assert not (Path(trial.config.output) / "best").exists()
 
 
 def test_time_limit_stops_training(make_trial, monkeypatch):

@@ -7,7 +7,8 @@ import torch
 
 from deltaw.hub.checkpoint import read_checkpoint
 from deltaw.hub.parameter_names import match_names
-from deltaw.hub.vision import Tower, is_vision_language, text_view
+from deltaw.hub.vision import VisionTower, is_vision_language, text_view
+from deltaw.lora.complete_names import complete_names
 from deltaw.runtime.image_tokens import verify_view
 from tests.conftest import refusal
 from tests.vision_models import FAMILIES, IMAGE_TOKEN, prompt, vision_model
@@ -35,7 +36,7 @@ def test_view_gives_logits_of_model(family):
     assert all(id(p) in shared for p in parts.view.parameters())
     names = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in parts.view.named_parameters():
-        assert names[parts.full_name(name)] is parameter
+        assert names[complete_names(parts.view).to_complete(name)] is parameter
 
 
 @pytest.mark.parametrize("family", OTHER_ATTENTION)
@@ -52,7 +53,7 @@ def test_features_in_several_blocks_are_rejected(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_connectors_are_trained_on_stored_features_or_rejected(family):
-    tower = Tower(vision_model(family))
+    tower = VisionTower(vision_model(family))
     if family in STORED_INPUTS:
         rows = tower.connector_inputs(FAMILIES[family].inputs())
         mapped = tower.require_connector()(torch.cat(rows))

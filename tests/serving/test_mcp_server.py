@@ -353,3 +353,20 @@ def _words(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
+
+
+def test_cancelled_call_kills_its_command_before_it_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = AgentServer(FolderPermissions([tmp_path], allow_remote=False), 60, tmp_path)
+    code = "import pathlib, time; pathlib.Path('started').touch(); time.sleep(300)"
+    monkeypatch.setattr(server, "_command", lambda arguments: ([sys.executable, "-c", code], dict(os.environ)))
+
+    async def cancel() -> None:
+        call = asyncio.create_task(server.call("doctor", {}))
+        while not (tmp_path / "started").exists():
+            await asyncio.sleep(0.01)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert not psutil.Process().children()
+
+    asyncio.run(cancel())

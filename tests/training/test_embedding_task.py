@@ -17,7 +17,7 @@ from transformers import AutoModel
 from deltaw.errors import UserError
 from deltaw.hub.sentence_layout import SentenceLayout, write_layout
 from deltaw.machine.choices import Choice
-from deltaw.runs.checks import check_rows, check_run
+from deltaw.runs.checks import check_data_and_run, check_rows
 from deltaw.runs.fit import fit
 from deltaw.settings.config import RunConfig
 from deltaw.tasks.embedding.losses import step_loss
@@ -438,7 +438,7 @@ def test_constant_loss_is_rejected_before_loading_model(make_config, rows, batch
     error = refusal(fit, config)
     assert error.location == location
     assert "did not move" not in error.message
-    refused = check_run(config, folder=False, dry_run=False)
+    refused = check_data_and_run(config, folder=False, dry_run=False)
     assert error.message in refused.findings[0].text
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from deltaw.tasks.reward.feed import RewardFeed
 from deltaw.tasks.reward.losses import PolicyLoss, Rollout, advantages
+from deltaw.tasks.reward.scoring import Scorer
 from deltaw.tasks.reward.settings import RewardSettings
+from deltaw.training.batchers import MicroBatcher
 from deltaw.training.losses import RowLogProbs
+from deltaw.training.parallel.row_distribution import distribute_rows
 
 LOSSES = ("grpo", "dr_grpo", "dapo", "cispo", "gspo", "rloo")
 LENGTHS = (3, 7, 1, 5)
@@ -150,6 +155,41 @@ def test_advantages_are_computed_per_group():
     np.testing.assert_allclose(advantages(rewards, "dr_grpo", scale=False)[0], [-0.5, 0.5, 0.5, -0.5])
     baselines = [rewards[0, [m for m in range(4) if m != n]].mean() for n in range(4)]
     np.testing.assert_allclose(advantages(rewards, "rloo")[0], rewards[0] - baselines)
+
+
+def test_completions_without_advantage_do_not_count_as_work_of_a_process():
+    batcher = MicroBatcher(10**6, share=False)
+    arguments = {"seed": 0, "reference": nullcontext}
+    feed = RewardFeed(SimpleNamespace(), batcher, None, settings_of("grpo"), **arguments)
+    rows = [make_row(n, 20, float(n % 2)) for n in range(8)] + [make_row(8, 10, 0.0)]
+    parts = distribute_rows(feed.cost_rows(rows), 2, share=False)
+    assert [sum(rows[index].advantage for index in part) for part in parts] == [2, 2]
+    assert sorted(index for part in parts for index in part) == list(range(9))
+    with_divergence = RewardFeed(SimpleNamespace(), batcher, None, settings_of("grpo", beta=0.1), **arguments)
+    assert with_divergence.cost_rows(rows) == rows
+
+
+def test_equal_rewards_of_several_functions_have_equal_sums():
+    functions = [{"name": "length", "weight": weight, "target": 9} for weight in (0.1, 0.7, -1.3)]
+    scorer = Scorer(settings_of("grpo", functions=functions))
+    for size in range(2, 18):
+        totals = scorer.total(np.repeat([[0.1], [0.3], [0.9]], size, axis=1))
+        assert np.ptp(totals) == 0 and totals[0] == pytest.approx(0.01 + 0.21 - 1.17)
+
+
+def make_row(number: int, length: int, advantage: float) -> Rollout:
+    tokens = np.full(length, number, np.int32)
+    return Rollout(number, tokens, np.arange(length) > 0, 1, "", advantage=advantage)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_equal_rewards_have_no_advantage_for_any_group_size(loss: str):
+    for size in range(2, 18):
+        for reward in (0.1, 0.3, 1 / 3, 0.7, 1.1, -2.3):
+            rewards = np.full((3, size), reward)
+            rewards[1, 0] += 1
+            values = advantages(rewards, loss, loss != "dr_grpo")
+            assert not values[[0, 2]].any() and values[1].all(), (size, reward)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.05])

@@ -8,7 +8,7 @@ import pytest
 import deltaw
 from deltaw.errors import UserError
 from deltaw.reports.page.run_view import notices, score_warnings
-from deltaw.runs.checks import check_run
+from deltaw.runs.checks import check_data_and_run
 from deltaw.runs.folder import read_run
 from deltaw.settings.config import RunConfig
 from tests.conftest import refusal, write_rows
@@ -82,6 +82,13 @@ def test_rewards_without_advantage_are_reported_early_and_at_end(reward_run, nam
     assert any("The rewards trained nothing" in line for line in notices(run))
 
 
+def test_steps_without_advantage_do_not_count_as_untrained_with_divergence(reward_run):
+    """The gradient of the divergence is 0 as long as the model equals the reference model."""
+    result = deltaw.fit(reward_run("run", name="equal", steps=3, reward={"beta": 0.1}))
+    assert result.rewards_differed is False
+    assert [step["gradient_norm"] for step in metrics(result.output, "loss")] == [0.0, 0.0, 0.0]
+
+
 def test_short_run_without_advantage_is_reported_at_end(reward_run):
     callback = RecordingCallback()
     result = deltaw.fit(reward_run("run", name="equal", steps=2), callback=callback)
@@ -115,7 +122,7 @@ def test_reward_unsuitable_for_rows_is_rejected_before_loading_model(reward_run,
         error = refusal(refuse, exact, match="needs 'answer', which no row has")
         assert error.hint == "the rows have: prompt"
     config = RunConfig.read(exact)
-    first = check_run(config, folder=False).findings[0]
+    first = check_data_and_run(config, folder=False).findings[0]
     assert first.level == "error" and "needs 'answer', which no row has" in first.text
     code = "class Few:\n  def reset(self, row): return None\n  def step(self, text): return 1\n"
     (tmp_path / "own.py").write_text(code)

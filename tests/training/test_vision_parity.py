@@ -13,6 +13,7 @@ from deltaw.data.example import Example
 from deltaw.hub.mrope import image_grids
 from deltaw.hub.vision import text_view
 from deltaw.lora import LoRAConfig, attach
+from deltaw.lora.complete_names import complete_names
 from deltaw.runtime.image_tokens import image_embeddings
 from deltaw.runtime.packed import packed_rows
 from deltaw.runtime.padded import padded_rows
@@ -113,4 +114,5 @@ class _Renamed:
         self._parts = parts
 
     def named_modules(self):
-        return ((self._parts.full_name(name), module) for name, module in self._parts.view.named_modules())
+        names = complete_names(self._parts.view)
+        return ((names.to_complete(name), module) for name, module in self._parts.view.named_modules())

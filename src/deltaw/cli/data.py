@@ -80,11 +80,11 @@ def check(file: str | None, settings: str | None, as_json: bool, **arguments: st
     training would fail or be pointless.
     """
     from deltaw.reports.data import check_lines
-    from deltaw.runs.checks import check_run
+    from deltaw.runs.checks import check_data_and_run
 
     out = console(as_json)
     config = _config(file, settings, arguments, out.print_line)
-    result = check_run(config, out.print_line, folder=config.data.train != file)
+    result = check_data_and_run(config, out.print_line, folder=config.data.train != file)
     for line in check_lines(result):
         out.print(line)
     if as_json:

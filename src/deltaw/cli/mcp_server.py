@@ -31,7 +31,7 @@ from mcp.server.stdio import stdio_server
 from mcp_types import CallToolResult, ListToolsResult, TextContent, Tool
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from deltaw.child_process import start_command, start_job
+from deltaw.child_process import kill_process_tree, start_command, start_job
 from deltaw.errors import UserError, format_error, redact
 from deltaw.runs.folder import RUNNING, Run
 from deltaw.runs.permissions import FolderPermissions, require_plain_text
@@ -348,7 +348,15 @@ class AgentServer:
         try:
             command, environment = self._command(arguments)
             with start_job(command, environment=environment, folder=self.work_folder) as job:
-                finished = await asyncio.to_thread(job.finish, seconds=max(0.0, deadline - time.monotonic()))
+                timeout = max(0.0, deadline - time.monotonic())
+                finishing = asyncio.ensure_future(asyncio.to_thread(job.finish, timeout=timeout))
+                try:
+                    finished = await asyncio.shield(finishing)
+                finally:
+                    # After a cancellation, the thread still reads the job's files.
+                    with anyio.CancelScope(shield=True):
+                        await asyncio.to_thread(kill_process_tree, job.process)
+                        await asyncio.wait([finishing])
         finally:
             self._command_lock.release()
         if finished.status is None:

@@ -89,13 +89,13 @@ def command(
         if not (config.track or config.memory or getattr(config.section, "code_keys", None)):
             return  # all checks are done, without importing torch
 
-    from deltaw.runs.checks import check_settings, read_checked
+    from deltaw.runs.checks import check_settings, read_and_check_data
 
     if cached is not None:
         check_settings(config)
         return
     lines: list[str] = []
-    task, data = read_checked(config, lines.append)
+    task, data = read_and_check_data(config, lines.append)
     if size is not None or seconds is not None:
         budgets = _search(config, (task, data), (size, seconds), names, processes, out)
         if as_json:

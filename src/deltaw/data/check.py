@@ -18,6 +18,7 @@ from deltaw.settings.row_kinds import IMAGE_NAME
 # Share of labels below which a note is emitted: the time is mostly spent on unlabeled tokens.
 _LOW_LABEL_SHARE = 0.02
 _SMALL_ROW_COUNT = 20
+_NUM_BINS = 10  # of the histogram of lengths, approximately
 
 
 @dataclass(frozen=True)
@@ -105,18 +106,16 @@ def summarize_lengths(lengths: np.ndarray) -> Lengths | None:
     return Lengths(shortest, median, round(float(lengths.mean()), 1), p95, longest, _bins(lengths))
 
 
-def _bins(lengths: np.ndarray, count: int = 10) -> tuple[tuple[int, int, int], ...]:
-    """Return about ``count`` bins with round limits: linear, or logarithmic if lengths differ by more than a factor of
-    16.
-    """
+def _bins(lengths: np.ndarray) -> tuple[tuple[int, int, int], ...]:
+    """Return bins with round limits: linear, or logarithmic if lengths differ by more than a factor of 16."""
     low = int(lengths.min())
     high = int(lengths.max())
     if high > 16 * max(1, low):
-        ratio = (high / max(1, low)) ** (1 / count)
-        edges = [round(max(1, low) * ratio**k) for k in range(count)] + [high + 1]
+        ratio = (high / max(1, low)) ** (1 / _NUM_BINS)
+        edges = [round(max(1, low) * ratio**k) for k in range(_NUM_BINS)] + [high + 1]
         edges[0] = low
     else:
-        rough = max(1, -(-(high - low + 1) // count))
+        rough = max(1, -(-(high - low + 1) // _NUM_BINS))
         magnitude = 10 ** (len(str(rough)) - 1)
         width = next(step * magnitude for step in (1, 2, 5, 10) if step * magnitude >= rough)
         edges = list(range(low // width * width, high + width + 1, width))
@@ -130,11 +129,11 @@ def sort_findings(findings: Sequence[DataFinding]) -> tuple[DataFinding, ...]:
     return tuple(f for level in ("error", "warning", "note") for f in findings if f.count and f.level == level)
 
 
-def bad_row_findings(bad: BadRows, settings: DataSettings, location: str) -> list[DataFinding]:
+def bad_row_findings(bad: BadRows, settings: DataSettings, suffix: str) -> list[DataFinding]:
     """Return one finding per reason for which rows cannot be used.
 
     Args:
-        location: Suffix that names the file, for example `` of eval.jsonl``, or an empty string.
+        suffix: Text that names the file, for example `` of eval.jsonl``, or an empty string.
     """
     rejected = settings.bad_rows == "error"
     rows: dict[str, list[str]] = {reason: [] for reason in bad.counts}
@@ -146,7 +145,7 @@ def bad_row_findings(bad: BadRows, settings: DataSettings, location: str) -> lis
     hint = "correct them, or set data.bad_rows: skip" if rejected else "they are skipped"
     findings = []
     for (reason, count), locations in zip(bad.counts.items(), rows.values(), strict=True):
-        text = f"{count_of(count)}{location} that cannot be used: {reason}"
+        text = f"{count_of(count)}{suffix} that cannot be used: {reason}"
         findings.append(DataFinding("bad_rows", level, count, text, hint, tuple(locations)))
     return findings
 
@@ -155,7 +154,7 @@ def long_row_findings(
     statistics: DataStatistics,
     settings: DataSettings,
     text: str = "longer than",
-    location: str = "",
+    suffix: str = "",
     results: Mapping[str, str] | None = None,
     error_hint: str = "",
 ) -> list[DataFinding]:
@@ -163,7 +162,7 @@ def long_row_findings(
 
     Args:
         text: Text before the limit.
-        location: Suffix that names the file, see :func:`bad_row_findings`.
+        suffix: Text that names the file, see :func:`bad_row_findings`.
         results: Consequence of each value of ``data.long_rows``.
         error_hint: Added to the hint if ``data.long_rows`` is "error".
     """
@@ -174,7 +173,7 @@ def long_row_findings(
     policy = settings.long_rows
     levels: dict[str, Level] = {"error": "error", "split": "note"}
     result = ({"drop": ": dropped", "cut": ": truncated"} if results is None else results).get(policy, "")
-    text = f"{count_of(len(indices))}{location} {text} data.max_length ({settings.max_length:,} tokens){result}"
+    text = f"{count_of(len(indices))}{suffix} {text} data.max_length ({settings.max_length:,} tokens){result}"
     hint = f"data.max_length: {lengths.max()} fits all" + (error_hint if policy == "error" else "")
     level = levels.get(policy, "warning")
     return [DataFinding("long_rows", level, len(indices), text, hint, statistics.locations(indices))]
@@ -202,9 +201,6 @@ def overlap_findings(
         DataFinding("overlap", "warning", len(exact), exact_text, hint, evaluation.locations(exact)),
         DataFinding("prompt_overlap", "warning", len(same_prompt), text, None, evaluation.locations(same_prompt)),
     ]
-
-
-# Findings about text rows.
 
 
 def text_length_findings(
@@ -251,7 +247,7 @@ def _row_count_findings(statistics: DataStatistics) -> list[DataFinding]:
     return [DataFinding("no_rows", "error", 1, "no usable rows")]
 
 
-def long_text_findings(statistics: DataStatistics, settings: DataSettings, location: str) -> list[DataFinding]:
+def long_text_findings(statistics: DataStatistics, settings: DataSettings, suffix: str) -> list[DataFinding]:
     """Return a finding about long rows and the labels that they lose. Arguments as for :func:`long_row_findings`."""
     examples = statistics.examples
     long = examples[examples["length"] > settings.max_length]
@@ -261,7 +257,7 @@ def long_text_findings(statistics: DataStatistics, settings: DataSettings, locat
         "split": ": divided, no label lost",
     }
     hint = "; data.long_rows: cut, drop or split"
-    return long_row_findings(statistics, settings, location=location, results=results, error_hint=hint)
+    return long_row_findings(statistics, settings, suffix=suffix, results=results, error_hint=hint)
 
 
 def _unlabeled_findings(statistics: DataStatistics, labels: np.ndarray) -> list[DataFinding]:

@@ -15,7 +15,7 @@ from deltaw.data.bad_rows import BadRowError, BadRows
 from deltaw.data.data_findings import MAX_LOCATIONS
 from deltaw.data.example import Example, special_tokens
 from deltaw.data.formats import Pair, Record, RowFormat, Text, choose_form, read_records, unused_columns, with_system
-from deltaw.data.long_rows import divides_image
+from deltaw.data.long_rows import would_split_image
 from deltaw.data.report import LabelNumbers
 from deltaw.data.row_images import MARKER, ImagePlacer
 from deltaw.data.row_selection import ReadResult
@@ -195,7 +195,7 @@ def collect_statistics(
             for location, record, examples in encoded:
                 statistics.rows += 1
                 statistics.unrolled += len(examples) > 1
-                divided = any(divides_image(example.tokens, settings, images) for example in examples)
+                divided = any(would_split_image(example.tokens, settings, images) for example in examples)
                 remarks = ["no_image"] * (images is not None and not getattr(record, "images", ()))
                 for remark in (*_remarks(record, special), *remarks, *(["divided_image"] if divided else [])):
                     statistics.add_remark(remark, location)

@@ -1,4 +1,8 @@
-"""Rows longer than ``data.max_length``: rejected, truncated, dropped, or divided."""
+"""Rows longer than ``data.max_length``: rejected, truncated, dropped, or divided.
+
+Every label of a divided row occurs in exactly one part. Conversations are divided between turns, and each part starts
+with the system message and a question. Single turns that are too long, and plain text, are divided between tokens.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +20,6 @@ from deltaw.data.row_store import key_of
 from deltaw.data.templates import Encoded, Encoder
 from deltaw.errors import UserError
 from deltaw.settings.data import DataSettings
-
-# Division of rows longer than ``data.max_length``. Every label occurs in exactly one part.
-#
-# Conversations are divided between turns, and each part starts with the system message and a question. Single turns
-# that are too long, and plain text, are divided between tokens.
 
 # Minimum share of context tokens in a part of a divided answer.
 _CONTEXT = 0.25
@@ -41,17 +40,21 @@ def split_long(
         record = record.conversation()
     if isinstance(record, Conversation):
         return _split_conversation(record, encoder, limit, location)
-    filled = not isinstance(record, Text)
-    return [piece for row in encoded for piece in split_tokens(row, limit, encoder.leading, filled=filled)]
+    maximize_context = not isinstance(record, Text)
+    return [
+        piece
+        for row in encoded
+        for piece in split_tokens(row, limit, encoder.leading, maximize_context=maximize_context)
+    ]
 
 
-def split_tokens(row: Encoded, limit: int, leading: Sequence[int], *, filled: bool) -> list[Encoded]:
+def split_tokens(row: Encoded, limit: int, leading: Sequence[int], *, maximize_context: bool) -> list[Encoded]:
     """Divide a token sequence into consecutive parts of at most ``limit`` tokens, without those that have no label.
 
     Later parts start with ``leading`` (such as BOS) and at least one unlabeled context token.
 
     Args:
-        filled: Use as many context tokens as fit, and at least a quarter of the part.
+        maximize_context: Use as many context tokens as fit, and at least a quarter of the part.
     """
     parts: list[Encoded] = []
     leading_tokens = [*leading] if list(row.tokens[: len(leading)]) == list(leading) else []
@@ -59,7 +62,7 @@ def split_tokens(row: Encoded, limit: int, leading: Sequence[int], *, filled: bo
     if capacity < 2:
         leading_tokens = []
         capacity = limit
-    context = max(1, int(capacity * _CONTEXT)) if filled else 1
+    context = max(1, int(capacity * _CONTEXT)) if maximize_context else 1
     position = min((start for start, _ in row.spans), default=len(row.tokens))
     while position < len(row.tokens):
         if position < limit and not parts:
@@ -67,7 +70,7 @@ def split_tokens(row: Encoded, limit: int, leading: Sequence[int], *, filled: bo
             stop = min(limit, len(row.tokens))
         else:
             stop = min(len(row.tokens), position + capacity - context)
-            first = max(0, stop - capacity) if filled else position - context
+            first = max(0, stop - capacity) if maximize_context else position - context
         prefix = leading_tokens if first else []
         shift = len(prefix) - first
         spans = [(max(a, position) + shift, min(b, stop) + shift) for a, b in row.spans]
@@ -87,35 +90,44 @@ def _split_conversation(conversation: Conversation, encoder: Encoder, limit: int
     Later parts start with the system message, the tools, and the question before their first answer.
     """
     roles = [message["role"] for message in conversation.messages]
-    opening = next((n for n, role in enumerate(roles) if role != "system"), 0)
-    pending = [n for n, may in enumerate(unlabel_blank_answers(conversation).learned) if may]
+    num_opening_messages = next((n for n, role in enumerate(roles) if role != "system"), 0)
+    pending = [n for n, has_labels in enumerate(unlabel_blank_answers(conversation).learned) if has_labels]
     pending = [n for n in pending if encoder.labels == "all-turns" or n == len(roles) - 1]
     encoded: list[Encoded] = []
-    first = opening
+    first = num_opening_messages
     while pending:
-        part = _ConversationPart(conversation, opening, first, pending)
+        part = _ConversationPart(conversation, num_opening_messages, first, pending)
         pieces = part.encode_fitting(encoder, limit, location)
-        finished = part.turns_of(pieces)
-        question = max((n for n in range(opening, pending[0]) if roles[n] == "user"), default=opening)
+        finished = part.label_turns(pieces)
+        question = max(
+            (n for n in range(num_opening_messages, pending[0]) if roles[n] == "user"), default=num_opening_messages
+        )
         if pending[0] not in finished:
             if first < question:
                 first = question
                 continue
-            part = _ConversationPart(conversation, opening, first, pending[:1])
+            part = _ConversationPart(conversation, num_opening_messages, first, pending[:1])
             rows = encoder.encode([part.conversation], [location])[0]
-            pieces = [piece for row in rows for piece in split_tokens(row, limit, encoder.leading, filled=True)]
+            pieces = [
+                piece for row in rows for piece in split_tokens(row, limit, encoder.leading, maximize_context=True)
+            ]
             finished = set(pending[:1])
         encoded += pieces
         pending = [turn for turn in pending if turn not in finished]
-        first = max((n for n in range(opening, min(pending, default=0)) if roles[n] == "user"), default=opening)
+        first = max(
+            (n for n in range(num_opening_messages, min(pending, default=0)) if roles[n] == "user"),
+            default=num_opening_messages,
+        )
     return encoded
 
 
 class _ConversationPart:
-    """Part of a conversation: its opening, and its turns from ``first`` through the last of ``trained``."""
+    """Part of a conversation: its opening messages, and its turns from ``first`` through the last of ``trained``."""
 
-    def __init__(self, conversation: Conversation, opening: int, first: int, trained: Sequence[int]) -> None:
-        self._numbers = [*range(opening), *range(first, trained[-1] + 1)]
+    def __init__(
+        self, conversation: Conversation, num_opening_messages: int, first: int, trained: Sequence[int]
+    ) -> None:
+        self._numbers = [*range(num_opening_messages), *range(first, trained[-1] + 1)]
         messages = (conversation.messages[n] for n in self._numbers)
         learned = (n in trained for n in self._numbers)
         self.conversation = replace(conversation, messages=tuple(messages), learned=tuple(learned))
@@ -133,7 +145,7 @@ class _ConversationPart:
                 pieces.append(Encoded(row.tokens[:stop], spans, start, answer, turns))
         return pieces
 
-    def turns_of(self, pieces: Sequence[Encoded]) -> set[int]:
+    def label_turns(self, pieces: Sequence[Encoded]) -> set[int]:
         """Return the indices, in the original conversation, of the turns that are labels in ``pieces``."""
         return {self._numbers[turn] for piece in pieces for turn in piece.turns}
 
@@ -171,7 +183,7 @@ class LongRows:
         return UserError(message, location=self.first, hint=hint)
 
 
-def divides_image(tokens: Sequence[int] | np.ndarray, settings: DataSettings, images: ImagePlacer | None) -> bool:
+def would_split_image(tokens: Sequence[int] | np.ndarray, settings: DataSettings, images: ImagePlacer | None) -> bool:
     """Return True if ``data.long_rows`` would divide a row with images, which is dropped instead.
 
     A row can be cut after its last image. It is never split, because the parts would need images of earlier turns.
@@ -190,10 +202,12 @@ def limit_length(
     long: LongRows,
     images: ImagePlacer | None = None,
 ) -> tuple[Example, ...] | None:
-    """Truncate the examples of one row or group to ``data.max_length`` tokens each. Return None if they are dropped
-    (and counted).
+    """Return the examples of one row or group, truncated to ``data.max_length``, or None if they are unusable.
+
+    Unusable examples are too long, unlabeled or equal. Truncated and dropped ones are counted in ``account``. With
+    ``data.long_rows: error``, long ones are counted in ``long``.
     """
-    divided = any(divides_image(example.tokens, settings, images) for example in examples)
+    divided = any(would_split_image(example.tokens, settings, images) for example in examples)
     limit = settings.max_length
     longest = max(map(len, examples))
     labels = sum(example.label_count for example in examples)
@@ -208,7 +222,7 @@ def limit_length(
     if longest > limit:
         truncated = tuple(example.truncate(limit) for example in examples)
         account["labels_cut"] += labels - sum(example.label_count for example in truncated)
-    if not all(example.label_count for example in truncated) or not differ(truncated):
+    if not all(example.label_count for example in truncated) or not all_distinct(truncated):
         account["without_label"] += 1  # or the truncated answers are equal
         return None
     if longest > limit:
@@ -217,6 +231,6 @@ def limit_length(
     return truncated
 
 
-def differ(examples: tuple[Example, ...]) -> bool:
+def all_distinct(examples: tuple[Example, ...]) -> bool:
     """Return True if all examples have different tokens or labels."""
     return len(examples) == 1 or len({key_of(example) for example in examples}) == len(examples)

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from deltaw.data.bad_rows import OnBadRow
 from deltaw.data.formats import read_pair, require, system_of, with_images, with_system
-from deltaw.data.long_rows import differ
+from deltaw.data.long_rows import all_distinct
 from deltaw.data.messages import WRONG_TYPE
 from deltaw.data.report import count_system, frequent
 from deltaw.data.row_reader import RowReader
@@ -170,7 +170,7 @@ class AnswerReader(RowReader[RowGroup]):
             self.account["without_label"] += 1
             return None
         examples = tuple(parts[0].example(rows.number(index)) for parts in encoded)
-        if not differ(examples):
+        if not all_distinct(examples):
             raise _identical_answers(location)
         group = self.limit_length(RowGroup(examples), location)
         return group and self.group(group.rows, self.row(rows, index), location)

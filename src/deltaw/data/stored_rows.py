@@ -23,7 +23,7 @@ from deltaw.data.data_findings import DataFinding
 from deltaw.data.data_statistics import DataStatistics, collect_statistics
 from deltaw.data.example import Example, token_spans
 from deltaw.data.formats import Record, RowFormat, choose_form, read_records, system_of, unused_columns, with_system
-from deltaw.data.long_rows import LongRows, divides_image, limit_length, split_long
+from deltaw.data.long_rows import LongRows, limit_length, split_long, would_split_image
 from deltaw.data.parallel_map import in_order, num_processes
 from deltaw.data.read_progress import ReadProgress
 from deltaw.data.report import (
@@ -230,7 +230,7 @@ class ChunkReader:
         longest = max(len(part.tokens) for part in parts)
         labels = sum(stop - start for part in parts for start, stop in part.spans)
         images = self._encoder.images
-        divided = any(divides_image(part.tokens, settings, images) for part in parts)
+        divided = any(would_split_image(part.tokens, settings, images) for part in parts)
         if longest > limit and settings.long_rows == "split" and labels and not divided:
             parts = split_long(record, parts, self._encoder, limit, location)
             account["split"] += 1
@@ -289,19 +289,19 @@ def read_stored(
     """
     encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date, images)
     reader = _SourceReader.open(sources, settings, encoder, seed, log)
-    with contextlib.ExitStack() as opened:
-        cache = _cache(reader, tokenizer, opened)
+    with contextlib.ExitStack() as stack:
+        cache = _cache(reader, tokenizer, stack)
         read = None if cache is None else cache.find(reader.from_cache)
         if read is None:
-            read = reader.read_into(opened.enter_context(RowWriter(cache)))
+            read = reader.read_into(stack.enter_context(RowWriter(cache)))
     bad.extend(reader.bad.lines())
     return read
 
 
-def _cache(reader: _SourceReader, tokenizer: PreTrainedTokenizerBase, opened: contextlib.ExitStack) -> RowCache | None:
+def _cache(reader: _SourceReader, tokenizer: PreTrainedTokenizerBase, stack: contextlib.ExitStack) -> RowCache | None:
     """Return the cache entry of these rows, or None if they should not be cached or cannot be identified."""
     settings = reader.settings
-    if settings.cache is False or (settings.cache == "auto" and reader.bytes <= TINY_BYTES):
+    if settings.cache is False or (settings.cache == "auto" and reader.num_bytes <= TINY_BYTES):
         return None
     if reader.encoder.images is not None:
         return None
@@ -309,7 +309,7 @@ def _cache(reader: _SourceReader, tokenizer: PreTrainedTokenizerBase, opened: co
     if dependencies is None:
         return None
     try:
-        return opened.enter_context(RowCache(cache_key(dependencies), reader.log))
+        return stack.enter_context(RowCache(cache_key(dependencies), reader.log))
     except UserError:
         if settings.cache is True:
             raise
@@ -340,7 +340,7 @@ class _SourceReader:
         return cls(sources, streams, settings, encoder, bad, seed, log, name)
 
     @property
-    def bytes(self) -> int:
+    def num_bytes(self) -> int:
         return sum(stream.bytes for stream in self.streams)
 
     def dependencies(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, object] | None:
@@ -391,11 +391,11 @@ class _SourceReader:
         forms = self._scan()
         counts = [stream.rows for stream in self.streams]
         chosen = choose_rows(sum(counts), self.settings.rows, self.seed)
-        progress = ReadProgress(self.log, f"tokenizing {self.name}", self.bytes)
+        progress = ReadProgress(self.log, f"tokenizing {self.name}", self.num_bytes)
         account = Account()
         long = LongRows()
         systems = Systems()
-        count = num_processes() if self.bytes > PARALLEL_BYTES and self.encoder.images is None else 1
+        count = num_processes() if self.num_bytes > PARALLEL_BYTES and self.encoder.images is None else 1
         for part in in_order(self._parts(chosen), functools.partial(self._read_part, forms), count):
             writer.add(part.examples, part.ordinals, part.groups)
             account += part.account
@@ -408,7 +408,7 @@ class _SourceReader:
         report = replace(self._report(forms, account, len(chosen), len(writer)), **shared_system(systems))
         counts_by_name = {k: v for k, v in report.as_dict().items() if k not in ("source", "evaluation")}
         metadata = {"report": counts_by_name, "ends": np.cumsum(counts).tolist()}
-        store = self.settings.cache is True or self.bytes > LARGE_BYTES or progress.seconds > LONG_SECONDS
+        store = self.settings.cache is True or self.num_bytes > LARGE_BYTES or progress.seconds > LONG_SECONDS
         about = f"{self.name}: {len(writer):,} examples"
         rows = writer.finish(about, metadata, store=store, write_skipped=self.bad.write if self.bad else None)
         return rows, report, list(metadata["ends"])
@@ -485,7 +485,7 @@ class _SourceReader:
 
 
 _RowRange: TypeAlias = tuple[int, NumberedRows, Sequence[int], int]
-"""Index of the source, rows of a chunk, indices of the rows to read, and number of its first row over all sources."""
+"""Index of the source, rows of a chunk, indices of the rows to read, and number of rows before the chunk."""
 
 
 @dataclass(frozen=True)

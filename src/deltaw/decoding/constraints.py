@@ -130,6 +130,8 @@ class _ForkServer:
 
     def _fork(self, tokenizer: LLTokenizer) -> None:
         _, received, _, _ = socket.recv_fds(self._control, 1, 1)
+        if not received:  # the control socket was closed
+            return
         if not os.fork():
             try:
                 self._control.close()
@@ -398,6 +400,7 @@ class Launcher:
                 [sys.executable, "-c", _LAUNCH, str(remote_end.fileno()), *map(str, sys.path)],
                 environment={name: value for name, value in os.environ.items() if not name.startswith("DELTAW_")},
                 extra_start_seconds=_START_SECONDS,
+                restart=False,  # the descriptor is closed below
                 stderr=subprocess.DEVNULL,
                 pass_fds=[remote_end.fileno()],
             )

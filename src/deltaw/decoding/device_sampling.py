@@ -61,8 +61,8 @@ class DeviceSampler:
         if not self._is_greedy:
             tokens = self._sample(logits - best.values[:, None], uniform).where(self._temperature[:, 0] > 0, tokens)
         logprobs = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-        tokens_or_none = tokens.where(best.values.isfinite(), NO_TOKEN)
-        self._block.append(torch.stack((tokens_or_none.to(self._wide), logprobs.to(self._wide))))
+        reported_tokens = tokens.where(best.values.isfinite(), NO_TOKEN)
+        self._block.append(torch.stack((reported_tokens.to(self._wide), logprobs.to(self._wide))))
         if len(self._block) == self._steps_per_sync or not self._uniform:
             block = torch.stack(self._block, 1).numpy(force=True)
             self._block = []

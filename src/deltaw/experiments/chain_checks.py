@@ -22,7 +22,7 @@ from deltaw.memory.simulation import simulate
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from deltaw.methods.start import open_start, resolve_start
 from deltaw.progress import LogFunction, ignore_line, track_progress, use_listener
-from deltaw.runs.checks import check_folder, check_start_folders, read_checked, record_file_digests
+from deltaw.runs.checks import check_folder, check_start_folders, read_and_check_data, record_file_digests
 from deltaw.runs.folder import FINISHED, Run, settings_text
 from deltaw.runs.memory_check import plan_memory
 from deltaw.runs.save_adapter import save_adapter
@@ -155,7 +155,7 @@ class _ChainChecks:
 
     def _check_without_model(self, config: RunConfig) -> tuple[Task[Any], RunData]:
         with track_progress("checking the rows"):
-            task, data = read_checked(config)
+            task, data = read_and_check_data(config)
             if self._call_functions:
                 task.check(data, call=True)
         return task, data

@@ -79,8 +79,8 @@ def final_run(config: RunConfig, log: LogFunction, *, plan: bool) -> dict[str, o
         folder.write_settings(trial.config, {key: (c.value, c.why) for key, c in trial.chosen.items()})
         if task.tokenizer is not None:
             folder.write_tokenizer(task.tokenizer)
-        check = GenerationProbe(session)
-        check.before()
+        probe = GenerationProbe(session)
+        probe.before()
         release_free_memory()
         try:
             curve = trial.until_flat(
@@ -91,7 +91,7 @@ def final_run(config: RunConfig, log: LogFunction, *, plan: bool) -> dict[str, o
         except TrainingStopped as error:
             raise UserError("the training was stopped by a signal", hint="start the comparison again") from error
         save_adapter(session, folder.path)
-        generation = check.measure()
+        generation = probe.measure()
         with session.running():
             evaluation = session.evaluate()
         folder.write_metrics({"step": curve.best_step, "eval": evaluation.as_dict()})

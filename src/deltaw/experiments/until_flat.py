@@ -12,7 +12,7 @@ al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durat
 from __future__ import annotations
 
 import math
-import tempfile
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -101,6 +101,8 @@ def until_flat(
 ) -> TrainingCurve:
     """Train until the validation loss flattens or the budget ends. Call this within ``session.running``.
 
+    Meanwhile, the best parameters are stored in ``best/`` of the folder ``output`` of the session's settings.
+
     Args:
         rows: Training rows.
         validation: Validation rows, evaluated every ``train.eval_every`` steps, or at the interval of
@@ -112,14 +114,18 @@ def until_flat(
         UserError: If training diverged. The parameters are those before that step.
     """
     callback = callback or Callback()
-    with tempfile.TemporaryDirectory(prefix="deltaw-best-", ignore_cleanup_errors=True) as folder:
-        stop = FlatLossStop(session, rows, validation, rate, budget, BestParameters(session, Path(folder)), callback)
-        options: dict[str, Any] = {"total_steps": stop.max_steps, "learning_rate": rate, "rows": rows}
-        return stop.finish(session.train(Callbacks(callback, stop), **options))
+    best = BestParameters(session, Path(os.path.expanduser(session.config.output)))
+    best.remove()  # those of a training that was killed
+    try:
+        schedule = FlatLossSchedule(session, rows, validation, rate, budget, best, callback)
+        options: dict[str, Any] = {"total_steps": schedule.max_steps, "learning_rate": rate, "rows": rows}
+        return schedule.finish(session.train(Callbacks(callback, schedule), **options))
+    finally:
+        best.remove()
 
 
 @dataclass
-class FlatLossStop(Callback):
+class FlatLossSchedule(Callback):
     """Callback that ends a training when its validation loss has flattened.
 
     It sets the schedule of the training, evaluates the validation rows at intervals, and starts the cooldown.
@@ -150,7 +156,7 @@ class FlatLossStop(Callback):
         self._every = settings.eval_every or steps_between(per_epoch, steps)
         # A share refers to the steps of the budget, or of an epoch if only the time is limited.
         self._warmup = warmup_steps(settings.warmup, steps or per_epoch)
-        self._last = self.max_steps if self.max_steps < 3 else math.floor(self.max_steps / (1 + COOLDOWN))
+        self._cooldown_step = self.max_steps if self.max_steps < 3 else math.floor(self.max_steps / (1 + COOLDOWN))
 
     def on_begin(self, state: TrainState) -> None:
         self._state = state
@@ -167,7 +173,7 @@ class FlatLossStop(Callback):
         seconds = self.budget.seconds
         flat = False
         time_is_up = seconds is not None and (time.monotonic() - self._start_time) * (1 + COOLDOWN) >= seconds
-        is_last = number >= self._last or time_is_up
+        is_last = number >= self._cooldown_step or time_is_up
         if number % self._every == 0 or is_last:
             self._evaluate(number)
             untrained, *losses = (loss for _, loss in self.curve.points)
@@ -190,7 +196,6 @@ class FlatLossStop(Callback):
         curve = self.curve
         curve.points.append((step, loss))
         if loss < curve.best_loss:
-            self.best.remove()  # two copies would need twice the disk space
             self.best.save(step, self._state)
             curve.best_step = step
             curve.best_loss = loss

@@ -14,7 +14,6 @@ from deltaw.atomic_files import write_text
 from deltaw.data.rendering import FAULTS, render_with_tokenizer
 from deltaw.data.report import quoted
 from deltaw.errors import UserError, did_you_mean
-from deltaw.export.base import resolve_base
 from deltaw.export.gguf_adapter import export_gguf_adapter
 from deltaw.export.gguf_file import ADAPTER_KINDS, KINDS
 from deltaw.export.gguf_model import export_gguf
@@ -259,13 +258,7 @@ def _gguf(run: Path, name: str, output: Path, kind: str, options: MergeOptions, 
             raise UserError(f"'{file.name}' already exists", location=str(file), hint=hint)
     is_adapter = name == "gguf-adapter"
     result = (export_gguf_adapter if is_adapter else export_gguf)(run, path, kind, options, log)
-    base = resolve_base(
-        run,
-        dtype="bf16" if is_adapter else "fp32",
-        model=options.model,
-        trust_remote_code=options.trust_remote_code,
-        log=log,
-    )
+    base = options.resolve_base(run, dtype="bf16" if is_adapter else "fp32", log=log)
     tokenizer = base.tokenizer(run)
     terminators = [] if tokenizer is None else terminators_in(base.folder, tokenizer)
     file_name = f"./{path.name}"

@@ -63,6 +63,10 @@ class MergeOptions:
     additional_adapters: tuple[Path, ...] = ()
     recipe: Recipe | None = None
 
+    def resolve_base(self, run: Path, *, dtype: str, log: LogFunction) -> AdapterBase:
+        """Resolve the base model of a run. See :func:`deltaw.export.base.resolve_base`."""
+        return resolve_base(run, dtype=dtype, model=self.model, trust_remote_code=self.trust_remote_code, log=log)
+
 
 @dataclass(frozen=True)
 class MergePlan:
@@ -103,7 +107,7 @@ def prepare_merge(run: Path, options: MergeOptions, log: LogFunction) -> Iterato
     dtype = "fp32" if options.precision in ("fp32", "fp16") else "bf16"
     with contextlib.ExitStack() as stack, track_progress("reading the adapter"):
         run, *others = (adapter_folder(folder) for folder in (run, *options.additional_adapters))
-        base = resolve_base(run, dtype=dtype, model=options.model, trust_remote_code=options.trust_remote_code, log=log)
+        base = options.resolve_base(run, dtype=dtype, log=log)
         plain_folders = [stack.enter_context(plain_adapter(folder, base, log)) for folder in (run, *others)]
         adapters = tuple(load_changes(folder, base.skeleton()) for folder in plain_folders)
         if options.recipe is None and len(adapters) > 1:

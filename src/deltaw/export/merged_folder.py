@@ -18,7 +18,7 @@ from deltaw.hub.checkpoint import INDEX, WEIGHTS
 from deltaw.hub.sentence_layout import LAYOUT_FILES, copy_layout
 from deltaw.hub.terminators import terminators_in
 from deltaw.hub.tokenizers import CONFIG_FILES, TOKENIZER_FILES, tokenizer_in
-from deltaw.hub.transformers_private import FOLLOWS_MODEL
+from deltaw.hub.transformers_private import FROM_MODEL_CONFIG
 from deltaw.inference.prompting import copy_system
 from deltaw.progress import track_progress
 from deltaw.settings.task_registry import entry_of
@@ -124,7 +124,7 @@ def _write_terminators(base: AdapterBase, folder: Path) -> None:
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if terminators and isinstance(settings, dict):
         settings["eos_token_id"] = terminators if len(terminators) > 1 else terminators[0]
-        settings.pop(FOLLOWS_MODEL, None)  # otherwise transformers regenerates the file with a single terminator
+        settings.pop(FROM_MODEL_CONFIG, None)  # otherwise transformers regenerates the file with a single terminator
         write_json(path, settings)
 
 

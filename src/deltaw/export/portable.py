@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
-from deltaw.export.base import AdapterBase, ExportResult, resolve_base, wrong_base_error
+from deltaw.export.base import AdapterBase, ExportResult, wrong_base_error
 from deltaw.export.merge_plan import MergeOptions, plain_adapter
 from deltaw.export.merged_folder import write_json
 from deltaw.export.output_folder import atomic_folder, check_target
@@ -206,7 +206,7 @@ def read_pair(
         UserError: if the adapter contains other changes than plain updates, or its base model is not found.
     """
     require_lora(run, format_name)
-    base = resolve_base(run, dtype="bf16", model=options.model, trust_remote_code=options.trust_remote_code, log=log)
+    base = options.resolve_base(run, dtype="bf16", log=log)
     require_text(base, run)
     with plain_adapter(run, base, log) as folder:
         return read_plain(folder, format_name, separate if base.is_view else ()), base

@@ -35,7 +35,7 @@ from deltaw.errors import UserError, first_line
 from deltaw.hub import packages
 from deltaw.hub.gguf_blocks import INDEX, ORDERS, index_parameters, string_field
 from deltaw.hub.terminators import terminators
-from deltaw.hub.transformers_private import detach_from_model_config, forget_origin, quiet
+from deltaw.hub.transformers_private import detach_from_model_config, quiet, remove_source_path
 from deltaw.machine.choices import dtype_of
 from deltaw.progress import track_progress
 from deltaw.tensor_files import save_tensors
@@ -150,11 +150,11 @@ def _convert_in_child(path: Path, dtype: str, target: Path, log: Callable[[str],
             log(entry["note"])
         if "what" in entry:
             raise UserError(entry["what"], location=entry["where"], hint=entry["hint"])
-    status = completed.status or 0
-    if status < 0:
+    status = completed.status
+    if status is not None and status < 0:
         hint = "the conversion needs more memory than the model: free some, or convert on a larger machine"
         raise UserError(f"conversion was stopped by signal {-status}", location=str(path), hint=hint)
-    if status:
+    if status != 0:
         raise RuntimeError(f"converting '{path}' failed:\n{completed.messages[-2000:]}")
 
 
@@ -261,7 +261,7 @@ def _clean_config(model: PreTrainedModel) -> None:
         if hasattr(owner, name):
             delattr(owner, name)
     model.__dict__.pop("is_quantized", None)
-    forget_origin(model.config)
+    remove_source_path(model.config)
     # GGUF stores fp32 values: 1e-05 is read as 9.999999747378752e-06.
     for name, value in vars(model.config).items():
         if isinstance(value, float):

@@ -285,7 +285,11 @@ def _download_with_uv(package: PackageReference, folder: Path) -> Path:
 
 
 def _run(command: list[str], package: PackageReference) -> None:
-    """Run a package installer. The last line of its output becomes the error message."""
+    """Run a package installer. The last line of its output becomes the error message.
+
+    It cannot ask for credentials, because it has no terminal and its input is empty. Store them in the installer's
+    configuration or a keyring.
+    """
     finished = run_command(command)
     if finished.status == 0:
         return

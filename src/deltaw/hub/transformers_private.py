@@ -42,7 +42,7 @@ def quiet() -> Iterator[None]:
 _NAMES_ATTENTION = look_up(PretrainedConfig, "_attn_implementation") is not None
 # Keys of configuration files: source of the configuration, and flag for generation settings derived from it.
 NAME_OR_PATH = "_name_or_path"
-FOLLOWS_MODEL = "_from_model_config"
+FROM_MODEL_CONFIG = "_from_model_config"
 
 
 def attention_name(config: object) -> str | None:
@@ -97,15 +97,15 @@ def initialize(model: PreTrainedModel, module: nn.Module) -> None:
     initializer(module)
 
 
-def forget_origin(config: PretrainedConfig) -> None:
+def remove_source_path(config: PretrainedConfig) -> None:
     """Remove the source file of a configuration."""
     vars(config).pop("_model_name_or_path", None)
 
 
 def detach_from_model_config(config: GenerationConfig) -> None:
     """Mark generation settings as independent of the model's configuration."""
-    if look_up(config, FOLLOWS_MODEL) is not None:
-        setattr(config, FOLLOWS_MODEL, False)
+    if look_up(config, FROM_MODEL_CONFIG) is not None:
+        setattr(config, FROM_MODEL_CONFIG, False)
 
 
 # Functions of modeling modules that carry a state from token to token.

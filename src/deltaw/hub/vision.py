@@ -31,7 +31,7 @@ from deltaw.hub.mrope import CAUSAL_MODELS, read_encoded_positions
 from deltaw.hub.parameter_names import match_names
 from deltaw.hub.transformers_private import attention_name, configurations_of, quiet, set_attention_name
 from deltaw.kernels.torch_private import without_dispatch
-from deltaw.lora.complete_names import NameMap, complete_names, set_complete_names
+from deltaw.lora.complete_names import NameMap, set_complete_names
 
 AUTO_MODEL = "AutoModelForImageTextToText"
 
@@ -49,8 +49,8 @@ def loads_as_text_view(config: PretrainedConfig, task_class: str) -> bool:
     Args:
         task_class: Auto class of the task. Models that it contains are loaded as such.
     """
-    own = configurations_of(task_class)
-    is_text = task_class == "AutoModelForCausalLM" and own is not None and type(config) not in own
+    task_configs = configurations_of(task_class)
+    is_text = task_class == "AutoModelForCausalLM" and task_configs is not None and type(config) not in task_configs
     return is_text and is_vision_language(config)
 
 
@@ -68,12 +68,6 @@ class VisionLanguageModel:
     view: PreTrainedModel
     prefix: str
 
-    def full_name(self, name: str) -> str:
-        """Return the name in the complete model of a module or parameter of the view."""
-        names = complete_names(self.view)
-        assert names is not None
-        return names.to_complete(name)
-
     @torch.no_grad()
     def features(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the features of each image, of shape (tokens, d), as the language model reads them.
@@ -90,7 +84,7 @@ def _image_features(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> lis
     return list(features) if not isinstance(features, Tensor) or features.dim() == 3 else [features]
 
 
-class Tower:
+class VisionTower:
     """Computes image features with the vision encoder and the connector of a complete model.
 
     The language model has no weights.
@@ -216,7 +210,7 @@ class Tower:
         return VisionLanguageModel(self.model, view, self.language_name)
 
     @torch.no_grad()
-    def load(self, folder: Path, prefix: str = "") -> Tower:
+    def load(self, folder: Path, prefix: str = "") -> VisionTower:
         """Load the weights except those of the language model, and return the tower.
 
         Args:
@@ -250,14 +244,14 @@ def _parameter_names(prefix: str, module: nn.Module) -> set[str]:
     return {f"{prefix}.{name}" for name, _ in module.named_parameters()}
 
 
-def load_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype, *, values: bool = True) -> Tower:
+def load_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype, *, values: bool = True) -> VisionTower:
     """Load a complete model without the weights of its language model, which stay on the meta device.
 
     Args:
-        values: False to load no weights at all, for a dry run or :meth:`Tower.load`.
+        values: False to load no weights at all, for a dry run or :meth:`VisionTower.load`.
 
     Raises:
-        UserError: as :meth:`Tower.load`.
+        UserError: as :meth:`VisionTower.load`.
     """
     auto = getattr(transformers, AUTO_MODEL)
     with no_init_weights(), quiet(), without_dispatch():
@@ -265,13 +259,13 @@ def load_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype, *, va
         for module in (model.get_decoder(), model.get_output_embeddings()):
             module.to("meta")
     if not values:
-        tower = Tower(model)
+        tower = VisionTower(model)
         for module in (module for part in tower.parts.values() for module in part.modules()):
             for name, parameter in module.named_parameters(recurse=False):
                 empty = torch.empty(parameter.shape, dtype=parameter.dtype)
                 setattr(module, name, nn.Parameter(empty, requires_grad=False))
         return tower
-    return Tower(model).load(folder)
+    return VisionTower(model).load(folder)
 
 
 def require_supported(config: PretrainedConfig) -> None:

@@ -96,7 +96,8 @@ class Layout:
         stops: (S) end position of each segment (exclusive).
         parents: (S) index of each segment's parent, -1 for a root.
         device: Device of the tensors in :meth:`tiles`.
-        masks: Cached inputs of :mod:`deltaw.kernels.gpu_attention`: block masks by window, and the ends of the rows.
+        masks: Cached tensors of other modules, by their keys: masks and ends of the rows of
+            :mod:`deltaw.kernels.gpu_attention`, chunks of recurrences, and predecessors of tokens.
         cached_tensors: Tensors that other modules derived for this row, by the id of the source tensor.
 
     Raises:

@@ -1,8 +1,8 @@
-"""All uses of private names of torch. Each name is looked up once and has a fallback.
+"""All uses of private names of torch. Each name has a fallback.
 
 A fallback is slower, or raises an error that names the missing feature. Without fake tensors, for example, there are no
-dry runs (:data:`MISSING_NAME`), and training continues without a memory plan. Functions are selected when this module
-is imported, so calls have no overhead. torch.compile can trace all of them.
+dry runs (:data:`MISSING_NAME`), and training continues without a memory plan. Names that are used in each step are
+looked up when this module is imported, so calls have no overhead, and torch.compile can trace them.
 
 No other file uses names of torch with a leading underscore. ``tests/test_private_apis.py`` checks this.
 """
@@ -133,7 +133,7 @@ def _fake_constructor() -> Callable[[Any, dict[str, Any], Tensor, torch.device],
     return construct if make_subclass is None or set_throw is None else construct_fast
 
 
-as_fake = _fake_constructor()
+to_fake_tensor = _fake_constructor()
 """(mode, attributes, meta, device): Convert ``meta`` to a fake tensor of the mode with the attributes of its fake
 tensors. Equivalent to the constructor without its checks."""
 
@@ -183,14 +183,17 @@ is_view: Callable[[Tensor], bool] = look_up(Tensor, "_is_view") or (lambda tenso
 """True if autograd tracks a tensor as a view of another."""
 
 
-def sized_tensor(cls: Any, size: torch.Size, dtype: torch.dtype) -> Any:
+def sized_tensor(cls: Any, size: torch.Size, dtype: torch.dtype, *, feature: str) -> Any:
     """Create a tensor of a subclass with a size and no values.
+
+    Args:
+        feature: What needs it, named in the error.
 
     Raises:
         UserError: if this version of torch does not support it.
     """
     if (make := look_up(Tensor, "_make_wrapper_subclass")) is None:
-        raise missing_name_error("train.sharding: base", "Tensor._make_wrapper_subclass")
+        raise missing_name_error(feature, "Tensor._make_wrapper_subclass")
     return make(cls, size, dtype=dtype, device="cpu")
 
 

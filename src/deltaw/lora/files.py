@@ -31,7 +31,16 @@ from deltaw.lora.fingerprint import FINGERPRINT_KEY, warn_other_base
 from deltaw.lora.kinds import is_linear, linear_sizes
 from deltaw.lora.layers import LoRAConv, LoRALayer
 from deltaw.lora.peft_format import PREFIX, FilePaths, without_wrappers
-from deltaw.lora.select import NamedModule, Selection, Target, format_names, select, unique_modules, values_by_pattern
+from deltaw.lora.select import (
+    NamedModule,
+    Selection,
+    Target,
+    format_names,
+    matched_names,
+    select,
+    unique_modules,
+    values_by_pattern,
+)
 from deltaw.tensor_files import TensorFile, save_tensors
 from deltaw.untrusted_paths import require_contained
 from deltaw.user_references import record_reference
@@ -445,7 +454,7 @@ def _extra_modules(config: LoRAConfig, tensors: Mapping[str, Tensor], modules: l
     stored = {without_wrappers(name) for name in tensors}
     parents = {name[: match.start()] for name in stored for match in re.finditer(r"\.", name)}
     entries = tuple(config.train_modules)
-    matched = [m for m in modules if m.names[0] in parents and any(n.endswith(entries) for n in m.matched_names)]
+    matched = [m for m in modules if m.names[0] in parents and any(n.endswith(entries) for n in matched_names(m))]
     nested = {id(inner) for m in matched for inner in m.module.modules() if inner is not m.module}
     return [m for m in matched if id(m.module) not in nested]
 

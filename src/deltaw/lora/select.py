@@ -62,11 +62,6 @@ class NamedModule:
     module: nn.Module
     complete_names: tuple[str, ...] = ()
 
-    @property
-    def matched_names(self) -> tuple[str, ...]:
-        """Names that the settings are compared with."""
-        return self.names + self.complete_names
-
 
 @dataclass(frozen=True)
 class NamedParameter:
@@ -90,13 +85,13 @@ class NamedParameter:
         """Names in the complete model, if the model is a text view."""
         return tuple(f"{name}.{self.attribute}" for name in self.owner.complete_names)
 
-    @property
-    def matched_names(self) -> tuple[str, ...]:
-        """Names that the settings are compared with."""
-        return self.names + self.complete_names
-
 
 Named = TypeVar("Named", NamedModule, NamedParameter)
+
+
+def matched_names(named: NamedModule | NamedParameter) -> tuple[str, ...]:
+    """Return the names that the settings are compared with."""
+    return named.names + named.complete_names
 
 
 def unique_modules(model: nn.Module) -> list[NamedModule]:
@@ -141,9 +136,13 @@ def values_by_pattern(
     return values
 
 
-def format_names(names: list[str], count: int = 6) -> str:
-    listed = ", ".join(f"'{name}'" for name in names[:count])
-    return listed + (f", … ({len(names)} in all)" if len(names) > count else "")
+# Maximum number of names in a message.
+_MAX_LISTED = 6
+
+
+def format_names(names: list[str]) -> str:
+    listed = ", ".join(f"'{name}'" for name in names[:_MAX_LISTED])
+    return listed + (f", … ({len(names)} in all)" if len(names) > _MAX_LISTED else "")
 
 
 @dataclass(frozen=True)
@@ -279,8 +278,8 @@ class _TargetSelector:
         An entry without a match is an error if ``strict`` is True.
         """
         if isinstance(value, str):
-            (matched_names,) = names_matching(key, [value], (name for m in candidates for name in m.matched_names))
-            matched = [m for m in candidates if not matched_names.isdisjoint(m.matched_names)]
+            (matching,) = names_matching(key, [value], (name for m in candidates for name in matched_names(m)))
+            matched = [m for m in candidates if not matching.isdisjoint(matched_names(m))]
             if not matched and self.strict:
                 is_ending = any(value in endings(name) for m in candidates for name in m.names)
                 raise _no_match(key, value, candidates, as_list=is_ending)
@@ -289,7 +288,7 @@ class _TargetSelector:
         names_by_entry: dict[str, list[str]] = {entry: [] for entry in value}
         matched = []
         for candidate in candidates:
-            entries = {end for name in candidate.matched_names for end in endings(name) if end in names_by_entry}
+            entries = {end for name in matched_names(candidate) for end in endings(name) if end in names_by_entry}
             for entry in entries:
                 names_by_entry[entry].append(candidate.names[0])
             if entries:

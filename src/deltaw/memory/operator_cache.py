@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deltaw.kernels.torch_private import FakeTensor, FakeTensorMode, as_fake, tree_map_only, without_dispatch
+from deltaw.kernels.torch_private import FakeTensor, FakeTensorMode, to_fake_tensor, tree_map_only, without_dispatch
 
 CPU = torch.device("cpu")
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -109,7 +109,7 @@ class OperatorCache:
         """Return ``meta`` as a fake tensor, without the checks in the constructor of ``FakeTensor``."""
         if self._attributes is None:
             self._attributes = dict(vars(FakeTensor(self._fake, meta, CPU)))
-        return as_fake(self._fake, self._attributes, meta, CPU)
+        return to_fake_tensor(self._fake, self._attributes, meta, CPU)
 
 
 def _name(func: Any) -> str:

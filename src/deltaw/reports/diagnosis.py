@@ -34,8 +34,7 @@ from deltaw.reports.installed_packages import Package, openmp_libraries, package
 from deltaw.settings import task_registry
 from deltaw.tensor_files import TensorFile
 
-# Collecting the properties takes seconds and needs no network. The root of the file system is a parameter, so tests can
-# describe a machine in a folder.
+# Root of the file system. It is a parameter of the functions, so that tests can describe a machine in a folder.
 _ROOT = Path("/")
 # Environment variables of other programs that affect the speed or the folders of deltaw.
 OTHER_VARIABLES = ("HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "CUDA_VISIBLE_DEVICES", "MALLOC_ARENA_MAX")
@@ -68,19 +67,19 @@ class Kernels:
 
     Attributes:
         name: Name of the variant.
-        lacking: CPU features that are missing.
+        missing_features: CPU features that are missing.
         built: True if its library exists.
         problem: Reason why it cannot be loaded, or None if it can or was not tried.
     """
 
     name: str
-    lacking: tuple[str, ...]
+    missing_features: tuple[str, ...]
     built: bool
     problem: str | None = None
 
     @property
     def usable(self) -> bool:
-        return self.built and not self.lacking and self.problem is None
+        return self.built and not self.missing_features and self.problem is None
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ def gather(
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     torch_versions = {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
 
-    def matters(variable: str) -> bool:
+    def is_relevant(variable: str) -> bool:
         return variable.startswith(("DELTAW_", *LIBRARY_PREFIXES)) or variable in OTHER_VARIABLES
 
     disks = [_disk("runs", Path(os.path.expanduser(output))), _disk("cache", cache, sum(cache_bytes.values()))]
@@ -216,7 +215,7 @@ def gather(
         gpus=[_gpu_of(index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)],
         nvidia_driver=(root / "proc/driver/nvidia/version").exists(),
         mps=torch.backends.mps.is_available(),
-        environment={n: HIDDEN_VALUE if n in SECRETS else v for n, v in sorted(os.environ.items()) if matters(n)},
+        environment={n: HIDDEN_VALUE if n in SECRETS else v for n, v in sorted(os.environ.items()) if is_relevant(n)},
         versions={"python": platform.python_version(), "system": system, **torch_versions},
         model=model_summary,
         cache_bytes=cache_bytes,
@@ -255,15 +254,15 @@ def _variants() -> list[Kernels]:
     switched_off = variants.kernel_overrides().kernels == variants.NONE
     results = []
     for variant in variants.for_machine():
-        lacking = tuple(variant.lacking(flags))
+        missing_features = tuple(variant.lacking(flags))
         built = variants.file_of(variant).is_file()
         problem = None
-        if built and not lacking and not switched_off:
+        if built and not missing_features and not switched_off:
             try:
                 loader.open_variant(variant.name)
             except (OSError, AttributeError, RuntimeError, UserError) as error:
                 problem = error.message if isinstance(error, UserError) else str(error)
-        results.append(Kernels(variant.name, lacking, built, problem))
+        results.append(Kernels(variant.name, missing_features, built, problem))
     return results
 
 

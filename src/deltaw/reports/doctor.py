@@ -116,7 +116,7 @@ def _kernels(diagnosis: Diagnosis) -> Iterator[FindingParts]:
     if forced.kernels == NONE:
         yield ("warning", f"compiled kernels are switched off ({forced.source})", f"unset {VARIABLE} and {OFF}")
         return
-    runs = [variant for variant in diagnosis.variants if not variant.lacking]
+    runs = [variant for variant in diagnosis.variants if not variant.missing_features]
     if chosen is None:
         problem = next((v.problem for v in runs if v.problem), "none was built")
         install = "pip install --force-reinstall --no-deps deltaw, or in a checkout: pip install -e ."

@@ -126,7 +126,7 @@ def check_folder(config: RunConfig) -> None:
         decide_start(output, config, False, ignore_line)
 
 
-def read_checked(config: RunConfig, log: LogFunction = ignore_line) -> tuple[Task[Any], RunData]:
+def read_and_check_data(config: RunConfig, log: LogFunction = ignore_line) -> tuple[Task[Any], RunData]:
     """Check the settings, read the rows, and check that they fit: everything that needs no model.
 
     Raises:
@@ -138,7 +138,9 @@ def read_checked(config: RunConfig, log: LogFunction = ignore_line) -> tuple[Tas
     return task, data
 
 
-def check_run(config: RunConfig, log: LogFunction = ignore_line, *, folder: bool, dry_run: bool = True) -> DataCheck:
+def check_data_and_run(
+    config: RunConfig, log: LogFunction = ignore_line, *, folder: bool, dry_run: bool = True
+) -> DataCheck:
     """Check the rows, and add the error that ``deltaw train`` would raise before it loads weights, if any.
 
     Args:
@@ -155,7 +157,7 @@ def check_run(config: RunConfig, log: LogFunction = ignore_line, *, folder: bool
         return check
     try:
         with preserved_process_state():
-            task, data = read_checked(config)
+            task, data = read_and_check_data(config)
             try:
                 if dry_run:
                     plan_run(config, task, data)

@@ -85,7 +85,7 @@ class TrainingRun:
         num_trained: Number of trained parameters.
         outcome: Totals of the training.
         evaluation: Evaluation after the training. Empty if the training was interrupted.
-        measured: Fields of the result that the probes measured, such as ``drift``.
+        probe_fields: Fields of the result that the probes measured, such as ``drift``.
     """
 
     task: Task[Any]
@@ -109,7 +109,7 @@ class TrainingRun:
         self.output = Path(os.path.expanduser(start.requested.output))
         self.clock = PartTimer()
         self.evaluation = Evaluation()
-        self.measured: dict[str, Any] = {}
+        self.probe_fields: dict[str, Any] = {}
         self._started_at = now()
         self._should_train = True
 
@@ -271,7 +271,7 @@ class TrainingRun:
 
     def measure_base(self) -> None:
         """Measure the base model with all probes, which compare it with the trained model later."""
-        with self.clock.part("drift"):
+        with self.clock.part("measuring"):
             for probe in self.probes:
                 probe.before()
 
@@ -334,16 +334,16 @@ class TrainingRun:
 
     def measure_adapter(self) -> None:
         """Measure the trained model with all probes, and record their results."""
-        with self.clock.part("drift"):
+        with self.clock.part("measuring"):
             for probe in () if self.outcome.interrupted else self.probes:
                 for result in probe.after(self.evaluation):
                     result.record(self.outcome.steps, self.folder.write_metrics, self.callback.on_line)
-                    self.measured |= result.fields
+                    self.probe_fields |= result.fields
 
     def finish(self) -> None:
         """Release the other processes, write the model card and record the end of the run."""
         self.processes.dismiss()
-        write_card(self.folder.path, self.session, self.outcome, self.evaluation, self.num_trained, **self.measured)
+        write_card(self.folder.path, self.session, self.outcome, self.evaluation, self.num_trained, **self.probe_fields)
         self.record.done(self.outcome)
         self.monitor.close(self.outcome, can_resume=self.record.checkpoints.enabled)
 
@@ -361,7 +361,7 @@ class TrainingRun:
             method=self.config.method,
             task=self.config.task,
             generates_text=self.task.generates_text,
-            **self.measured,
+            **self.probe_fields,
             arithmetic=self._arithmetic() if device == "cpu" else {},
             approximations=self.session.approximations.as_dict(),
             best=self.monitor.best.as_dict(),

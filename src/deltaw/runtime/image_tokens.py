@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.hub.mrope import encode_grid, has_grid_positions, image_grids
-from deltaw.hub.vision import Tower, VisionLanguageModel, unsupported_family
+from deltaw.hub.vision import VisionLanguageModel, VisionTower, unsupported_family
 from deltaw.hub.vision_parts import fold_statistics
 from deltaw.kernels.layout import Layout, PositionShifts
 from deltaw.kernels.torch_modules import cast_module
@@ -41,7 +41,7 @@ class FeatureSource(Protocol):
 
     width: int
 
-    def rows(self, ids: Tensor, tower: Tower | None = None) -> Tensor:
+    def rows(self, ids: Tensor, tower: VisionTower | None = None) -> Tensor:
         """Return the (n, width) features of token ids (n,). A tower computes them, with gradients."""
         ...
 
@@ -74,7 +74,7 @@ class ImageTokens(nn.Module):
     has_grid_positions: bool
     connector_name: str | None
     statistics: tuple[Tensor, Tensor] | None
-    tower: Tower | None
+    tower: VisionTower | None
 
     @property
     def connector(self) -> nn.Module | None:
@@ -130,7 +130,7 @@ def attach_images(
     model: nn.Module,
     features: FeatureSource,
     parts: Mapping[str, nn.Module] = MappingProxyType({}),
-    tower: Tower | None = None,
+    tower: VisionTower | None = None,
 ) -> Replacement:
     """Replace the input embedding of a model by one that also embeds image tokens.
 
@@ -253,7 +253,7 @@ class _Features:
         sizes = [(np.arange(height * width), height, width) for height, width in grids]
         self._grids = [np.stack(np.broadcast_arrays(*size)) for size in sizes]
 
-    def rows(self, ids: Tensor, tower: Tower | None = None) -> Tensor:
+    def rows(self, ids: Tensor, tower: VisionTower | None = None) -> Tensor:
         return self._values[ids - self._first_id]
 
     def contains(self, ids: np.ndarray) -> np.ndarray:

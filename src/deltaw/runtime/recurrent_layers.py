@@ -97,7 +97,11 @@ def _apply_delta_rule(
     if initial_state is not None or output_final_state:
         raise RuntimeError("a cache cannot run on packed rows")
     y = packed_recurrence(
-        *map(_only_row, (query, key, value, g, beta)),
+        _only_row(query),
+        _only_row(key),
+        _only_row(value),
+        _only_row(g),
+        _only_row(beta),
         packed_layout,
         scaling=query.shape[-1] ** -0.5,
         unit_vectors=use_qk_l2norm_in_kernel,
@@ -108,11 +112,11 @@ def _apply_delta_rule(
 def _scan(
     hidden_states: Tensor,
     dt: Tensor,
-    A: Tensor,  # noqa: N803 - name of transformers
-    B: Tensor,  # noqa: N803
-    C: Tensor,  # noqa: N803
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
     chunk_size: int,
-    D: Tensor | None = None,  # noqa: N803
+    D: Tensor | None = None,
     dt_bias: Tensor | None = None,
     *,
     packed_layout: Layout,

@@ -315,7 +315,7 @@ class _LazyGatherBuffer(Tensor):
 
     @staticmethod
     def __new__(cls, size: torch.Size, dtype: torch.dtype) -> _LazyGatherBuffer:
-        return sized_tensor(cls, size, dtype)
+        return sized_tensor(cls, size, dtype, feature="train.sharding: base")
 
     def __init__(self, size: torch.Size, dtype: torch.dtype) -> None:
         self.rows = []

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from deltaw import platforms
 from deltaw.atomic_files import write_text
-from deltaw.child_process import start_command
+from deltaw.child_process import MAX_OUTPUT_BYTES, start_command
 from deltaw.errors import UserError
 from deltaw.runs.folder import is_alive, is_locked, process_identity
 from deltaw.studio.workspace import Workspace, load_fields
@@ -37,7 +37,6 @@ VERBS |= {"deploy": "Adding to the program", "plan": "Downloading the model"}
 POLL_SECONDS = 0.5
 RETRY_SECONDS = 30.0
 # Maximum bytes that are read of a job's output, and number of lines of its log on the page.
-MAX_OUTPUT_BYTES = 2**24
 MAX_LOG_LINES = 40
 _JOB = "job.json"
 _SETTINGS = "settings.yaml"

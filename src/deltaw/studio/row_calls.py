@@ -38,13 +38,13 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
 
     The plan of the run is a call of its own, with a shorter time limit.
     """
-    from deltaw.runs.checks import check_run
+    from deltaw.runs.checks import check_data_and_run
     from deltaw.settings.config import RunConfig
 
     run_config = RunConfig.read(config)
     if not _is_available(run_config.model):
         return {"unavailable": run_config.model}
-    return check_run(run_config, folder=False, dry_run=False).as_dict()
+    return check_data_and_run(run_config, folder=False, dry_run=False).as_dict()
 
 
 def rows(config: Mapping[str, Any], first: int, count: int) -> dict[str, Any]:

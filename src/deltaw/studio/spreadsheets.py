@@ -69,7 +69,7 @@ def convert(workspace: Workspace, file: Path, *, sheet: str = "", is_upload: boo
         name = re.sub(r"[^\w-]+", "-", sheet)
         target = target.with_stem(f"{target.stem}-{name}")
     command, environment = python_command(_CODE, workspace, [str(file), str(output), sheet])
-    result = run_command(command, environment=environment, seconds=MAX_SECONDS)
+    result = run_command(command, environment=environment, timeout=MAX_SECONDS)
     message = result.output.strip() or "the file is too large, or a sheet has a cell far away from its table"
     if result.status is None:
         message = f"the file was not read within {MAX_SECONDS} seconds"

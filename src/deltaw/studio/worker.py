@@ -201,7 +201,7 @@ def plan(config: dict[str, Any]) -> dict[str, Any]:
     from deltaw.machine.memory import free_memory_bytes, resident_bytes
     from deltaw.methods.start import resolve_start
     from deltaw.progress import ignore_line
-    from deltaw.runs.checks import read_checked
+    from deltaw.runs.checks import read_and_check_data
     from deltaw.settings.config import RunConfig
     from deltaw.training.planning.budget import fitting_settings
     from deltaw.training.planning.plan_run import plan_methods
@@ -211,7 +211,7 @@ def plan(config: dict[str, Any]) -> dict[str, Any]:
     fitting = []
     if settings.start_from is not None:
         settings = resolve_start(settings, lines.append)
-    task, data = read_checked(settings, lines.append)
+    task, data = read_and_check_data(settings, lines.append)
     started = time.monotonic()
     found = plan_methods(settings, task, data, [settings.method], on_error=lambda *_: None)[settings.method]
     free = free_memory_bytes() + resident_bytes()  # the worker exits before the training starts

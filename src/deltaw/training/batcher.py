@@ -50,7 +50,7 @@ class Batcher(abc.ABC):
         return [count for count, _ in shapes]
 
     def expand(self, rows: Sequence[Any], step: int) -> tuple[Sequence[Any], bool]:
-        """Return the rows to train on in this step, and True if their loss has a gradient.
+        """Return the rows to train on in this step, and True if each trained parameter should get a gradient.
 
         Batchers that generate rows, for example completions of prompts, return new rows
         (:class:`deltaw.training.rollouts.RolloutFeed`).

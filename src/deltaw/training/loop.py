@@ -148,8 +148,8 @@ class _Loop:
         if state.step % STEPS_BETWEEN_TRIMS == 0:
             trim_memory()
         step_rows = [self.examples[i] for i in state.order.indices(state.step)]
-        rows, has_gradient = self.batcher.expand(step_rows, state.step)
-        check_step = has_gradient and not check.done
+        rows, counts_for_check = self.batcher.expand(step_rows, state.step)
+        check_step = counts_for_check and not check.done
         options.before_step(state, rows)
         indices = state.start_step()
         units = self.objective.units(rows)

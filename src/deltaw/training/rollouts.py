@@ -70,6 +70,10 @@ class RolloutFeed(Feed):
         """Return True if the loss of a generated row has a gradient. Other rows are not computed."""
         return True
 
+    def counts_for_check(self, row: Any) -> bool:
+        """Return True if a step with this row counts for :class:`deltaw.training.trained_check.TrainedCheck`."""
+        return self.has_gradient(row)
+
     def is_generated(self, row: Any) -> bool:
         """Return False for a row that :meth:`generate` would replace."""
         return isinstance(row, self.row_class)
@@ -100,7 +104,7 @@ class RolloutFeed(Feed):
             if self._folder is not None and self.steps_per_round > 1:
                 self._save()
         generated = self._round[1]
-        return generated, any(map(self.has_gradient, generated))
+        return generated, any(map(self.counts_for_check, generated))
 
     def set_run_folder(self, folder: Path) -> None:
         self._folder = folder
@@ -108,6 +112,9 @@ class RolloutFeed(Feed):
     def batches(self, rows: Sequence[Any]) -> Iterator[Any]:
         rows = self._generated(rows)
         return super().batches([row for row in rows if self.has_gradient(row)] or list(rows[:1]))
+
+    def cost_rows(self, rows: Sequence[Any]) -> Sequence[Any]:
+        return super().cost_rows([row if self.has_gradient(row) else row.truncate(1) for row in rows])
 
     def shapes(self, rows: Sequence[Any]) -> list[tuple[int, int]]:
         return super().shapes(self._generated(rows))

@@ -198,6 +198,11 @@ class Task(abc.ABC, Generic[ObjectiveType]):
     evaluation_method = "evaluate_rows"
     checks_generation = False
 
+    @property
+    def images(self) -> RowImages | None:
+        """Images in prompts of a vision-language model, or None if the model reads text only."""
+        return self.inputs if isinstance(self.inputs, RowImages) else None
+
     # Required.
 
     @classmethod
@@ -402,11 +407,6 @@ class Task(abc.ABC, Generic[ObjectiveType]):
 
         A merged model gets the same files (:data:`deltaw.hub.sentence_layout.LAYOUT_FILES`).
         """
-
-    @property
-    def images(self) -> RowImages | None:
-        """Images in prompts of a vision-language model, or None if the model reads text only."""
-        return self.inputs if isinstance(self.inputs, RowImages) else None
 
 
 def task_of(

@@ -198,10 +198,10 @@ def _check_padding(model: PreTrainedModel) -> None:
         raise UserError(message, location="model", hint=hint)
 
 
-def _trial_ids(model: PreTrainedModel, rows: int = 4, count: int = 8) -> Tensor:
-    """Return (rows, count) token ids without padding tokens."""
+def _trial_ids(model: PreTrainedModel) -> Tensor:
+    """Return (4, 8) token ids without padding tokens."""
     config = model.config.get_text_config()
-    ids = torch.arange(rows * count, device=model.device).view(rows, count) + 3
+    ids = torch.arange(32, device=model.device).view(4, 8) + 3
     ids = ids % config.vocab_size
     pad = getattr(config, "pad_token_id", None)
     return ids if pad is None else torch.where(ids == pad, (pad + 1) % config.vocab_size, ids)

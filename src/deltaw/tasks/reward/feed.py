@@ -251,6 +251,9 @@ class RewardFeed(RolloutFeed):
     def has_gradient(self, row: Rollout) -> bool:
         return row.advantage != 0 or self.settings.beta > 0
 
+    def counts_for_check(self, row: Rollout) -> bool:
+        return row.advantage != 0  # the gradient of the divergence is 0 as long as the model equals the reference
+
     def generate(self, prompts: Prompts, rollout_index: int) -> list[Rollout]:
         """Return completions of the prompts of a step, grouped by prompt.
 
@@ -347,8 +350,7 @@ class RewardFeed(RolloutFeed):
             if (bounds := mean_interval(values.reshape(groups.shape).mean(1))) is not None:
                 metrics[name.replace("reward", "reward_error", 1)] = bounds[1] - metrics[name]
         metrics["reward_std"] = float(groups.std(1).mean())
-        differs = (np.ptp(groups, axis=1) > 0) & advantages.reshape(groups.shape).any(1)
-        metrics["groups_with_advantage"] = float(differs.mean())
+        metrics["groups_with_advantage"] = float(advantages.reshape(groups.shape).any(1).mean())
         metrics["length"] = float(np.mean([row.label_count for row in rows]))
         metrics["truncated_share"] = float(is_truncated.mean())
         if self.settings.beta and self.settings.loss == "rloo":  # the other losses report it

@@ -62,10 +62,11 @@ def advantages(rewards: np.ndarray, loss: str, scale: bool = True) -> np.ndarray
 
     Returns:
         fp64 of the same shape: (R − mean) / (std + 1e-4), with Bessel's correction. For ``rloo``, R minus the mean of
-        the other completions.
+        the other completions. Exactly 0 for a group with equal rewards.
     """
     count = rewards.shape[1]
-    centered = rewards - rewards.mean(1, keepdims=True)
+    is_equal = np.ptp(rewards, axis=1, keepdims=True) == 0  # the mean can differ from them by rounding
+    centered = np.where(is_equal, 0.0, rewards - rewards.mean(1, keepdims=True))
     if loss == "rloo":
         return centered * count / max(1, count - 1)
     if not scale or count < 2:

@@ -108,7 +108,7 @@ class Scorer:
 
     def total(self, rewards: np.ndarray) -> np.ndarray:
         """Return the weighted sums of rewards, fp64 (completions,)."""
-        return self._weights @ rewards
+        return (self._weights[:, None] * rewards).sum(0)  # a matrix product may round equal columns differently
 
     def by_name(self, rewards: np.ndarray) -> dict[str, np.ndarray]:
         """Return fp64 (completions,) arrays by name: the weighted reward, and each function's reward if there are

@@ -42,7 +42,7 @@ from deltaw.hub.checkpoint import read_checkpoint
 from deltaw.hub.mrope import image_grids
 from deltaw.hub.processors import PROCESSOR_FILES, ModelProcessor
 from deltaw.hub.skeletons import has_values
-from deltaw.hub.vision import Tower, load_tower, loads_as_text_view
+from deltaw.hub.vision import VisionTower, load_tower, loads_as_text_view
 from deltaw.hub.vision_parts import is_new_connector
 from deltaw.kernels.torch_private import without_dispatch
 from deltaw.lora.complete_names import complete_names, set_complete_names
@@ -143,7 +143,7 @@ class RowImages(TaskInputs):
         self._texts: dict[tuple[int, int], tuple[str, int, tuple[int, int] | None]] = {}
         self._cache = Cache("images", LIMIT_BYTES)
         self._table = _Table()
-        self._tower: Tower | None = None
+        self._tower: VisionTower | None = None
         self._thumbnail_bytes = 0  # images in memory with computed features
         self._next_id = self.first_id  # with a limit
         # _lock protects the images and the feature table. _computing serializes the computation of features.
@@ -201,7 +201,7 @@ class RowImages(TaskInputs):
         before = self._sorted[position - 1] if position else None
         return before if before is not None and before.first_id + before.count > first_id else None
 
-    def rows(self, ids: Tensor, tower: Tower | None = None) -> Tensor:
+    def rows(self, ids: Tensor, tower: VisionTower | None = None) -> Tensor:
         """Return the (n, width) features of token ids (n,), after computing those that are not stored.
 
         Args:
@@ -390,7 +390,7 @@ class RowImages(TaskInputs):
         self._select_parts(trained, is_new)
         return self.trains_connector and not (is_new and self.has_new_connector)
 
-    def _select_parts(self, trained: Sequence[str], is_new: bool) -> tuple[Tower | None, dict[str, nn.Module]]:
+    def _select_parts(self, trained: Sequence[str], is_new: bool) -> tuple[VisionTower | None, dict[str, nn.Module]]:
         """Set the attributes for the parts that are trained.
 
         Returns:
@@ -446,7 +446,7 @@ class RowImages(TaskInputs):
         if not missing or self.is_live:
             return 0
         largest = max(missing, key=lambda image: image.count)
-        tower = list[Tower]()
+        tower = list[VisionTower]()
 
         def run() -> None:
             tower.append(load_tower(self._folder, self._config, self._dtype, values=False))
@@ -498,7 +498,7 @@ class RowImages(TaskInputs):
         self._tower = None
         release_free_memory()
 
-    def _open_tower(self) -> Tower:
+    def _open_tower(self) -> VisionTower:
         if self._tower is None:
             self._tower = load_tower(self._folder, self._config, self._dtype)
         return self._tower

@@ -39,15 +39,15 @@ FOLDER = "best"
 
 
 class BestParameters:
-    """Stores the trained parameters of the best step in ``best/`` of the run's folder until the run ends.
+    """Stores the trained parameters of the best step in ``best/`` of a folder until they are removed.
 
-    Parameters are stored exactly and restored into the model before the method writes its adapter. A run that is
-    resumed from a checkpoint needs the best parameters of that checkpoint, so they are retained until the next
+    Parameters are stored exactly. Those of an earlier step are removed after those of a later one were written. A run
+    that is resumed from a checkpoint needs the best parameters of that checkpoint, so they are retained until the next
     checkpoint.
 
     Args:
         session: Session of the parameters.
-        folder: Folder of the run.
+        folder: Folder of the training.
     """
 
     def __init__(self, session: Session, folder: Path) -> None:
@@ -67,11 +67,11 @@ class BestParameters:
         self._checkpoint_step = best_step
         self._remove_except({best_step, self._newest_step})
 
-    def has(self, step: int) -> bool:
-        """Return True if the parameters of this step are complete on disk."""
+    def has(self, step: int, state: TrainState | None = None) -> bool:
+        """Return True if the parameters of this step, or the master weights of ``state``, are complete on disk."""
         try:
             with safe_open(self._file(step), framework="pt") as file:
-                return set(file.keys()) == set(self._parameters())
+                return set(file.keys()) == set(self._parameters(state))
         except (OSError, SafetensorError):
             return False
 
@@ -81,7 +81,8 @@ class BestParameters:
 
         Args:
             step: Step of :meth:`save`.
-            state: State that was passed to :meth:`save`. During training, its master weights are loaded, too.
+            state: State that was passed to :meth:`save`. Its master weights are loaded, too. Without it, the adapter of
+                the last step has been saved.
 
         Raises:
             UserError: if their file is missing or damaged.
@@ -93,7 +94,8 @@ class BestParameters:
                 raise ValueError(f"it lacks '{min(missing)}'")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             message = f"the parameters of the best step, {step}, cannot be read: {error}"
-            hint = "the adapter of the last step is in the run's folder"
+            saved = "the adapter of the last step is in the run's folder"
+            hint = saved if state is None else "check the disk, and start the training again"
             raise UserError(message, location=str(self._file(step)), hint=hint) from error
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])

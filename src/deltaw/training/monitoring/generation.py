@@ -114,11 +114,11 @@ def answer_metrics(
     return {**metrics, "broken": np.maximum.reduce([metrics[kind] for kind in _KINDS])}
 
 
-def distinct_share(tokens: np.ndarray, size: int = 4) -> float:
-    """Return the share of n-grams that are distinct; 1 for texts below ``MIN_JUDGED_TOKENS`` tokens."""
+def distinct_share(tokens: np.ndarray) -> float:
+    """Return the share of 4-grams that are distinct; 1 for texts below ``MIN_JUDGED_TOKENS`` tokens."""
     if len(tokens) < MIN_JUDGED_TOKENS:
         return 1.0
-    grams = np.lib.stride_tricks.sliding_window_view(tokens, size)
+    grams = np.lib.stride_tricks.sliding_window_view(tokens, 4)
     return len(np.unique(grams, axis=0)) / len(grams)
 
 

@@ -47,12 +47,12 @@ class Probe:
     """Base class of probes. The methods are listed in the order in which they are called, and measure nothing."""
 
     def before(self) -> None:
-        """Measure the base model before the first step. Called outside of ``session.running``."""
+        """Measure the base model before a run starts or resumes. Called outside of ``session.running``."""
 
     def evaluate(self, step: int) -> Iterator[ProbeResult]:
         """Measure the model at an evaluation after ``step`` steps, within ``session.running``.
 
-        Also called with step 0 before the first step of each process, outside of ``session.running``.
+        Also called with step 0 before a run starts or resumes, outside of ``session.running``.
         """
         return iter(())
 

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from deltaw.data.example import Example
-from deltaw.decoding.generation import GeneratedCompletion
+from deltaw.decoding.generation import GeneratedCompletion, TextGenerator
 from deltaw.machine.choices import Choice
 from deltaw.progress import track_progress
 from deltaw.training.callbacks import Callback, Sample
@@ -72,11 +72,8 @@ class SampleProbe(Probe):
             return
         rows = next(iter(session.data.sets.values()))
 
-        def complete(prompts: Sequence[np.ndarray], count: int, *_: object) -> list[GeneratedCompletion]:
-            return session.complete(prompts, count)
-
         with track_progress("verifying answers"):
-            warning = exact_match_warning(rows, evaluation, session.task.tokenizer, complete)
+            warning = exact_match_warning(rows, evaluation, session.task.tokenizer, _writer(session))
         if warning is not None:
             session.notes.append(warning)
             yield ProbeResult(line=warning)
@@ -124,11 +121,15 @@ def generate_answers(
     tokenizer = session.task.tokenizer
     if not rows or not isinstance(tokenizer, PreTrainedTokenizerBase):
         return []
+    writer = _writer(session, of_base=of_base)
+    return answers(session.model, tokenizer, rows, max_new_tokens=max_new_tokens, writer=writer)
 
+
+def _writer(session: Session, *, of_base: bool = False) -> TextGenerator:
     def complete(prompts: Sequence[np.ndarray], count: int, *_: object) -> list[GeneratedCompletion]:
         return session.complete(prompts, count, of_base=of_base)
 
-    return answers(session.model, tokenizer, rows, max_new_tokens=max_new_tokens, writer=complete)
+    return complete
 
 
 def _sample_count(session: Session) -> int:

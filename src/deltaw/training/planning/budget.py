@@ -304,7 +304,7 @@ def settings_for_card(
     """Return the settings that ``deltaw train`` would choose for a run on a card, and their plan. The settings are
     unchanged if none fit.
 
-    Other runs keep their settings, without a plan.
+    Other runs keep their settings, without a plan. An error in the plan of another size of the microbatches is logged.
 
     Raises:
         UserError: if the run cannot be planned.
@@ -317,7 +317,9 @@ def settings_for_card(
         plan = plan_run(config, task, data, processes=processes)
         try:
             return fit_card(config, task, data, plan, limit, log, processes)
-        except UserError:
+        except Exception as error:  # the first plan is valid
+            if not isinstance(error, UserError):
+                log(f"no other microbatches were planned: {type(error).__name__}: {error}")
             return config, plan
 
 

@@ -278,7 +278,7 @@ def seconds_by_phase(workload: Workload, rates: StepRates, weight_bytes: int = 0
         "preparing": check + rates.evaluation_seconds(workload.reference),
         "training": full * workload.full_steps + upper * stored_steps,
         "evaluating": workload.evaluations * rates.evaluation_seconds(workload.evaluated),
-        "drift": rates.evaluation_seconds(workload.drift),
+        "measuring": rates.evaluation_seconds(workload.drift),
         "saving": SAVE_SECONDS,
     }
     for generation in workload.generations:

@@ -167,8 +167,8 @@ def _generations(session: Session, evaluations: int, general: int) -> Iterator[G
         (-(-limits.evaluation_tokens // max(1, max_new_tokens)), max_new_tokens, evaluations, "evaluating"),
         (min(train.eval_answers, num_rows), longest, evaluations, "evaluating"),
         (samples, min(MAX_SAMPLE_TOKENS, max(MIN_SAMPLE_TOKENS, 2 * longest)), max(1, evaluations), "evaluating"),
-        (general, MAX_ANSWER_TOKENS, 1, "drift"),
-        (len(prompts), answer_limit(session, prompts), 2, "drift"),
+        (general, MAX_ANSWER_TOKENS, 1, "measuring"),
+        (len(prompts), answer_limit(session, prompts), 2, "measuring"),
     ):
         if texts and tokens:
             yield Generation(texts, tokens, times, phase)

@@ -249,7 +249,7 @@ def _namespaces() -> list[str]:
     for user in (["--map-root-user"], []):
         command = ["unshare", *user, *_UNSHARE]
         with contextlib.suppress(OSError):
-            if run_command([*command, "true"], seconds=30).status == 0:
+            if run_command([*command, "true"], timeout=30).status == 0:
                 return command
     return []
 
@@ -287,8 +287,8 @@ def _results(request: bytes, seconds: float) -> list[dict[str, Any]]:
         environment = {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, **_ENVIRONMENT}
         environment |= {key: os.environ[key] for key in ("SYSTEMROOT",) if key in os.environ}  # Windows needs it
         command = [*_namespaces(), sys.executable, "-I", "-B", "-X", "utf8", os.fspath(_RUNNER)]
-        limits: dict[str, Any] = {"seconds": seconds, "max_bytes": _MAX_BYTES}
-        result = run_command(command, content=request, environment=environment, folder=Path(folder), **limits)
+        limits: dict[str, Any] = {"timeout": seconds, "max_bytes": _MAX_BYTES}
+        result = run_command(command, stdin_bytes=request, environment=environment, folder=Path(folder), **limits)
     lines = result.output.split("\n")[:-1]
     if not lines:
         raise RuntimeError(f"the process that runs tests did not start: {result.messages[-300:]}")
