@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import families_page
 
 QUICK = {"qwen3": "fused", "olmo2": "parts", "qwen3_5_text": "parts", "granitemoehybrid": "parts"}

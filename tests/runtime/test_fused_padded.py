@@ -99,13 +99,13 @@ def test_recognition_on_fake_tensors_matches_real_run(family):
     assert [b.roles for b in actual.blocks] == [b.roles for b in expected.blocks]
 
 
-def test_alibi_runs_model_code(monkeypatch):
+def test_alibi_attention_runs_model_code(monkeypatch):
     assert not can_pack(model_of("Falcon")).value
     model = attach_adapter(model_of("Falcon", alibi=True))
     runs = count_runs(monkeypatch)
     expected, _ = outputs_and_gradients(model, LENGTHS[0], fused=False)
     out, _ = outputs_and_gradients(model, LENGTHS[0], fused=True)
-    assert not runs and relative_error(out, expected) == 0.0
+    assert not runs and relative_error(out, expected) < 1e-6  # norms and MLPs run fused
     assert not fused_padded_blocks(model).choice.value
 
 

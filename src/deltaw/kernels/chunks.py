@@ -16,7 +16,7 @@ from deltaw.kernels.layout import Layout, to_device
 
 
 @dataclass(frozen=True)
-class Level:
+class ChunkLevel:
     """Chunks ``start`` to ``stop`` (exclusive), whose states continue chunks of the previous level.
 
     Attributes:
@@ -43,7 +43,7 @@ class Chunks:
     positions: Tensor
     used: Tensor
     slots: Tensor
-    levels: tuple[Level, ...]
+    levels: tuple[ChunkLevel, ...]
 
     def gather(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """Return (T, heads, d) as (N, heads, C, d) in ``dtype``. Padding contains values of the first token."""
@@ -104,13 +104,13 @@ def _cut(layout: Layout, size: int) -> Chunks:
     return Chunks(positions, is_used, token_slots, _levels(np.bincount(levels), parents, layout.device))
 
 
-def _levels(counts: np.ndarray, parents: np.ndarray, device: torch.device) -> tuple[Level, ...]:
+def _levels(counts: np.ndarray, parents: np.ndarray, device: torch.device) -> tuple[ChunkLevel, ...]:
     """Return levels of ``counts`` chunks each, from the chunk that each chunk continues."""
-    levels: list[Level] = []
+    levels: list[ChunkLevel] = []
     start = 0
     for count in counts.tolist():
         stop = start + count
         above = parents[start:stop] - levels[-1].start if levels else None
-        levels.append(Level(start, stop, None if above is None else to_device(torch.from_numpy(above), device)))
+        levels.append(ChunkLevel(start, stop, None if above is None else to_device(torch.from_numpy(above), device)))
         start = stop
     return tuple(levels)

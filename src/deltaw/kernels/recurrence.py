@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from deltaw.kernels import loader
-from deltaw.kernels.chunks import Chunks, Level, chunks_of, count_chunks
+from deltaw.kernels.chunks import ChunkLevel, Chunks, chunks_of, count_chunks
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.operators import accumulation_dtype, define
 
@@ -323,11 +323,11 @@ class _ChunkedRecurrence:
         outputs = torch.cat([self._run_level(level, keep=False) for level in self._levels()])
         return self.chunks.scatter(outputs).to(self.inputs.value.dtype)
 
-    def _levels(self) -> tuple[Level, ...]:
+    def _levels(self) -> tuple[ChunkLevel, ...]:
         self.state: Tensor | None = None
         return self.chunks.levels
 
-    def _run_level(self, level: Level, *, keep: bool) -> Tensor:
+    def _run_level(self, level: ChunkLevel, *, keep: bool) -> Tensor:
         """Compute the outputs (n, heads, C, d_v) of a level, and the states after it."""
         part = slice(level.start, level.stop)
         state = None if level.parents is None or self.state is None else self.state[level.parents]

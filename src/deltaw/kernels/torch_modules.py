@@ -84,6 +84,19 @@ def with_tensors(
     return copied
 
 
+def with_modules(module: ModuleType, modules: Mapping[str, nn.Module]) -> ModuleType:
+    """Return a copy of a module in which these direct submodules replace the original ones.
+
+    Raises:
+        UserError: as for :func:`cast_module`.
+    """
+    if not _HAS_TABLES:
+        raise missing_name_error("a copy of a module", "the tables of nn.Module")
+    copied = copy.copy(module)
+    vars(copied)["_modules"] = {**direct_modules(module), **modules}
+    return copied
+
+
 def share_parameters(module: nn.Module, table: dict[str, nn.Parameter | None]) -> None:
     """Replace a module's parameter table by ``table``, which other modules share.
 

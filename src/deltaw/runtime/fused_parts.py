@@ -7,7 +7,6 @@ place of its own.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.kernels.rows import ACTIVATIONS, HalfNorms, activation_reference
-from deltaw.kernels.torch_modules import are_hooked, direct_modules
+from deltaw.kernels.torch_modules import are_hooked, direct_modules, with_modules
 from deltaw.kernels.torch_private import without_dispatch
 from deltaw.lora.layers import LoRALayer
 from deltaw.runtime.block_roles import norm_form, sizes, stores_in_out
@@ -123,8 +122,7 @@ def _verified_form(module: nn.Module, layers: dict[str, nn.Module]) -> MLPForm |
     inputs, output, gated = names
     wide = 2 * SAMPLE_INNER if gated and len(inputs) == 1 else SAMPLE_INNER
     small = {name: nn.Linear(SAMPLE_SIZE, wide) for name in inputs} | {output: nn.Linear(SAMPLE_INNER, SAMPLE_SIZE)}
-    sample = copy.copy(module)
-    sample._modules = {**direct_modules(module), **small}
+    sample = with_modules(module, small)
     x = torch.randn(2, 3, SAMPLE_SIZE) * 2
     try:
         expected = type(module).forward(sample, x)
