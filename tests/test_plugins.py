@@ -11,12 +11,16 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
+from deltaw.cli import crash_report
 from deltaw.errors import UserError
 from deltaw.experiments.jobs import WorkerProcess
+from deltaw.runs.folder import settings_text
+from deltaw.settings import method_registry
+from deltaw.settings.config import RunConfig
 from deltaw.settings.method_registry import MethodEntry
-from deltaw.settings.registry import Registry
+from deltaw.settings.registry import Registry, import_object
 from deltaw.training.session import default_rate_of
-from tests.methods.toy_method import Norms
+from tests.methods.toy_method import Norms, NormsSettings
 
 ROOT = Path(__file__).parent.parent
 # Classes are named by strings, so that the command line can describe them without torch.
@@ -142,3 +146,40 @@ print(config.task, deltaw.settings.task_registry.names()[-1])
 """
     result = python("-c", code)
     assert result.stdout.split() == ["[]", "toy-preference", "toy-preference"], result.stderr
+
+
+def test_settings_of_an_unused_package_are_not_saved(settings, tmp_path):
+    config = RunConfig.read(settings(tmp_path / "run"))
+    entry = MethodEntry("norms", Norms, NormsSettings)
+    method_registry.load_plugins()
+    method_registry.register(entry)
+    try:
+        assert not method_registry.is_built_in("norms") and method_registry.is_built_in("lora")
+        unused = RunConfig.read(config.model_dump(mode="json"))
+        used = RunConfig.read({**config.model_dump(mode="json"), "method": "norms"})
+        assert "\nnorms:" not in settings_text(unused, {})
+        assert "\nnorms:" in settings_text(used, {})
+        assert "\nlora:" in settings_text(unused, {})
+    finally:
+        method_registry.unregister("norms")
+
+
+def test_errors_in_other_code_name_its_line(tmp_path):
+    file = tmp_path / "own_reward.py"
+    file.write_text("def score(row):\n    return {}['lenght']\n")
+    namespace: dict[str, object] = {}
+    exec(compile(file.read_text(), str(file), "exec"), namespace)
+    with pytest.raises(KeyError) as caught:
+        import_object(namespace["score"])({})
+    _, message = crash_report.describe(caught.value, traceback=False)
+    assert "bug in deltaw" in message  # deltaw did not call it
+    with pytest.raises(KeyError) as caught:
+        read_by_deltaw(namespace["score"])
+    _, message = crash_report.describe(caught.value, traceback=False)
+    assert "own_reward.py, line 2" in message and "bug in deltaw" not in message
+
+
+def read_by_deltaw(function):
+    """Call a function from deltaw's code."""
+    registry = Registry("toy", MethodEntry, "deltaw.toys", check=function)
+    registry.register(MethodEntry("toy", Norms))

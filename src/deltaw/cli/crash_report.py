@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import sysconfig
 import traceback as tracebacks
+from importlib import metadata
 from pathlib import Path
 
 from deltaw.errors import UserError, clean, first_line, format_error
@@ -44,6 +46,10 @@ def describe(error: Exception, *, traceback: bool) -> tuple[int, str]:
         message = os.strerror(error.errno)
         hint = _OS_ERROR_HINTS[error.errno]
         location = location if error.filename is None else str(error.filename)
+    elif (foreign := _foreign_location(error)) is not None:
+        message = f"{type(error).__name__}: {first_line(error)}"
+        location = foreign
+        hint = "this code is not part of deltaw; --traceback prints all lines"
     else:
         message = f"an unexpected {type(error).__name__}: {first_line(error)}"
         explanation = f"this is a bug in deltaw {__version__} or one of its libraries"
@@ -56,6 +62,30 @@ def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
+
+
+def _foreign_location(error: Exception) -> str | None:
+    """Return the line of a reward, a task or a method outside of deltaw that deltaw called last, or None.
+
+    Code in the folders of Python and of installed packages is foreign only if a package registered it.
+    """
+    frames = tracebacks.extract_tb(error.__traceback__)
+    package = Path(__file__).resolve().parents[1]
+    is_own = [package in Path(frame.filename).resolve().parents for frame in frames]
+    if not any(is_own) or is_own[-1]:
+        return None
+    called = frames[len(frames) - is_own[::-1].index(True)]
+    file = Path(called.filename).resolve()
+    installed = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")]
+    registered = {
+        point.value.partition(":")[0].partition(".")[0]
+        for group in ("deltaw.methods", "deltaw.tasks")
+        for point in metadata.entry_points(group=group)
+    }
+    is_installed = any(folder in file.parents for folder in installed) or not file.is_file()
+    if is_installed and not registered & {file.stem, *(parent.name for parent in file.parents)}:
+        return None
+    return f"{file}, line {called.lineno}, in {called.name}"
 
 
 def _error_location(error: Exception) -> str:

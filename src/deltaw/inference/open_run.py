@@ -13,7 +13,7 @@ from deltaw.methods.files import method_from_folder, read_classes, read_num_outp
 from deltaw.methods.trust import AdapterFolder, is_adapter, read_folder
 from deltaw.progress import Detail, LogFunction, track_progress
 from deltaw.runtime.quantized_weights import quantize_int8
-from deltaw.settings import task_registry
+from deltaw.settings import method_registry, task_registry
 from deltaw.settings.config import SETTINGS, RunConfig
 from deltaw.training.evaluation.general import model_identity, quantized_identity
 from deltaw.training.preparation import quantize_weights, saved_calibration, uses_library
@@ -92,6 +92,8 @@ def open_run(
     method = None
     if adapter:
         method = method_from_folder(folder, task_object.tokenizer)
+        if config is not None and config.method == method.name and not method_registry.is_built_in(method.name):
+            method.settings = getattr(config, method.name, method.settings)
         log(Detail(method.load(loaded.model, folder)))
         task_object.read_adapter_metadata(loaded.model, folder)
     name = task_object.name

@@ -32,7 +32,7 @@ from deltaw import platforms
 from deltaw.atomic_files import atomic_path, write_text
 from deltaw.data.bad_rows import SKIPPED_ROWS, BadRows
 from deltaw.errors import UserError, nearest
-from deltaw.settings import task_registry
+from deltaw.settings import method_registry, task_registry
 from deltaw.settings.config import SETTINGS, RunConfig, flat, parse_yaml
 from deltaw.untrusted_paths import require_contained
 from deltaw.user_references import record_reference
@@ -794,6 +794,21 @@ def not_writable_error(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot write into the output folder: {error.strerror or error}", location=str(path), hint=hint)
 
 
+def _saved_values(config: RunConfig) -> dict[str, Any]:
+    """Return the settings without sections of other packages that the run does not use.
+
+    Such a run can be opened without these packages.
+    """
+    values = config.model_dump(mode="json")
+    for method in method_registry.registered():
+        if method.name != config.method and not method_registry.is_built_in(method.name):
+            values.pop(method.name, None)
+    for task in task_registry.registered():
+        if task.section_name is not None and task.name != config.task and not task_registry.is_built_in(task.name):
+            values.pop(task.section_name, None)
+    return values
+
+
 def settings_text(config: RunConfig, chosen: Mapping[str, tuple[object, str]]) -> str:
     """Return the settings as YAML, with comments for automatic choices.
 
@@ -802,7 +817,7 @@ def settings_text(config: RunConfig, chosen: Mapping[str, tuple[object, str]]) -
     lines = []
     commented = set()
     section = ""
-    for line in yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=1000).splitlines():
+    for line in yaml.dump(_saved_values(config), Dumper=_Dumper, sort_keys=False, width=1000).splitlines():
         key = line.partition(":")[0]
         if not line.startswith(" "):
             section = key

@@ -32,7 +32,7 @@ from deltaw.machine.choices import usable_processors
 from deltaw.methods.start import lineage_lines
 from deltaw.platforms import shell_word
 from deltaw.runs.folder import CHECKPOINT_FOLDER, FINISHED, Run
-from deltaw.settings import task_registry
+from deltaw.settings import method_registry, task_registry
 from deltaw.settings.config import RunConfig
 from deltaw.settings.data import eval_sets
 from deltaw.settings.mixture import format_sources, references
@@ -329,7 +329,8 @@ def next_commands(
         can_serve = generates_text and _can_serve(folder, method)
         if can_serve or ((entry := task_registry.find(task)) is not None and entry.serves):
             commands.append((f"deltaw serve {run}", "serve it with the OpenAI API"))
-        if method == "lora" or (generates_text and not can_serve):
+        is_merged = generates_text and not can_serve and method_registry.is_built_in(method)
+        if method == "lora" or is_merged:
             merged, exported = (shell_word(f"{os.fspath(folder)}-{kind}") for kind in ("merged", "gguf"))
             commands.append((f"deltaw merge {run} --output {merged}", "merge base model and adapter"))
             if every and generates_text and method == "lora":

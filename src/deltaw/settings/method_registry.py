@@ -60,6 +60,7 @@ load_plugins = _registry.load_plugins
 entries = _registry.entries
 names = _registry.names
 entry_of = _registry.entry_of
+is_built_in = _registry.is_built_in
 
 
 def compared_names() -> tuple[str, ...]:

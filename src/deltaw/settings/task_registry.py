@@ -114,6 +114,7 @@ registered = _registry.registered
 load_plugins = _registry.load_plugins
 entries = _registry.entries
 entry_of = _registry.entry_of
+is_built_in = _registry.is_built_in
 
 
 def find(name: str) -> TaskEntry | None:
