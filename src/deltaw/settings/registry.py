@@ -32,6 +32,8 @@ class RegistryEntry(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def implementation(self) -> Any: ...
 
 
 Entry = TypeVar("Entry", bound=RegistryEntry)
@@ -57,7 +59,6 @@ class Registry(Generic[Entry]):
         self._plugins: list[metadata.EntryPoint] | None = None
         self._loading = False
         self._entries: dict[str, Entry] = {}
-        self._built_in: frozenset[str] | None = None
         self._listeners: list[Callable[[], None]] = []
 
     def register(self, entry: Entry) -> None:
@@ -105,9 +106,12 @@ class Registry(Generic[Entry]):
         return tuple(entry.name for entry in self.entries())
 
     def is_built_in(self, name: str) -> bool:
-        """True if an entry is part of deltaw and not of another package."""
-        self.load_plugins()
-        return self._built_in is not None and name in self._built_in
+        """True if the implementation of an entry is part of deltaw and not of another package."""
+        implementation = self._entries[name].implementation
+        if implementation is None:
+            return True
+        module = implementation if isinstance(implementation, str) else str(implementation.__module__)
+        return module.startswith("deltaw.")
 
     def entry_of(self, name: str, *, location: str | None = None) -> Entry:
         """Return the entry with this name.
@@ -130,8 +134,6 @@ class Registry(Generic[Entry]):
         if self._loading:
             return  # a plugin requests entries during its import
         load_built_in()
-        if self._built_in is None:
-            self._built_in = frozenset(self._entries)
         if self._plugins is None:
             from importlib import metadata
 
