@@ -360,6 +360,8 @@ def test_cancelled_call_kills_its_command_before_it_returns(tmp_path: Path, monk
     code = "import pathlib, time; pathlib.Path('started').touch(); time.sleep(300)"
     monkeypatch.setattr(server, "_command", lambda arguments: ([sys.executable, "-c", code], dict(os.environ)))
 
+    before = set(psutil.Process().children())  # of other tests
+
     async def cancel() -> None:
         call = asyncio.create_task(server.call("doctor", {}))
         while not (tmp_path / "started").exists():
@@ -367,6 +369,6 @@ def test_cancelled_call_kills_its_command_before_it_returns(tmp_path: Path, monk
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
-        assert not psutil.Process().children()
+        assert not set(psutil.Process().children()) - before
 
     asyncio.run(cancel())

@@ -101,8 +101,8 @@ def test_features_are_computed_once_for_all_runs(settings, tmp_path, monkeypatch
     files = sorted((root() / "images").glob("*.safetensors"))
     assert len(files) == 16
     loaded = []
-    features = vision.Tower.features
-    monkeypatch.setattr(vision.Tower, "features", lambda self, inputs: loaded.append(1) or features(self, inputs))
+    features = vision.VisionTower.features
+    monkeypatch.setattr(vision.VisionTower, "features", lambda self, inputs: loaded.append(1) or features(self, inputs))
     again = settings(tmp_path / "second", train={"max_steps": 2, "batch_size": 8, "drift": False})
     deltaw.fit(again)
     assert not loaded and sorted((root() / "images").glob("*.safetensors")) == files
@@ -308,9 +308,9 @@ def test_only_the_connector_is_loaded_if_features_are_stored(settings, tmp_path,
     train = {"max_steps": 2, "batch_size": 8, "drift": False}
     loaded = []
     deltaw.fit(settings(tmp_path / "first", method="input", train=train))
-    load = vision.Tower.load
+    load = vision.VisionTower.load
     monkeypatch.setattr(
-        vision.Tower, "load", lambda self, folder, prefix="": loaded.append(prefix) or load(self, folder, prefix)
+        vision.VisionTower, "load", lambda self, folder, prefix="": loaded.append(prefix) or load(self, folder, prefix)
     )
     deltaw.fit(settings(tmp_path / "second", method="input", train=train))
     assert loaded == ["model.multi_modal_projector."]
@@ -346,7 +346,7 @@ def test_files_of_other_features_are_computed_again(images, folder):
         assert torch.equal(again.rows(torch.tensor(again._first_ids)), values[:1]) and file.read_bytes() == content, (
             name
         )
-    other = file.with_name(f"0{file.name[1:]}")
+    other = file.with_name(f"{'1' if file.name.startswith('0') else '0'}{file.name[1:]}")
     save_file({"features": values + 1}, file, {"checksum": features_module._checksum(values + 1, other.name)})
     again = _same_images(images, folder)
     assert torch.equal(again.rows(torch.tensor(again._first_ids)), values[:1])
