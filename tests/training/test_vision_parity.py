@@ -23,7 +23,6 @@ from tests.hub.test_vision import CAUSAL
 from tests.lora.models import copy_to_peft, factor_pairs, ours_as_peft, randomise, relative_error, with_peft
 from tests.vision_models import FAMILIES, IMAGE_TOKEN, token_kinds, vision_model
 
-# Families whose language model has convolutions, so that rows are padded.
 # Rows as text tokens, with "0" and "1" for the two images, and the number of labels at the end.
 ROWS = [
     ([1, 7, "0", 11, 23, 42, 5], 2),
