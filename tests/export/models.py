@@ -89,6 +89,7 @@ _WINDOWS = ["sliding_attention"] * 5 + ["full_attention"]
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "original_max_position_embeddings": 64}
 LLAMA3_ROPE |= {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
+_GRANITE = {"embedding_multiplier": 1.5, "residual_multiplier": 0.7, "attention_multiplier": 0.3, "logits_scaling": 2.0}
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("Llama", {}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE, "attention_bias": True, "head_dim": 32}),
@@ -100,6 +101,9 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "gemma2": ("Gemma2", _GEMMA),
     "gemma3": ("Gemma3Text", {**_GEMMA, "num_hidden_layers": 6, "layer_types": _WINDOWS}),
     "phi3": ("Phi3", {}),
+    "olmo2": ("Olmo2", {}),
+    "granite": ("Granite", _GRANITE),
+    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}),
     "gpt2": ("GPT2", _GPT2),
 }
 

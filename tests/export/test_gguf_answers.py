@@ -72,6 +72,16 @@ def test_llama_cpp_matches_adapted_model_token_by_token(
     assert llama_cpp.greedy(base, prompts, TOKENS, tmp_path / "adapter.gguf") == adapted
 
 
+def test_llama_cpp_reads_convolutions_of_16_bit_files(tmp_path: Path) -> None:
+    model, run = models.saved_run(tmp_path, "lfm2")
+    prompts = models.random_prompts(model.get_input_embeddings().weight.shape[0])
+    export_gguf(run, tmp_path / "merged.gguf", kind="f16")
+    answers = llama_cpp.greedy(tmp_path / "merged.gguf", prompts, TOKENS)
+    expected = models.greedy(model, prompts, TOKENS)
+    # Rounding to 16 bits changes few of the answers.
+    assert sum(first == second for first, second in zip(answers, expected, strict=True)) > 15
+
+
 TOKENIZERS = [functools.partial(models.byte_bpe, name) for name in sorted(models.SPLITTINGS)]
 SENTENCES = [functools.partial(models.sentence_bpe, prefix=prefix) for prefix in (True, False)]
 

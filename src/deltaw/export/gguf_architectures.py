@@ -107,6 +107,9 @@ _FAMILIES: dict[str, Architecture] = {
     "gemma2": Architecture(MODEL_ARCH.GEMMA2, _GELU_TANH, norm_offset=1.0, always_tied=True, check=_check_gemma2),
     "gemma3_text": Architecture(MODEL_ARCH.GEMMA3, _GELU_TANH, norm_offset=1.0, check=_check_gemma3),
     "phi3": Architecture(MODEL_ARCH.PHI3, window_ignored=True),
+    "olmo2": Architecture(MODEL_ARCH.OLMO2),
+    "granite": Architecture(MODEL_ARCH.GRANITE, adjacent_pairs=True),
+    "lfm2": Architecture(MODEL_ARCH.LFM2),
     "gpt2": Architecture(MODEL_ARCH.GPT2, _GELU_TANH, conv1d=True, check=_check_gpt2),
 }
 
@@ -177,14 +180,23 @@ class TensorNames:
         value = value.float()
         if module.endswith("norm") and attribute == "weight":
             return value + self._architecture.norm_offset
+        if _is_convolution(tensor):
+            return value.squeeze(1)
         return value.t().contiguous() if self._is_conv1d(tensor) else self.outputs(module, value)
 
     def shape(self, tensor: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the result of :meth:`values`."""
+        if _is_convolution(tensor):
+            return shape[0], shape[2]
         return shape[::-1] if self._is_conv1d(tensor) else shape
 
     def _is_conv1d(self, tensor: str) -> bool:
         return self._architecture.conv1d and tensor.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
+def _is_convolution(tensor: str) -> bool:
+    """True for the weight (channels, 1, width) of a depthwise convolution."""
+    return tensor.endswith(".conv.conv.weight")
 
 
 def adjacent_pairs(rows: Tensor, heads: int) -> Tensor:

@@ -65,6 +65,8 @@ def storage_type(name: str, shape: tuple[int, ...], kind: str) -> Q:
     """
     if len(shape) < 2 or name in _ALWAYS_F32 or name.endswith("_norm.weight"):
         return Q.F32
+    if name.endswith(".shortconv.conv.weight"):
+        return Q.F32  # llama.cpp convolves in fp32 only
     matrices, outer, _ = KINDS[kind]
     for candidate in (outer if name in _OUTER else matrices, Q.Q8_0):
         if shape[-1] % gguf.GGML_QUANT_SIZES[candidate][0] == 0:

@@ -73,9 +73,17 @@ def add_hyperparameters(out: GGUFWriter, architecture: Architecture, config: Pre
         out.add_layer_norm_eps(config.layer_norm_epsilon)
         return notes
     size = head_size(config)
-    out.add_feed_forward_length(config.intermediate_size)
-    out.add_head_count_kv(key_heads(config))
-    out.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if architecture.arch == MODEL_ARCH.LFM2:
+        _add_convolutions(out, config)
+    else:
+        out.add_feed_forward_length(config.intermediate_size)
+        out.add_head_count_kv(key_heads(config))
+        out.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if architecture.arch == MODEL_ARCH.GRANITE:
+        out.add_embedding_scale(config.embedding_multiplier)
+        out.add_residual_scale(config.residual_multiplier)
+        out.add_attention_scale(config.attention_multiplier)
+        out.add_logit_scale(config.logits_scaling)
     out.add_key_length(size)
     out.add_value_length(size)
     _add_positions(out, architecture, config, size)
@@ -86,6 +94,19 @@ def add_hyperparameters(out: GGUFWriter, architecture: Architecture, config: Pre
         add_optional(out.add_attn_logit_softcapping, config.attn_logit_softcapping)
         add_optional(out.add_final_logit_softcapping, config.final_logit_softcapping)
     return notes
+
+
+def _add_convolutions(out: GGUFWriter, config: PretrainedConfig) -> None:
+    """Add the sizes of LFM2, whose layers have attention or a short convolution. Those have no key heads."""
+    inner = config.intermediate_size
+    if config.block_auto_adjust_ff_dim:
+        inner = int(2 * inner / 3)
+        inner = int(config.block_ffn_dim_multiplier * inner)
+        inner = config.block_multiple_of * -(-inner // config.block_multiple_of)
+    out.add_feed_forward_length(inner)
+    out.add_head_count_kv([key_heads(config) if kind == "full_attention" else 0 for kind in config.layer_types])
+    out.add_layer_norm_rms_eps(config.norm_eps)
+    out.add_shortconv_l_cache(config.conv_L_cache)
 
 
 def rope_tensors(config: PretrainedConfig) -> dict[str, np.ndarray]:
