@@ -329,8 +329,8 @@ def next_commands(
         can_serve = generates_text and _can_serve(folder, method)
         if can_serve or ((entry := task_registry.find(task)) is not None and entry.serves):
             commands.append((f"deltaw serve {run}", "serve it with the OpenAI API"))
-        is_merged = generates_text and not can_serve and method_registry.is_built_in(method)
-        if method == "lora" or is_merged:
+        of_package = method in method_registry.names() and not method_registry.is_built_in(method)
+        if method == "lora" or (generates_text and not can_serve and not of_package):
             merged, exported = (shell_word(f"{os.fspath(folder)}-{kind}") for kind in ("merged", "gguf"))
             commands.append((f"deltaw merge {run} --output {merged}", "merge base model and adapter"))
             if every and generates_text and method == "lora":

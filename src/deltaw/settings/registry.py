@@ -106,7 +106,9 @@ class Registry(Generic[Entry]):
         return tuple(entry.name for entry in self.entries())
 
     def is_built_in(self, name: str) -> bool:
-        """True if the implementation of an entry is part of deltaw and not of another package."""
+        """True if an entry with this name exists, and its implementation is part of deltaw."""
+        if name not in self._entries:
+            return False
         implementation = self._entries[name].implementation
         if implementation is None:
             return True
