@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -15,10 +16,10 @@ from deltaw.cli import crash_report
 from deltaw.errors import UserError
 from deltaw.experiments.jobs import WorkerProcess
 from deltaw.runs.folder import settings_text
-from deltaw.settings import method_registry
+from deltaw.settings import method_registry, task_registry
 from deltaw.settings.config import RunConfig
 from deltaw.settings.method_registry import MethodEntry
-from deltaw.settings.registry import Registry, import_object
+from deltaw.settings.registry import BrokenPackageWarning, Registry, import_object
 from deltaw.training.session import default_rate_of
 from tests.methods.toy_method import Norms, NormsSettings
 
@@ -102,23 +103,29 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("code", "module", "message"), BROKEN)
-def test_broken_package_is_named_in_every_error(site, code, module, message):
+def test_broken_package_is_reported_and_affects_only_its_entry(site, code, module, message):
     line = f"bad = {module}:ENTRY"
     install(site, code, "deltaw.methods", line)
     registry = new_registry()
     registry.register(MethodEntry("lora", "deltaw.methods.lora:LoRA"))
-    for use in (registry.entries, registry.names, lambda: registry.entry_of("lora")):
+    with pytest.warns(BrokenPackageWarning, match="method 'bad' of package 'toy-plugin' cannot be loaded"):
+        assert registry.names() == ("lora",)
+    assert registry.entry_of("lora").name == "lora" and registry.broken("lora") is None
+    for _ in range(2):
         with pytest.raises(UserError, match="method 'bad' of package 'toy-plugin' cannot be loaded") as error:
-            use()
+            registry.entry_of("bad")
         assert message in error.value.message and line in str(error.value.location)
-    assert [entry.name for entry in registry.registered()] == ["lora"]
 
 
-def test_cli_names_the_broken_package(site):
+def test_cli_warns_of_the_broken_package_and_works_without_it(site, tmp_path):
     install(site, "raise OSError('no such library')", "deltaw.tasks", "bad = toy_plugin:ENTRY")
     result = python("-m", "deltaw", "train", "--help")
+    assert result.returncode == 0 and "the task 'bad' of package 'toy-plugin'" in result.stderr
+    settings = tmp_path / "train.yaml"
+    settings.write_text("model: m\ndata: d.jsonl\ntask: bad\n")
+    result = python("-m", "deltaw", "train", str(settings))
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "the task 'bad' of package 'toy-plugin'" in result.stderr
+    assert "error: the task 'bad' of package 'toy-plugin' cannot be loaded" in " ".join(result.stderr.split())
     assert python("-m", "deltaw", "--help").returncode == 0
 
 
@@ -162,6 +169,27 @@ def test_settings_of_an_unused_package_are_not_saved(settings, tmp_path):
         assert "\nlora:" in settings_text(unused, {})
     finally:
         method_registry.unregister("norms")
+
+
+def test_section_that_a_used_and_an_unused_entry_share_is_saved(settings, tmp_path):
+    sections = {entry.name: entry for entry in task_registry.entries() if entry.settings is not None}
+    rewarded = sections["rl"]
+    own = dataclasses.replace(rewarded, name="my-rewards", section=rewarded.section_name, aliases={})
+    task_registry.register(own)
+    try:
+        for task in ("rl", "my-rewards"):
+            values = {"task": task, "reward": {"functions": ["exact"]}}
+            config = RunConfig.read({**settings(tmp_path / "run"), **values})
+            assert f"\n{rewarded.section_name}:" in settings_text(config, {})
+    finally:
+        task_registry.unregister("my-rewards")
+
+
+def test_missing_package_is_named_in_hints(settings, tmp_path):
+    for values in ({"method": "gain"}, {"task": "rhythm"}, {"zzz": {"level": 3}}):
+        with pytest.raises(UserError) as error:
+            RunConfig.read({**settings(tmp_path / "run"), **values})
+        assert "package provides" in str(error.value.hint), values
 
 
 def test_errors_in_other_code_name_its_line(tmp_path):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
+from deltaw.export import gguf_architectures
 from deltaw.export.as_adapter import write_adapter
 from deltaw.export.combine import Recipe
 from deltaw.export.gguf_adapter import export_gguf_adapter
@@ -209,7 +210,8 @@ def test_gguf_adapter_has_names_of_language_model(tmp_path: Path) -> None:
     assert torch.equal(tensors["blk.1.ffn_down.weight.lora_b"], layer.lora_B.t())
 
 
-def test_unsupported_exports_are_rejected_by_name(tmp_path: Path) -> None:
+def test_unsupported_exports_are_rejected_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(gguf_architectures._FAMILIES, "lfm2")
     base = _base(tmp_path / "lfm2", "lfm2_vl")
     adapter = _adapter(base, tmp_path / "lfm2_adapter", target_modules=["q_proj"])[1]
     error = refusal(export_gguf_adapter, adapter, tmp_path / "adapter.gguf")

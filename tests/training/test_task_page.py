@@ -139,6 +139,23 @@ def test_smallest_method_trains_saves_and_reopens(plugins, rated):
         RunConfig.read(rated(method="norms", norms={"above": -1}))
 
 
+def test_method_with_own_parameters_trains_saves_and_reopens(plugins, rated, capsys):
+    config = rated(task="rated", method="gains", gains={"layers": ["q_proj", "down_proj"]})
+    result = deltaw.fit(config)
+    assert losses_of(result.output)[-1] < losses_of(result.output)[0]
+    assert {name.rpartition("layers.")[2] for name in load_file(result.output / ADAPTER)} == {
+        f"{layer}.{name}.gain" for layer in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")
+    }
+    opened = open_run(str(result.output), precision="fp32", device="cpu", log=lambda line: None)
+    assert opened.method.settings.layers == ("q_proj", "down_proj")  # the settings of the run, before load
+    rows = opened.task.read(opened.config.data, seed=opened.config.data_seed).held_out
+    assert opened.score(rows).metrics["loss"] == pytest.approx(result.evaluation.metrics["loss"], rel=1e-5)
+    with opened.method.base_model_active(opened.model):
+        assert opened.score(rows).metrics["loss"] != pytest.approx(result.evaluation.metrics["loss"], rel=1e-5)
+    scores = json.loads(output_of(capsys, "eval", result.output, "--data", config["data"]["train"], "--json"))["eval"]
+    assert scores.keys() >= {"loss", "likely"}
+
+
 def test_settings_file_of_the_page_is_valid(plugins):
     config = RunConfig.read(parse_yaml(re.search(r"```yaml\n(.*?)```", TEXT, re.DOTALL)[1]))
     assert (config.task, config.method) == ("rated", "norms")

@@ -271,7 +271,8 @@ def parse_config(settings: Mapping[str, object], location: str) -> LoRAConfig:
         UserError: if it is not a LoRA adapter, or an unsupported setting changes the computation.
     """
     if settings.get("peft_type") != "LORA":
-        message = f"the adapter is of kind {settings.get('peft_type')!r}, but only 'LORA' is supported"
+        kind = settings.get("peft_type") or settings.get("method")
+        message = f"the adapter is of kind {kind!r}, but only 'LORA' is supported"
         raise UserError(message, location=location, hint="use the folder of a LoRA adapter")
     for key, value in settings.items():
         if key not in _READ and key not in _PROVENANCE_KEYS and value and value != DEFAULTS.get(key):

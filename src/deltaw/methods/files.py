@@ -207,7 +207,7 @@ def method_from_folder(folder: Path, tokenizer: PreTrainedTokenizerBase | None) 
     config = read_config(folder)
     kind = config.get("peft_type") or config.get("method")
     if (entry := method_registry.entry_of_adapter(kind)) is None:
-        hint = "use a LoRA or prompt-tuning adapter, or an adapter of a deltaw method"
+        hint = "use a LoRA or prompt-tuning adapter, or install the package that provides this method"
         raise UserError(f"the adapter has the unknown type {kind!r}", location=str(folder / ADAPTER_CONFIG), hint=hint)
     method: type[Method] = entry.load()
     return method.from_run(None, None, tokenizer)

@@ -799,14 +799,13 @@ def _saved_values(config: RunConfig) -> dict[str, Any]:
 
     Such a run can be opened without these packages.
     """
-    values = config.model_dump(mode="json")
-    for method in method_registry.registered():
-        if method.name != config.method and not method_registry.is_built_in(method.name):
-            values.pop(method.name, None)
-    for task in task_registry.registered():
-        if task.section_name is not None and task.name != config.task and not task_registry.is_built_in(task.name):
-            values.pop(task.section_name, None)
-    return values
+    methods = [(method.name, method.name) for method in method_registry.registered()]
+    tasks = [(task.name, task.section_name) for task in task_registry.registered()]
+    used = {config.method, task_registry.entry_of(config.task).section_name}
+    used |= {section for name, section in methods if method_registry.is_built_in(name)}
+    used |= {section for name, section in tasks if task_registry.is_built_in(name)}
+    unused = {section for _, section in [*methods, *tasks]} - used
+    return {key: value for key, value in config.model_dump(mode="json").items() if key not in unused}
 
 
 def settings_text(config: RunConfig, chosen: Mapping[str, tuple[object, str]]) -> str:

@@ -749,6 +749,9 @@ def merge_settings(below: Mapping, above: Mapping) -> dict:
     return merged
 
 
+_REGISTRIES = {"method": method_registry, "task": task_registry}
+
+
 def _as_user_error(error: ValidationError, location: str) -> UserError:
     problems = []
     hints = []
@@ -770,8 +773,13 @@ def _as_user_error(error: ValidationError, location: str) -> UserError:
         else:
             if key in mappings and len(parts) == len(key.split(".")) + 1:
                 key = ".".join(parts)  # the entry at fault
-            problems.append(f"'{key}' cannot be {_VALUE_REPR.repr(problem['input'])}")
-            if value_hint := aliases.value_hint(key, problem["input"]):
+            value = problem["input"]
+            if key in _REGISTRIES and isinstance(value, str):
+                if package_error := _REGISTRIES[key].broken(value):
+                    return package_error
+                hints.append(f"if a package provides the {key} '{value}', install it")
+            problems.append(f"'{key}' cannot be {_VALUE_REPR.repr(value)}")
+            if value_hint := aliases.value_hint(key, value):
                 hints.append(value_hint)
             if f"{key}." in sections:
                 expectations[key] = ["be a section of keys and values"]
@@ -797,4 +805,6 @@ def _unknown_key_hint(key: str, valid_keys: list[str]) -> str:
     if meaning := aliases.alias_hint(key, spellings):
         return meaning
     siblings = [name for name in valid_keys if name.startswith(f"{key.rpartition('.')[0]}.")]
-    return did_you_mean(key, siblings or sorted({*valid_keys, *(section for section, _, _ in parts.values())}))
+    hint = did_you_mean(key, siblings or sorted({*valid_keys, *(section for section, _, _ in parts.values())}))
+    of_package = not siblings and hint.startswith("available")
+    return f"{hint}; if a package provides this section, install it" if of_package else hint

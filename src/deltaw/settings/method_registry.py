@@ -61,6 +61,7 @@ entries = _registry.entries
 names = _registry.names
 entry_of = _registry.entry_of
 is_built_in = _registry.is_built_in
+broken = _registry.broken
 
 
 def compared_names() -> tuple[str, ...]:

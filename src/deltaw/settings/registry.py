@@ -7,6 +7,7 @@ installed packages.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -25,6 +26,10 @@ def load_built_in() -> None:
     """Register the built-in entries of all registries. Only the first call has an effect."""
     for package in built_in_packages:
         importlib.import_module(package)
+
+
+class BrokenPackageWarning(UserWarning):
+    """An entry of an installed package cannot be loaded. Entries of other packages are not affected."""
 
 
 class RegistryEntry(Protocol):
@@ -56,8 +61,8 @@ class Registry(Generic[Entry]):
         self._entry_type = entry_type
         self._group = group
         self._check = check
-        self._plugins: list[metadata.EntryPoint] | None = None
-        self._loading = False
+        self._loaded = False
+        self._broken: dict[str, UserError] = {}
         self._entries: dict[str, Entry] = {}
         self._listeners: list[Callable[[], None]] = []
 
@@ -93,11 +98,7 @@ class Registry(Generic[Entry]):
         return tuple(self._entries.values())
 
     def entries(self) -> tuple[Entry, ...]:
-        """Return all entries.
-
-        Raises:
-            UserError: if an entry point of an installed package fails; see :meth:`load_plugins`.
-        """
+        """Return all entries, including those of installed packages."""
         self.load_plugins()
         return self.registered()
 
@@ -119,34 +120,41 @@ class Registry(Generic[Entry]):
         """Return the entry with this name.
 
         Raises:
-            UserError: if no entry has this name. The hint contains the nearest names.
+            UserError: if no entry has this name, or its package cannot be loaded. The hint contains the nearest names.
         """
         self.load_plugins()
-        if name not in self._entries:
-            hint = did_you_mean(name, self._entries)
-            raise UserError(f"unknown {self._kind} '{name}'", location=location or self._kind, hint=hint)
-        return self._entries[name]
+        if name in self._entries:
+            return self._entries[name]
+        if name in self._broken:
+            raise self._broken[name]
+        hint = did_you_mean(name, self._entries)
+        if hint.startswith("available"):
+            hint += f"; if a package provides '{name}', install it"
+        raise UserError(f"unknown {self._kind} '{name}'", location=location or self._kind, hint=hint)
+
+    def broken(self, name: str) -> UserError | None:
+        """Return the error of the package that provides this entry, or None."""
+        self.load_plugins()
+        return self._broken.get(name)
 
     def load_plugins(self) -> None:
         """Register the entries that installed packages provide. Only the first call has an effect.
 
-        Raises:
-            UserError: if an entry point cannot be imported or registered. Later calls try it again.
+        A package that cannot be imported or registered causes a :class:`BrokenPackageWarning`. Only requests of its
+        entry raise the error.
         """
-        if self._loading:
-            return  # a plugin requests entries during its import
+        if self._loaded:
+            return
+        self._loaded = True  # a plugin may request entries during its import
         load_built_in()
-        if self._plugins is None:
-            from importlib import metadata
+        from importlib import metadata
 
-            self._plugins = list(metadata.entry_points(group=self._group))
-        self._loading = True
-        try:
-            while self._plugins:
-                self._load(self._plugins[0])
-                del self._plugins[0]
-        finally:
-            self._loading = False
+        for plugin in metadata.entry_points(group=self._group):
+            try:
+                self._load(plugin)
+            except UserError as error:
+                self._broken[plugin.name] = error
+                warnings.warn(f"{error.message} ({error.location})", BrokenPackageWarning, stacklevel=2)
 
     def _load(self, plugin: metadata.EntryPoint) -> None:
         try:

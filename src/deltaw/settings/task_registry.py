@@ -115,6 +115,7 @@ load_plugins = _registry.load_plugins
 entries = _registry.entries
 entry_of = _registry.entry_of
 is_built_in = _registry.is_built_in
+broken = _registry.broken
 
 
 def find(name: str) -> TaskEntry | None:
