@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from deltaw.settings import method_registry, task_registry
 from deltaw.settings.config import RunConfig
 from deltaw.settings.method_registry import MethodEntry
 from deltaw.settings.registry import BrokenPackageWarning, Registry, import_object
+from deltaw.settings.task_registry import TaskEntry
 from deltaw.training.session import default_rate_of
 from tests.methods.toy_method import Norms, NormsSettings
 
@@ -92,6 +94,16 @@ def test_package_that_registers_itself_is_not_duplicated(site):
         del sys.modules["registry_of_test"]
 
 
+SECTION = """
+from dataclasses import dataclass
+from typing import Any
+from deltaw.settings.method_registry import MethodEntry
+@dataclass(frozen=True)
+class Section:
+    value: {field}
+ENTRY = MethodEntry("bad", "x:Y", Section)
+"""
+UNUSABLE_FIELDS = ("int", "'Missing' = None", "Any = object()")
 TWICE = "from deltaw.settings.method_registry import MethodEntry\nENTRY = MethodEntry('lora', 'x:Y')"
 BROKEN = [
     ("raise OSError('no such library')", "toy_plugin", "OSError: no such library"),
@@ -183,6 +195,31 @@ def test_section_that_a_used_and_an_unused_entry_share_is_saved(settings, tmp_pa
             assert f"\n{rewarded.section_name}:" in settings_text(config, {})
     finally:
         task_registry.unregister("my-rewards")
+
+
+@pytest.mark.parametrize("field", UNUSABLE_FIELDS)
+def test_section_without_valid_defaults_is_refused_and_affects_no_other_run(site, settings, tmp_path, field):
+    install(site, SECTION.format(field=field), "deltaw.methods", "bad = toy_plugin:ENTRY")
+    code = (
+        "import sys, json, deltaw; from deltaw.runs.resuming import dump_settings\n"
+        "config = deltaw.settings.config.RunConfig.read(json.loads(sys.argv[1])); dump_settings(config)\n"
+        "print(config.method)"
+    )
+    result = python("-c", code, json.dumps(settings(tmp_path / "run")))
+    assert result.stdout.strip() == "lora", result.stderr
+    assert "the section 'bad' has no valid defaults" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["a.b", "x\n", "dpo", "causal-lm"])
+def test_taken_or_unusable_name_of_a_task_is_refused(name):
+    with pytest.raises(ValueError, match=r"cannot name a task|already"):
+        task_registry.register(TaskEntry(name, "x:Y", "AutoModel", "do it"))
+    with pytest.raises(ValueError, match="'sft' is already the name or an alias"):
+        task_registry.register(TaskEntry("own", "x:Y", "AutoModel", "do it", aliases={"sft": {}}))
+    with pytest.raises(ValueError, match="'section' is already a setting"):
+        method_registry.register(MethodEntry("section", "x:Y", NormsSettings))
+    RunConfig.read({"model": "m", "data": "d"})
+    assert task_registry.name_of("sft") == "causal-lm"
 
 
 def test_missing_package_is_named_in_hints(settings, tmp_path):

@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from deltaw.errors import UserError, did_you_mean, find_similar_files
@@ -253,7 +262,7 @@ _METHOD = Field("lora", description="training method, which selects the trainabl
 
 
 def _nested(settings_class: type, description: str) -> Any:
-    return Field(default_factory=settings_class, description=description)
+    return Field(default_factory=lambda: settings_class(), description=description)  # a class may accept an argument
 
 
 class _ReportedErrors(type(BaseModel)):  # type: ignore[misc]
@@ -528,6 +537,18 @@ def _task_sections() -> dict[str, list[task_registry.TaskEntry]]:
     return sections
 
 
+def _check_section(name: str, settings_class: type) -> None:
+    """Check that the defaults of a section of another package can be written to a settings file.
+
+    Raises:
+        ValueError: if they cannot.
+    """
+    try:
+        TypeAdapter(settings_class).dump_json(settings_class())
+    except Exception as error:
+        raise ValueError(f"the section '{name}' has no valid defaults: {type(error).__name__}: {error}") from error
+
+
 def _follow_registries() -> None:
     """Update the choices of ``method`` and ``task`` and their sections in :class:`RunConfig`."""
     methods = method_registry.registered()
@@ -539,9 +560,15 @@ def _follow_registries() -> None:
         field = _nested(settings_class, first.description)
         task_sections[section] = FieldInfo.from_annotated_attribute(settings_class, field)
     names = [*(entry.name for entry in methods), *task_sections]
-    conflicts = [name for name in names if name in _builtin_fields or hasattr(BaseModel, name) or names.count(name) > 1]
+    conflicts = [name for name in names if name in _builtin_fields or hasattr(RunConfig, name) or names.count(name) > 1]
     if conflicts:
         raise ValueError(f"'{conflicts[0]}' is already a setting and cannot name a method or the section of a task")
+    for method in methods:
+        if method.settings is not None and not method_registry.is_built_in(method.name):
+            _check_section(method.name, method.settings)
+    for task in tasks:
+        if task.settings is not None and not task_registry.is_built_in(task.name):
+            _check_section(str(task.section_name), task.settings)
     fields = RunConfig.model_fields
     built_in = {name: fields[name] for name in _builtin_fields}
     choices: Any = Literal[tuple(entry.name for entry in methods)]  # type: ignore[valid-type]

@@ -79,8 +79,8 @@ class Registry(Generic[Entry]):
         self._entries[entry.name] = entry
         try:
             self._notify()
-        except ValueError:
-            del self._entries[entry.name]
+        except BaseException:
+            self.unregister(entry.name)
             raise
 
     def unregister(self, name: str) -> None:
@@ -164,7 +164,7 @@ class Registry(Generic[Entry]):
             # A package may register its entry on import.
             if self._entries.get(entry.name) is not entry:
                 self.register(entry)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             package = f"package '{plugin.dist.name}'" if plugin.dist is not None else "an installed package"
             message = f"the {self._kind} '{plugin.name}' of {package} cannot be loaded: {type(error).__name__}: {error}"
             location = f"entry point {self._group}: {plugin.name} = {plugin.value}"

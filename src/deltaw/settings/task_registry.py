@@ -7,6 +7,7 @@ slow to import are named as strings, so that this module requires neither torch 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -102,8 +103,14 @@ class TaskEntry:
 
 
 def _check(entry: TaskEntry) -> None:
+    if not re.fullmatch(r"\w+(-\w+)*", entry.name):
+        raise ValueError(f"{entry.name!r} cannot name a task")
     if entry.settings is not None and not str(entry.section_name).isidentifier():
         raise ValueError(f"'{entry.section_name}' cannot name a settings section")
+    others = [other for other in registered() if other.name != entry.name]
+    taken = {name for other in others for name in (other.name, *other.aliases)}
+    if conflicts := taken & {entry.name, *entry.aliases}:
+        raise ValueError(f"'{min(conflicts)}' is already the name or an alias of a task")
 
 
 _registry: Registry[TaskEntry] = Registry("task", TaskEntry, "deltaw.tasks", _check)
