@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deltaw import platforms
+from deltaw import child_process, platforms
 from deltaw.child_process import kill_process_tree, python_command, run_command, start_command, start_job
 
 # Starts a process that sleeps, and prints its pid.
@@ -136,3 +137,34 @@ def test_busy_child_exits_if_its_parent_is_killed(kind, code):
     pid, status = parent.communicate()[0].split()
     assert status == "None", "the child exited early"
     assert has_ended(int(pid))
+
+
+ASK_EXPERIMENT_WORKER = (
+    "from deltaw.experiments.jobs import WorkerProcess; WorkerProcess(Path('log')).ask('usual', config={})"
+)
+ASK_REWARD_WORKER = (
+    'from deltaw.tasks.reward.rewards.worker import RewardWorker; settings = \'{"name": "rewards.py:score"}\'; '
+    "worker = RewardWorker('deltaw.tasks.reward.rewards.rewarder', settings, 60.0); print(worker.request(None, 60.0))"
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "answer"),
+    [(ASK_EXPERIMENT_WORKER, "'model' is missing"), (ASK_REWARD_WORKER, "'needs': []")],
+    ids=["experiment", "reward"],
+)
+def test_worker_does_not_import_downloaded_modules(code, answer, tmp_path):
+    for name in ("psutil", "torch", "yaml"):
+        (tmp_path / f"{name}.py").write_text(f"open('imported {name}', 'w')")
+    (tmp_path / "rewards.py").write_text("def score(completions): return [1.0 for _ in completions]")
+    paths = [path for path in sys.path if path]
+    program = f"import sys; sys.path[:] = {paths!r}; from pathlib import Path; {code}"
+    result = run_command([sys.executable, "-c", program], folder=tmp_path)
+    assert not [*tmp_path.glob("imported*")]
+    assert answer in result.output + result.messages
+
+
+def test_programs_start_with_python_command():
+    for file in Path(child_process.__file__).parent.rglob("*.py"):
+        text = file.read_text("utf-8")
+        assert not re.search(r'sys\.executable, "-[cm]"', text), f"{file} may import from the current folder"
