@@ -129,9 +129,11 @@ def start(
     return Process([str(argument) for argument in arguments], environment, cwd, tuple(sorted(imported.items())))
 
 
-def run_forked(command: Sequence[object]) -> CommandResult:
+def run_forked(command: Sequence[object], *, stdin_bytes: bytes | None = b"") -> CommandResult:
     """Run an interpreter command in a forked process, like :func:`deltaw.child_process.run_command`."""
     process = start(*command[1:])
+    if stdin_bytes is None:  # the input stays open
+        process.wait()
     output, errors = process.communicate()
     return CommandResult(process.wait(), output, errors)
 

@@ -7,9 +7,9 @@ frames: the length in eight bytes, then the content.
 from __future__ import annotations
 
 import os
+import queue
 import select
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -168,21 +168,56 @@ class PipeWorker:
         return operation(pipe.fileno(), argument)
 
 
+def read_input(receive: Callable[[bytes], object] = len) -> None:
+    """Read standard input in a thread, and exit the process at its end.
+
+    The input ends when the parent process closes it or exits for any reason, so that no child outlives its parent.
+    Native code that holds the interpreter's lock delays the exit.
+
+    Args:
+        receive: Receives each chunk. The default ignores it.
+    """
+
+    def read() -> None:
+        # Read the file descriptor directly: the lock of sys.stdin would block the shutdown of the interpreter.
+        while chunk := os.read(0, _READ_BYTES):
+            receive(chunk)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+
+
 def serve(make_handler: Callable[[], Callable[[bytes], Iterable[bytes]]]) -> None:
-    """Answer requests from standard input until it is closed. Standard output is redirected to standard error.
+    """Answer requests from standard input. Standard output is redirected to standard error.
+
+    The process exits when standard input is closed, even during a request (:func:`read_input`).
 
     Args:
         make_handler: Returns a function that yields the answers to a request.
     """
     own_pid = os.getpid()
+    requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    buffer = bytearray()
+
+    def receive(chunk: bytes) -> None:
+        buffer.extend(chunk)
+        while len(buffer) >= _HEADER_BYTES:
+            end = _HEADER_BYTES + int.from_bytes(buffer[:_HEADER_BYTES], "little")
+            if len(buffer) < end:
+                return
+            requests.put(bytes(buffer[_HEADER_BYTES:end]))
+            del buffer[:end]
+
+    read_input(receive)
     out = os.fdopen(os.dup(1), "wb", _READ_BYTES)
     os.dup2(2, 1)
     handler = make_handler()
     _write_frame(out, b"")
     out.flush()
-    while len(header := sys.stdin.buffer.read(_HEADER_BYTES)) == _HEADER_BYTES:
+    while True:
+        request = requests.get()
         flushed = time.monotonic()
-        for answer in handler(sys.stdin.buffer.read(int.from_bytes(header, "little"))):
+        for answer in handler(request):
             if os.getpid() != own_pid:  # user code forked, and this is the child
                 os._exit(0)
             _write_frame(out, answer)

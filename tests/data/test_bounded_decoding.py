@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from deltaw.child_process import minimal_environment
 from deltaw.data import arrow_rows
 from deltaw.data.sources import open_source, read_rows
 from deltaw.errors import UserError
@@ -130,6 +131,11 @@ def started(tmp_path: Path) -> tuple[Generator[Any, None, None], psutil.Process]
     next(rows)
     (decoder,) = set(psutil.Process().children()) - before
     return rows, decoder
+
+
+def test_decoder_has_no_secrets(started: tuple[Generator[Any, None, None], psutil.Process]) -> None:
+    assert started[1].environ().keys() <= {*minimal_environment(), "LC_CTYPE"}
+    started[0].close()
 
 
 def test_killed_decoder_raises_user_error(started: tuple[Generator[Any, None, None], psutil.Process]) -> None:

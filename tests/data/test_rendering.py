@@ -15,6 +15,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from deltaw import platforms
+from deltaw.child_process import minimal_environment
 from deltaw.data import rendering
 from deltaw.data.messages import Conversation
 from deltaw.data.rendering import (
@@ -254,7 +255,7 @@ def test_worker_has_limited_memory_and_no_secrets(monkeypatch):
     monkeypatch.setattr(rendering, "_workers", {})
     _render("a")
     process = psutil.Process(rendering._worker()._process.pid)
-    assert process.environ().keys() <= {*rendering._VARIABLES, "LC_CTYPE"}
+    assert process.environ().keys() <= {*minimal_environment(), "LC_CTYPE"}
     if hasattr(process, "rlimit"):
         assert process.rlimit(psutil.RLIMIT_AS) == (MEMORY_BYTES, MEMORY_BYTES)
     rendering._worker().close()

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("llguidance", reason="the extra serve is not installed")
 
+from deltaw.child_process import minimal_environment
 from deltaw.decoding.constraints import ConstraintLimits, Grammars, Matcher, ProcessLimits
 from deltaw.decoding.request import BusyError, Constraint, Sampling, UnsupportedError
 from deltaw.decoding.sampling import SamplingState, choose
@@ -307,6 +308,12 @@ def test_full_compilation_queue_rejects_requests():
 def test_owners_do_not_share_compiled_constraints(grammars):
     first, second, second_again = (start_matcher(grammars, GROWING, owner=owner) for owner in (1, 2, 2))
     assert first.process is not second.process is second_again.process
+
+
+def test_launcher_has_no_secrets(grammars):
+    start_matcher(grammars, "a*")
+    process = psutil.Process(grammars._launcher._worker._process.pid)
+    assert process.environ().keys() <= {*minimal_environment(), "LC_CTYPE"}
 
 
 def test_processes_stop_on_memory_limit_idle_time_and_close():

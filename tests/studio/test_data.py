@@ -16,6 +16,7 @@ from xml.sax.saxutils import escape
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra studio is not installed")
+from deltaw.child_process import run_command
 from deltaw.errors import UserError
 from deltaw.settings import task_registry
 from deltaw.studio import data, row_calls, spreadsheets
@@ -208,6 +209,21 @@ def test_hidden_sheet_cannot_be_chosen(client):
     for sheet, message in {"S2": "the sheet “S2” is hidden", "S3": "the sheet “S3” does not exist"}.items():
         with pytest.raises(UserError, match=message):
             spreadsheets.convert(client.studio.workspace, file, sheet=sheet)
+
+
+def test_conversion_has_no_secrets_and_exits_with_the_studio(client, monkeypatch):
+    options = {}
+
+    def run(command, **arguments):
+        options.update(arguments)
+        return run_command(command, **arguments)
+
+    monkeypatch.setenv("HF_TOKEN", "a secret")
+    monkeypatch.setattr(spreadsheets, "run_command", run)
+    file = client.studio.workspace.folder / "table.xlsx"
+    file.write_bytes(workbook(TABLE))
+    assert spreadsheets.convert(client.studio.workspace, file).sheet == "S1"
+    assert "HF_TOKEN" not in options["environment"] and options["stdin_bytes"] is None
 
 
 def test_sheet_with_entities_is_rejected(client):

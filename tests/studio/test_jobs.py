@@ -46,7 +46,7 @@ def workspace(tmp_path: Path) -> Iterator[Workspace]:
 @pytest.fixture
 def code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs are Python code in place of commands."""
-    monkeypatch.setattr(jobs, "child_command", partial(jobs.python_command, "import sys; exec(sys.argv[1])"))
+    monkeypatch.setattr(jobs, "child_command", partial(jobs.workspace_command, "import sys; exec(sys.argv[1])"))
 
 
 SLEEP = "import time; time.sleep(300)"
@@ -291,7 +291,7 @@ def test_processes_of_the_studio_are_restricted_to_its_folder(workspace: Workspa
     code = (
         "from deltaw.untrusted_paths import AllowedFolders as A; a = A.of_process(); print(*a.folders, a.allow_hidden)"
     )
-    command, environment = jobs.python_command(code, workspace)
+    command, environment = jobs.workspace_command(code, workspace)
     assert run_command(command, environment=environment).output.strip() == f"{workspace.folder} False"
     assert jobs.child_command(workspace, ["train"])[1] == environment
     private = workspace.folder.parent / "private.jsonl"

@@ -21,7 +21,7 @@ pytest.importorskip("fastapi", reason="the extra studio is not installed")
 from deltaw.child_process import start_command
 from deltaw.errors import UserError
 from deltaw.studio import trial as trial_module
-from deltaw.studio.jobs import python_command
+from deltaw.studio.jobs import workspace_command
 from deltaw.studio.trial import TrialServer
 from deltaw.studio.workspace import Workspace
 from tests.serving.http.page_server import BASE, PageServer, serve_app
@@ -52,7 +52,7 @@ def wait_for(trial: TrialServer, state: str) -> None:
 
 @pytest.fixture
 def fake_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    watch = trial_module._CODE.partition("from deltaw")[0]
+    watch = trial_module._CODE.partition("from deltaw.cli")[0]
     monkeypatch.setattr(trial_module, "_CODE", watch + f"exec({CODE!r})")
 
 
@@ -107,7 +107,7 @@ def test_job_stops_an_idle_trial_only(trial: TrialServer, tmp_path: Path) -> Non
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_process_ends_if_the_studio_is_killed(tmp_path: Path) -> None:
-    watch = trial_module._CODE.partition("from deltaw")[0]
+    watch = trial_module._CODE.partition("from deltaw.cli")[0]
     code = (
         "import sys, time; from pathlib import Path; from deltaw.studio import trial; "
         "from deltaw.studio.workspace import Workspace; "
@@ -115,7 +115,7 @@ def test_process_ends_if_the_studio_is_killed(tmp_path: Path) -> None:
         "it = trial.TrialServer(Workspace(Path(sys.argv[1]))); it.start(Path('run')); "
         "print(it._process.pid, flush=True); time.sleep(300)"
     )
-    command, environment = python_command(code, Workspace(tmp_path), [str(tmp_path)])
+    command, environment = workspace_command(code, Workspace(tmp_path), [str(tmp_path)])
     studio = start_command(command, environment=environment, stdout=subprocess.PIPE)
     assert studio.stdout is not None
     process = psutil.Process(int(studio.stdout.readline()))

@@ -31,7 +31,7 @@ from mcp.server.stdio import stdio_server
 from mcp_types import CallToolResult, ListToolsResult, TextContent, Tool
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from deltaw.child_process import kill_process_tree, start_command, start_job
+from deltaw.child_process import kill_process_tree, python_command, start_command, start_job
 from deltaw.errors import UserError, format_error, redact
 from deltaw.runs.folder import RUNNING, Run
 from deltaw.runs.permissions import FolderPermissions, require_plain_text
@@ -51,7 +51,7 @@ MAX_ERROR_LENGTH = 3000
 RECENT_STEPS = 20
 # A child receives SIGINT when the server exits, even if the server is killed. A training run then saves a checkpoint.
 _CHILD_CODE = """\
-import contextlib, ctypes, signal, sys
+import contextlib, ctypes, signal
 with contextlib.suppress(Exception):
     ctypes.CDLL(None).prctl(1, signal.SIGINT)
 from deltaw.cli import main
@@ -326,13 +326,13 @@ class AgentServer:
     def _command(self, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         """Return the command line and the environment of a command.
 
-        The process exits with the thread that starts it, so start it on the thread of the server. It runs in the
-        server's folder, so that it never imports files of the agent.
+        The process exits with the thread that starts it, so start it on the thread of the server. It never imports
+        files of the agent.
         """
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1", **self.allowed.environment()}
         if not self.allowed.allow_remote:
             environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        return [sys.executable, "-c", _CHILD_CODE, *arguments], environment
+        return python_command(_CHILD_CODE, arguments, include_current_folder=False), environment
 
     async def _run(self, arguments: Sequence[str]) -> object:
         """Run a command and return its JSON output, with its messages under ``notes``.

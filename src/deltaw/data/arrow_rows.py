@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltaw.child_process import start_command
+from deltaw.child_process import minimal_environment, start_command
 from deltaw.data import arrow_decoder
 from deltaw.data.bad_rows import OnBad, too_long_error
 from deltaw.data.compressed_files import MAX_EXPANSION
@@ -130,7 +130,10 @@ def _decode(path: Path, name: str, kind: str, first_row: int, batch_rows: int) -
 
     options = json.dumps([str(path), kind, first_row, batch_rows, MIN_DECODED_BYTES, MAX_EXPANSION])
     command = [sys.executable, "-I", "-S", "-X", "utf8", arrow_decoder.__file__, options, *sys.path]
-    with tempfile.TemporaryFile() as errors, start_command(command, stdout=subprocess.PIPE, stderr=errors) as process:
+    with (
+        tempfile.TemporaryFile() as errors,
+        start_command(command, environment=minimal_environment(), stdout=subprocess.PIPE, stderr=errors) as process,
+    ):
         output: Any = process.stdout
         try:
             yield from pyarrow.ipc.open_stream(output)

@@ -10,7 +10,6 @@ import datetime
 import functools
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
+from deltaw.child_process import minimal_environment, python_command
 from deltaw.data.messages import REASONING
 from deltaw.data.template_worker import MAX_OUTPUT_CHARS, MAX_OUTPUT_CHARS_PER_BYTE, PYTHON_FAULTS
 from deltaw.errors import UserError
@@ -37,9 +37,7 @@ FAULTS = (jinja2.TemplateError, *PYTHON_FAULTS)
 # Maximum number of bytes of a character in an answer, and of the rest of an answer.
 _BYTES_PER_CHAR = 6
 _ANSWER_BYTES = 1 << 16
-# The worker gets the import path of this process, and variables that a Python interpreter may need.
-_COMMAND = "import sys; sys.path[:] = sys.argv[1:]; from deltaw.data.template_worker import main; main()"
-_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ")
+_CODE = "from deltaw.data.template_worker import main; main()"
 
 STAND_IN = "an-answer-of-the-assistant"
 """Placeholder of an answer."""
@@ -229,9 +227,8 @@ def _worker() -> PipeWorker:
     """Return the worker of this process."""
     worker = _workers.get(os.getpid())
     if worker is None:
-        environment = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
-        command = [sys.executable, "-I", "-c", _COMMAND, *sys.path]
-        worker = _workers.setdefault(os.getpid(), PipeWorker(command, environment=environment))
+        command = python_command(_CODE, options=["-I"])
+        worker = _workers.setdefault(os.getpid(), PipeWorker(command, environment=minimal_environment()))
     return worker
 
 

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from deltaw.child_process import minimal_environment, python_command
 from deltaw.decoding.request import BusyError, Constraint, UnsupportedError
 from deltaw.errors import UserError
 from deltaw.worker_process import PipeWorker, WorkerError, serve
@@ -365,8 +366,7 @@ _START_SECONDS = 120.0
 _ANSWER_SECONDS = 60.0
 # Maximum number of unanswered messages. They fit into the buffer of a socket that is not being read.
 _MAX_UNANSWERED = 64
-# Executed by the interpreter of a launcher, with the module path of this process.
-_LAUNCH = "import sys; fd, *sys.path = sys.argv[1:]; from deltaw.decoding.constraints import launch; launch(int(fd))"
+_LAUNCH = "from deltaw.decoding.constraints import launch; launch(int(sys.argv[1]))"
 
 
 class Launcher:
@@ -397,8 +397,8 @@ class Launcher:
         self._control, remote_end = socket.socketpair()
         with remote_end:
             self._worker = PipeWorker(
-                [sys.executable, "-c", _LAUNCH, str(remote_end.fileno()), *map(str, sys.path)],
-                environment={name: value for name, value in os.environ.items() if not name.startswith("DELTAW_")},
+                python_command(_LAUNCH, [str(remote_end.fileno())], options=["-I"]),
+                environment=minimal_environment(),
                 extra_start_seconds=_START_SECONDS,
                 restart=False,  # the descriptor is closed below
                 stderr=subprocess.DEVNULL,

@@ -11,13 +11,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from deltaw.child_process import kill_process_tree, start_command
+from deltaw.child_process import kill_process_tree, python_command, start_command
 from deltaw.errors import UserError
 from deltaw.experiments.entry import Message
 from deltaw.machine.product_rates import child_environment, import_rates
@@ -89,7 +88,7 @@ class WorkerProcess(contextlib.AbstractContextManager["WorkerProcess"]):
             self._log.parent.mkdir(parents=True, exist_ok=True)
             with self._log.open("a", encoding="utf-8") as log:
                 self._process = start_command(
-                    [sys.executable, "-m", "deltaw.experiments.worker"],
+                    python_command("from deltaw.experiments.worker import main; main()"),
                     environment={**os.environ, **child_environment()},
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,

@@ -12,7 +12,6 @@ import math
 import os
 import queue
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -41,6 +40,7 @@ from deltaw.settings.data import DataSettings
 from deltaw.training.batchers import BatcherOptions
 from deltaw.training.planning.plan_run import plan_run, with_time
 from deltaw.training.session import default_rate_of, rate_factors, read_data
+from deltaw.worker_process import read_input
 
 
 class TrialWorker:
@@ -172,17 +172,6 @@ def _config(request: Message) -> RunConfig:
     return RunConfig.read(cast("Mapping[str, object]", request["config"]))
 
 
-def _read_requests(requests: queue.SimpleQueue[str]) -> None:
-    """Put each line of standard input into the queue, and exit the process at the end of input."""
-    # Read the file descriptor directly: the lock of sys.stdin would block the shutdown of the interpreter.
-    partial_line = b""
-    while chunk := os.read(0, 65536):
-        *lines, partial_line = (partial_line + chunk).split(b"\n")
-        for line in lines:
-            requests.put(line.decode())
-    os._exit(0)
-
-
 def main() -> None:
     """Answer requests until the input ends."""
     retain_freed_memory()
@@ -193,7 +182,15 @@ def main() -> None:
         print(line, file=sys.stderr, flush=True)
 
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
+    partial_line = b""
+
+    def receive(chunk: bytes) -> None:
+        nonlocal partial_line
+        *lines, partial_line = (partial_line + chunk).split(b"\n")
+        for line in lines:
+            requests.put(line.decode())
+
+    read_input(receive)
 
     def send(kind: str, content: object) -> None:
         # Include the measured rates, so that the next worker chooses the same arithmetic.
@@ -211,7 +208,3 @@ def main() -> None:
         except UserError as error:
             log(f"error: {error}")
             send("error", {"message": error.message, "location": error.location, "hint": error.hint})
-
-
-if __name__ == "__main__":
-    main()

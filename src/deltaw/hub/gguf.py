@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from deltaw.cache.entries import Cache
 from deltaw.cache.keys import key
 from deltaw.cache.results import file_digest
-from deltaw.child_process import run_command
+from deltaw.child_process import python_command, run_command
 from deltaw.errors import UserError, first_line
 from deltaw.hub import packages
 from deltaw.hub.gguf_blocks import INDEX, ORDERS, index_parameters, string_field
@@ -58,9 +58,10 @@ _SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codes
 # llama.cpp's names of pre-tokenizers equivalent to GPT-2's, the fallback of transformers.
 _GPT2_SPLITTING = frozenset({"gpt-2", "phi-2", "olmo", "mpt", "default", "jina-es", "jina-de", "roberta-bpe"})
 
-# The child process gets this process's sys.path, so that its working directory cannot shadow packages.
-_IMPORT = "import sys; sys.path[:] = sys.argv[4:]; from deltaw.hub.gguf import convert_in_process"
-_CHILD = f"{_IMPORT}; sys.exit(convert_in_process(*sys.argv[1:4]))"
+_CHILD = (
+    "from deltaw.worker_process import read_input; read_input(); "
+    "from deltaw.hub.gguf import convert_in_process; sys.exit(convert_in_process(*sys.argv[1:]))"
+)
 
 
 def converted_folder(gguf_path: Path, dtype: str, log: Callable[[str], None] = print) -> Path:
@@ -143,8 +144,8 @@ def _convert_in_child(path: Path, dtype: str, target: Path, log: Callable[[str],
 
     A conversion needs several times the memory of the model and would otherwise determine the peak memory of a run.
     """
-    command = [sys.executable, "-c", _CHILD, str(path.resolve()), dtype, str(target), *filter(None, sys.path)]
-    completed = run_command(command)
+    command = python_command(_CHILD, [str(path.resolve()), dtype, str(target)])
+    completed = run_command(command, stdin_bytes=None)
     for entry in (json.loads(line) for line in completed.output.splitlines() if line.startswith('{"')):
         if "note" in entry:
             log(entry["note"])

@@ -26,7 +26,7 @@ from typing import IO
 from deltaw import atomic_files
 from deltaw.cache.keys import root
 from deltaw.cache.results import file_digest
-from deltaw.child_process import run_command
+from deltaw.child_process import python_command, run_command
 from deltaw.errors import UserError, did_you_mean
 from deltaw.progress import track_progress
 
@@ -258,7 +258,8 @@ def _package_error(package: PackageReference, message: str, hint: str) -> UserEr
 
 def _download_with_pip(package: PackageReference, folder: Path) -> Path:
     """Download the wheel and check its hash, if it is known."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command = python_command("import runpy; runpy.run_module('pip', run_name='__main__', alter_sys=True)")
+    command += ["download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--retries", "2", "-d", str(folder), package.pin]
     _run(command, package)
     wheels = sorted(folder.glob("*.whl"))

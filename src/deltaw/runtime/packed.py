@@ -98,6 +98,9 @@ def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
 def packed_rows(model: PreTrainedModel, *, fused: bool = True, independent: bool = False) -> Iterator[None]:
     """Context in which the model runs packed rows.
 
+    Contexts of one model may overlap in several threads only with ``fused=False``, because fused blocks are stored in
+    the model. See :func:`deltaw.runtime.attention_choice.use_attention`.
+
     Args:
         fused: True to run supported blocks fused.
         independent: True if rows have no shared prefixes, as for encoders.

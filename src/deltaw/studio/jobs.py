@@ -11,7 +11,6 @@ import secrets
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -26,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from deltaw import platforms
 from deltaw.atomic_files import write_text
-from deltaw.child_process import MAX_OUTPUT_BYTES, start_command
+from deltaw.child_process import MAX_OUTPUT_BYTES, python_command, start_command
 from deltaw.errors import UserError
 from deltaw.runs.folder import is_alive, is_locked, process_identity
 from deltaw.studio.workspace import Workspace, load_fields
@@ -42,25 +41,25 @@ _JOB = "job.json"
 _SETTINGS = "settings.yaml"
 _ERROR = re.compile(r"(.*?)(?:\n  where: (.*?))?(?:\n  hint:  (.*?))?", re.DOTALL)
 # A shell that starts the studio in the background disables SIGINT, and children inherit that.
-_CHILD = "import signal, sys; sys.path[:] = {paths!r}; signal.signal(signal.SIGINT, signal.default_int_handler); {code}"
+_ENABLE_SIGINT = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
 
 
-def python_command(code: str, workspace: Workspace, arguments: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
+def workspace_command(
+    code: str, workspace: Workspace, arguments: Sequence[str] = ()
+) -> tuple[list[str], dict[str, str]]:
     """Return the command line and the environment for Python code with the import path of this process.
 
     Modules are not imported from the current folder, because it may contain uploaded files. The process reads images of
     rows only from the studio's folder.
     """
-    here = os.getcwd()
-    package = str(Path(platforms.__file__).parents[1])
-    paths = [os.path.abspath(path) for path in sys.path if path and (os.path.abspath(path) != here or here == package)]
-    command = [sys.executable, "-I", "-u", "-X", "utf8", "-c", _CHILD.format(paths=paths, code=code), *arguments]
+    options = ["-I", "-u", "-X", "utf8"]
+    command = python_command(_ENABLE_SIGINT + code, arguments, options=options, include_current_folder=False)
     return command, {**os.environ, "NO_COLOR": "1", **workspace.permissions.environment()}
 
 
 def child_command(workspace: Workspace, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Return the command line and the environment of a command of deltaw."""
-    return python_command("from deltaw.cli import main; main()", workspace, arguments)
+    return workspace_command("from deltaw.cli import main; main()", workspace, arguments)
 
 
 def read_error(text: str) -> UserError | None:

@@ -16,14 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.parsers import expat
 
-from deltaw.child_process import run_command
+from deltaw.child_process import minimal_environment, run_command
 from deltaw.data.sources import open_source
 from deltaw.errors import UserError
-from deltaw.studio.jobs import python_command
+from deltaw.studio.jobs import workspace_command
 from deltaw.studio.workspace import MIN_FREE_BYTES, SPREADSHEETS, Workspace, move_to_unused
 
 MAX_MEMORY_BYTES, MAX_UNZIPPED_BYTES, MAX_SECONDS = 4 * 10**9, 10**9, 120
-_CODE = "from deltaw.studio.spreadsheets import main; main(*sys.argv[1:])"
+_CODE = (
+    "from deltaw.worker_process import read_input; read_input(); "
+    "from deltaw.studio.spreadsheets import main; main(*sys.argv[1:])"
+)
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,8 @@ def convert(workspace: Workspace, file: Path, *, sheet: str = "", is_upload: boo
     if sheet:  # so that the same sheet becomes the same file again
         name = re.sub(r"[^\w-]+", "-", sheet)
         target = target.with_stem(f"{target.stem}-{name}")
-    command, environment = python_command(_CODE, workspace, [str(file), str(output), sheet])
-    result = run_command(command, environment=environment, timeout=MAX_SECONDS)
+    command, _ = workspace_command(_CODE, workspace, [str(file), str(output), sheet])
+    result = run_command(command, stdin_bytes=None, environment=minimal_environment(), timeout=MAX_SECONDS)
     message = result.output.strip() or "the file is too large, or a sheet has a cell far away from its table"
     if result.status is None:
         message = f"the file was not read within {MAX_SECONDS} seconds"

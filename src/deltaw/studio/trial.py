@@ -14,7 +14,7 @@ from pathlib import Path
 from deltaw.child_process import kill_process_tree, start_command
 from deltaw.errors import UserError
 from deltaw.serving.http.settings import KEY_VARIABLE
-from deltaw.studio.jobs import python_command, read_error
+from deltaw.studio.jobs import read_error, workspace_command
 from deltaw.studio.workspace import Workspace
 
 STOPPED = "stopped"
@@ -26,11 +26,7 @@ IDLE_SECONDS = 60.0
 # Maximum number of lines of output for the error message.
 MAX_LINES = 40
 _READY = re.compile(r"serving .* at (http://127\.0\.0\.1:\d+)\n")
-# Closing the standard input stops the process. This also happens if the studio is killed.
-_CODE = (
-    "import os, sys, threading; threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start(); "
-    "from deltaw.cli import main; main()"
-)
+_CODE = "from deltaw.worker_process import read_input; read_input(); from deltaw.cli import main; main()"
 
 
 class TrialServer:
@@ -79,7 +75,7 @@ class TrialServer:
     def start(self, run: Path, others: Sequence[Path] = ()) -> None:
         """Serve a run, and other runs of the same model next to it."""
         arguments = ["serve", str(run), "--port=0", "--log=off", *(f"--adapter={path.name}={path}" for path in others)]
-        command, environment = python_command(_CODE, self._workspace, arguments)
+        command, environment = workspace_command(_CODE, self._workspace, arguments)
         with self._lock:
             self._stop()
             self.key = secrets.token_urlsafe(32)

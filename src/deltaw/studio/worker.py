@@ -15,7 +15,7 @@ from typing import Any
 
 from deltaw.errors import UserError
 from deltaw.studio import row_calls
-from deltaw.studio.jobs import python_command
+from deltaw.studio.jobs import workspace_command
 from deltaw.studio.workspace import Workspace
 from deltaw.worker_process import PipeWorker, WorkerError, serve
 
@@ -71,7 +71,7 @@ class Worker:
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
-        command, environment = python_command("from deltaw.studio.worker import main; main()", workspace)
+        command, environment = workspace_command("from deltaw.studio.worker import main; main()", workspace)
         self._process = PipeWorker(command, environment=environment, extra_start_seconds=240)
         self._changed = threading.Condition()
         self._calls: dict[str, _Call] = {}

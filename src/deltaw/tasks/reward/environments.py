@@ -164,5 +164,6 @@ def make_handler(environment_class: Callable[[], Environment]) -> RequestHandler
     return answer
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the worker."""
     answer_requests(lambda: make_handler(load_function(sys.argv[1], "reward.environment")))

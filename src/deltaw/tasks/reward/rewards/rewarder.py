@@ -1,6 +1,6 @@
 """Reward functions in worker processes that can be killed at any time.
 
-:class:`Rewarder` sends the requests. Run as a program, this module is the worker
+:class:`Rewarder` sends the requests. :func:`main` runs the worker
 (:mod:`deltaw.tasks.reward.rewards.worker`). It imports torch and transformers only for reward models.
 """
 
@@ -151,5 +151,6 @@ def _make_handler() -> RequestHandler:
     return handler
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the worker."""
     answer_requests(_make_handler)

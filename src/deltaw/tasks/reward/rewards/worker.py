@@ -1,16 +1,16 @@
 """Worker processes that run user code: requests and answers are JSON.
 
-:class:`RewardWorker` starts a worker and sends requests. The worker is a module that runs as a program and calls
+:class:`RewardWorker` starts a worker and sends requests. The worker is a module whose function ``main`` calls
 :func:`answer_requests`.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
+from deltaw.child_process import python_command
 from deltaw.errors import UserError, redact
 from deltaw.worker_process import PipeWorker, WorkerError, serve
 
@@ -26,8 +26,8 @@ class RewardWorker:
     """A worker process. It starts at the first request, and again at the first request after it was killed.
 
     Args:
-        module: Module to run.
-        settings: JSON text, passed to the module as its only command-line argument.
+        module: Module with the function ``main``.
+        settings: JSON text, passed as the only command-line argument.
         extra_start_seconds: Time allowed for the start, in addition to the default.
 
     Attributes:
@@ -36,7 +36,7 @@ class RewardWorker:
     """
 
     def __init__(self, module: str, settings: str, extra_start_seconds: float) -> None:
-        command = [sys.executable, "-m", module, settings]
+        command = python_command(f"from {module} import main; main()", [settings])
         self.process = PipeWorker(command, extra_start_seconds=extra_start_seconds)
         self.failure = ""
 
