@@ -90,6 +90,16 @@ LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "original_max_posi
 LLAMA3_ROPE |= {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
 _GRANITE = {"embedding_multiplier": 1.5, "residual_multiplier": 0.7, "attention_multiplier": 0.3, "logits_scaling": 2.0}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_GRANITE_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 80}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 2, "num_hidden_layers": 3}
+_MAMBA |= {"layer_types": ["mamba", "attention", "mamba"], "shared_intermediate_size": 80}
+_DELTA = {"head_dim": 32, "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+_DELTA |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+_DELTA |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+_GEMMA4 = {"head_dim": 16, "global_head_dim": 32, "sliding_window": 8, "num_hidden_layers": 6}
+_GEMMA4 |= {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2}
+_GEMMA4 |= {"vocab_size_per_layer_input": VOCABULARY}
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("Llama", {}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE, "attention_bias": True, "head_dim": 32}),
@@ -105,6 +115,39 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "granite": ("Granite", _GRANITE),
     "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}),
     "gpt2": ("GPT2", _GPT2),
+    "olmo2-tied": ("Olmo2", {"tie_word_embeddings": True}),
+    "olmo3": ("Olmo3", {"num_hidden_layers": 4, "sliding_window": 8}),
+    "granite-moe": ("GraniteMoeShared", {**_GRANITE, **_GRANITE_EXPERTS}),
+    "granite-hybrid": ("GraniteMoeHybrid", {**_GRANITE, **_MAMBA, "num_local_experts": 0}),
+    "granite-hybrid-moe": ("GraniteMoeHybrid", {**_GRANITE, **_MAMBA, **_GRANITE_EXPERTS}),
+    "granite-dense": (
+        "GraniteMoeHybrid",
+        {**_GRANITE, **_MAMBA, "layer_types": ["attention"] * 3, "num_local_experts": 0},
+    ),
+    "qwen3-moe": ("Qwen3Moe", {**_EXPERTS, "head_dim": 32, "norm_topk_prob": True}),
+    "qwen3.5": ("Qwen3_5Text", _DELTA),
+    "gemma4": ("Gemma4Text", {**_GEMMA4, "hidden_size_per_layer_input": 0}),
+    "gemma4-shared": (
+        "Gemma4Text",
+        {**_GEMMA4, "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 2, "use_double_wide_mlp": True},
+    ),
+    "gemma4-moe": (
+        "Gemma4Text",
+        {
+            **_GEMMA4,
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 48,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+        },
+    ),
+    "lfm2-moe": (
+        "Lfm2Moe",
+        {**_EXPERTS, "layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "num_dense_layers": 1},
+    ),
 }
 
 

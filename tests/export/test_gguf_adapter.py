@@ -16,7 +16,8 @@ from transformers import AutoConfig
 
 from deltaw.errors import UserError
 from deltaw.export.gguf_adapter import export_gguf_adapter, unify_alpha
-from deltaw.export.gguf_architectures import adjacent_pairs, find_architecture
+from deltaw.export.gguf_architectures import find_architecture
+from deltaw.export.gguf_tensors import adjacent_pairs
 from deltaw.export.merge_plan import MergeOptions
 from deltaw.export.portable import PlainUpdate
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base

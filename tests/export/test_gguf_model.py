@@ -16,7 +16,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from deltaw.errors import UserError
 from deltaw.export import gguf_file
 from deltaw.export.gguf_file import KINDS, pack, packed_shape, require_kind
-from deltaw.export.gguf_model import export_gguf, llama3_divisors
+from deltaw.export.gguf_hyperparameters import llama3_divisors
+from deltaw.export.gguf_model import export_gguf
 from deltaw.export.gguf_tokenizer import extract_vocabulary, pre_tokenizer_name
 from deltaw.hub.loading import load
 from deltaw.lora import LoRAConfig, attach, save_adapter
