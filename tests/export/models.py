@@ -40,6 +40,8 @@ _QWEN = (
 _WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
 SPLITTINGS: dict[str, pre_tokenizers.PreTokenizer] = {"gpt-2": _WORDS}
 SPLITTINGS |= {"smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _WORDS])}
+_QWEN35 = _QWEN.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]+", r"[^\s\p{L}\p{M}\p{N}]+")
+SPLITTINGS |= {"qwen35": _split_by(_QWEN35)}
 SPLITTINGS |= {"qwen2": _split_by(_QWEN), "llama-bpe": _split_by(_QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|"))}
 
 
@@ -94,11 +96,16 @@ _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size":
 _GRANITE_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 80}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 2, "num_hidden_layers": 3}
 _MAMBA |= {"layer_types": ["mamba", "attention", "mamba"], "shared_intermediate_size": 80}
+_FALCON = {"head_dim": 16, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128, "mamba_d_state": 16}
+_FALCON |= {"mamba_n_groups": 2, "mlp_multipliers": [0.8, 1.2], "ssm_multipliers": [0.7, 1.3, 0.9, 1.1, 0.6]}
+_FALCON |= {"lm_head_multiplier": 0.9, "embedding_multiplier": 1.4, "key_multiplier": 0.7, "ssm_in_multiplier": 1.2}
+_FALCON |= {"ssm_out_multiplier": 0.8, "attention_in_multiplier": 0.9, "attention_out_multiplier": 1.1}
 _DELTA = {"head_dim": 32, "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
 _DELTA |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
 _DELTA |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
 _GEMMA4 = {"head_dim": 16, "global_head_dim": 32, "sliding_window": 8, "num_hidden_layers": 6}
-_GEMMA4 |= {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2}
+_GEMMA4_LAYERS = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+_GEMMA4 |= {"layer_types": _GEMMA4_LAYERS}
 _GEMMA4 |= {"vocab_size_per_layer_input": VOCABULARY}
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("Llama", {}),
@@ -115,6 +122,31 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "granite": ("Granite", _GRANITE),
     "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}),
     "gpt2": ("GPT2", _GPT2),
+    "yarn": (
+        "Llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "yarn-factor": (
+        "Llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "attention_factor": 1.3,
+                "beta_fast": 16.0,
+                "beta_slow": 2.0,
+            }
+        },
+    ),
     "olmo2-tied": ("Olmo2", {"tie_word_embeddings": True}),
     "olmo3": ("Olmo3", {"num_hidden_layers": 4, "sliding_window": 8}),
     "granite-moe": ("GraniteMoeShared", {**_GRANITE, **_GRANITE_EXPERTS}),
@@ -126,10 +158,32 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "qwen3-moe": ("Qwen3Moe", {**_EXPERTS, "head_dim": 32, "norm_topk_prob": True}),
     "qwen3.5": ("Qwen3_5Text", _DELTA),
+    "qwen3.5-moe": ("Qwen3_5MoeText", {**_DELTA, **_EXPERTS, "shared_expert_intermediate_size": 48}),
+    "ernie4.5": ("Ernie4_5", {"head_dim": 32}),
+    "exaone4": (
+        "Exaone4",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 2, "rope_parameters": LLAMA3_ROPE},
+    ),
+    "hunyuan": (
+        "HunYuanDenseV1",
+        {
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "dynamic", "factor": 1.0, "alpha": 20.0, "rope_theta": 10000.0},
+        },
+    ),
+    "falcon-h1": ("FalconH1", {**_FALCON, "mamba_rms_norm": True, "mamba_norm_before_gate": False}),
+    "falcon-h1-plain": ("FalconH1", _FALCON),
     "gemma4": ("Gemma4Text", {**_GEMMA4, "hidden_size_per_layer_input": 0}),
     "gemma4-shared": (
         "Gemma4Text",
-        {**_GEMMA4, "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 2, "use_double_wide_mlp": True},
+        {
+            **_GEMMA4,
+            "hidden_size_per_layer_input": 16,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "num_hidden_layers": 5,
+            "layer_types": _GEMMA4_LAYERS[:4] + ["full_attention"],
+        },
     ),
     "gemma4-moe": (
         "Gemma4Text",
@@ -166,6 +220,10 @@ def random_model(family: str, size: int, seed: int = 0) -> PreTrainedModel:
                 parameter.normal_(0, tied if "embed" in name or "wte" in name else 0.15)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        for name, saved in model.state_dict().items():
+            if name not in parameters and saved.is_floating_point():
+                saved.add_(torch.randn_like(saved) * 0.1)  # such as the bias of a router
     return model
 
 
@@ -181,6 +239,18 @@ def saved_run(
     randomize_adapter(model)
     save_adapter(model, folder / "run", base_model=str(folder / "base"))
     return model, folder / "run"
+
+
+def round_gelu(model: nn.Module) -> None:
+    """Compute GELU as ggml does, which reads it from a table of 16-bit values."""
+
+    def rounded(values: torch.Tensor) -> torch.Tensor:
+        table = nn.functional.gelu(values.half().float(), approximate="tanh").half().float()
+        return torch.where(values >= 10, values, torch.where(values <= -10, torch.zeros_like(values), table))
+
+    for module in model.modules():
+        if type(module).__name__ in ("GELUTanh", "NewGELUActivation"):
+            module.forward = rounded  # type: ignore[method-assign]
 
 
 def randomize_adapter(model: nn.Module, scale: float = 0.15) -> None:

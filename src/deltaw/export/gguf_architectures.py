@@ -85,6 +85,12 @@ _FAMILIES: dict[str, Architecture] = {
     "qwen3_5_text": Architecture(
         MODEL_ARCH.QWEN35, rules=recurrent.delta_rules, values=recurrent.delta_values, check=recurrent.check_delta
     ),
+    "qwen3_5_moe_text": Architecture(
+        MODEL_ARCH.QWEN35MOE,
+        rules=recurrent.delta_moe_rules,
+        values=recurrent.delta_moe_values,
+        check=recurrent.check_delta,
+    ),
     "gemma": Architecture(MODEL_ARCH.GEMMA, (*_GELU_TANH, "gelu"), rules=attention.gemma_rules, always_tied=True),
     "gemma2": Architecture(
         MODEL_ARCH.GEMMA2,
@@ -114,6 +120,22 @@ _FAMILIES: dict[str, Architecture] = {
     ),
     "olmo2": Architecture(MODEL_ARCH.OLMO2, never_tied=True, check=attention.check_olmo),
     "olmo3": Architecture(MODEL_ARCH.OLMO2, values=attention.olmo3_values, never_tied=True, check=attention.check_olmo),
+    "ernie4_5": Architecture(MODEL_ARCH.ERNIE4_5, check=attention.check_ernie),
+    "exaone4": Architecture(
+        MODEL_ARCH.EXAONE4,
+        values=lambda config: {"sliding_window": config.sliding_window},
+        rope_types=_LLAMA3,
+        check=attention.check_exaone4,
+    ),
+    "hunyuan_v1_dense": Architecture(
+        MODEL_ARCH.HUNYUAN_DENSE,
+        values=attention.hunyuan_values,
+        rope_types=("default", "dynamic"),
+        check=attention.check_hunyuan,
+    ),
+    "falcon_h1": Architecture(
+        MODEL_ARCH.FALCON_H1, rules=recurrent.falcon_rules, values=recurrent.mamba_values, check=recurrent.check_falcon
+    ),
     "granite": _GRANITE,
     "granitemoe": replace(_GRANITE, arch=MODEL_ARCH.GRANITE_MOE),
     "granitemoeshared": replace(_GRANITE, arch=MODEL_ARCH.GRANITE_MOE),

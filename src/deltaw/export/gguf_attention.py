@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PretrainedConfig
 
 from deltaw.export.gguf_checks import (
@@ -17,7 +18,7 @@ from deltaw.export.gguf_checks import (
     refuse_if,
     windows,
 )
-from deltaw.export.gguf_tensors import TensorRule, adjacent_pairs
+from deltaw.export.gguf_tensors import TensorRule, adjacent_pairs, split_rules
 
 Hyperparameters = dict[str, Any]
 """Values by the names of the methods of GGUFWriter, without ``add_``. None if the file lacks the value."""
@@ -43,7 +44,7 @@ def gemma_rules(_: PretrainedConfig) -> list[TensorRule]:
 
 def gpt2_rules(_: PretrainedConfig) -> list[TensorRule]:
     """Transpose weights of Conv1D."""
-    return [TensorRule(r"(?:c_attn|c_proj|c_fc)\.weight", transposed=True)]
+    return [TensorRule(r"(?:c_attn|c_proj|c_fc)\.weight", layout=torch.t)]
 
 
 def gpt2_values(config: PretrainedConfig) -> Hyperparameters:
@@ -138,6 +139,10 @@ def check_gemma4(config: PretrainedConfig) -> None:
     check_biases(config, "attention_bias")
     own_vocabulary = config.hidden_size_per_layer_input and config.vocab_size_per_layer_input != config.vocab_size
     refuse_if(own_vocabulary, config, "vocabulary of the embeddings per layer")
+    first_shared = config.num_hidden_layers - config.num_kv_shared_layers
+    # Layers that share keys read those of the last two other layers.
+    differs = first_shared < config.num_hidden_layers and windows(config)[:first_shared][-2:] != [True, False]
+    refuse_if(differs, config, "order of layers that share keys and values, unlike the published models")
     rope = config.rope_parameters["full_attention"]
     kind = rope.get("rope_type", "default")
     is_plain = kind == "proportional" and rope.get("factor", 1.0) == 1.0
@@ -164,17 +169,19 @@ def check_qwen3_moe(config: PretrainedConfig) -> None:
 
 
 def expert_rules(gate: str, down: str, up: str) -> list[TensorRule]:
-    """Stack the experts, which the model's files store one by one.
+    """Stack the experts, which the model's files store one by one, or split their stacks.
 
     Args:
         gate, down, up: Names of the projections of an expert.
     """
     names = (gate, down, up)
     stored = ("ffn_gate_exps.weight", "ffn_down_exps.weight", "ffn_up_exps.weight")
-    return [
+    single = [
         TensorRule(rf"experts\.(?P<expert>\d+)\.{name}\.weight", target)
         for name, target in zip(names, stored, strict=True)
     ]
+    split = split_rules(r"experts\.gate_up_proj", (stored[0], stored[2]), stacked=True)
+    return [*single, *split, TensorRule(r"experts\.down_proj", stored[1])]
 
 
 def qwen3_moe_rules(_: PretrainedConfig) -> list[TensorRule]:
@@ -201,3 +208,29 @@ def check_olmo(config: PretrainedConfig) -> None:
     check_biases(config, "attention_bias")
     is_other = head_size(config) * config.num_attention_heads != config.hidden_size
     refuse_if(is_other, config, "head_dim (it takes hidden_size / num_attention_heads)")
+
+
+def check_exaone4(config: PretrainedConfig) -> None:
+    """Check the windows: llama.cpp computes three of four layers with windows for the model with 64 layers only."""
+    layers = config.num_hidden_layers
+    check_windows(config, [layers == 64 and (i + 1) % 4 != 0 for i in range(layers)])
+    # Without windows, all layers have rotary embeddings in llama.cpp, and none in the model if it has a window size.
+    refuse_if(layers != 64 and config.sliding_window is not None, config, "sliding_window without layers that use it")
+
+
+def check_ernie(config: PretrainedConfig) -> None:
+    check_biases(config, "use_bias")
+
+
+def hunyuan_values(config: PretrainedConfig) -> Hyperparameters:
+    """Return the base of the rotary embeddings, which a fixed alpha stretches."""
+    rope = config.rope_parameters
+    size = head_size(config)
+    stretch = rope["alpha"] ** (size / (size - 2)) if rope["rope_type"] == "dynamic" else 1.0
+    return {"rope_freq_base": rope["rope_theta"] * stretch}
+
+
+def check_hunyuan(config: PretrainedConfig) -> None:
+    check_biases(config, "attention_bias")
+    is_dynamic = config.rope_parameters["rope_type"] == "dynamic" and not config.rope_parameters.get("alpha")
+    refuse_if(is_dynamic, config, "rotary embeddings that depend on the length of the text")

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType
 from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from deltaw.errors import UserError
 from deltaw.export.gguf_architectures import CONVERTER_HINT, Architecture
@@ -105,9 +107,14 @@ def _positions(architecture: Architecture, config: PretrainedConfig, size: int) 
     if kind in ("linear", "yarn"):
         values |= {"rope_scaling_type": RopeScalingType(kind), "rope_scaling_factor": rope["factor"]}
     if kind == "yarn":
+        if not rope.get("truncate", True):
+            raise _unknown("yarn without truncation")
+        layer_type = "full_attention" if "full_attention" in config.rope_parameters else None
+        _, attention = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"), layer_type=layer_type)
         values |= {
             "rope_scaling_orig_ctx_len": rope["original_max_position_embeddings"],
-            "rope_scaling_yarn_attn_factor": rope.get("attention_factor"),
+            # llama.cpp multiplies it by the factor that it computes from the scaling.
+            "rope_scaling_attn_factors": attention / (0.1 * math.log(rope["factor"]) + 1),
             "rope_scaling_yarn_beta_fast": rope.get("beta_fast"),
             "rope_scaling_yarn_beta_slow": rope.get("beta_slow"),
         }

@@ -196,3 +196,53 @@ def check_lfm2_moe(config: PretrainedConfig) -> None:
     check_lfm2(config)
     check_normalized_experts(config)
     refuse_if(not config.use_expert_bias, config, "experts without a bias")
+
+
+def delta_moe_rules(config: PretrainedConfig) -> list[TensorRule]:
+    """Return the rules of Qwen3.5 with experts."""
+    gate = TensorRule(r"shared_expert_gate\.weight", layout=lambda weight: weight.squeeze(0))
+    return [*delta_rules(config), *expert_rules("gate_proj", "down_proj", "up_proj"), gate]
+
+
+def delta_moe_values(config: PretrainedConfig) -> Hyperparameters:
+    experts = expert_values(config, config.num_experts, config.num_experts_per_tok)
+    shared = {"expert_shared_feed_forward_length": config.shared_expert_intermediate_size}
+    return {**delta_values(config), **experts, **shared}
+
+
+def falcon_rules(config: PretrainedConfig) -> list[TensorRule]:
+    """Return the rules of Falcon-H1, whose multipliers are folded into the weights."""
+    gate, down = config.mlp_multipliers
+    inputs = config.attention_in_multiplier
+    inner = config.mamba_n_heads * config.mamba_d_head
+    states = config.mamba_n_groups * config.mamba_d_state
+    sizes = torch.tensor([inner, inner, states, states, config.mamba_n_heads])
+    parts = (torch.tensor(config.ssm_multipliers) * config.ssm_in_multiplier).repeat_interleave(sizes)
+    factors = {
+        r"feed_forward\.gate_proj": gate,
+        r"feed_forward\.down_proj": down,
+        r"self_attn\.[qv]_proj": inputs,
+        r"self_attn\.k_proj": inputs * config.key_multiplier,
+        r"self_attn\.o_proj": config.attention_out_multiplier,
+        r"mamba\.out_proj": config.ssm_out_multiplier,
+        "lm_head": config.lm_head_multiplier,
+        "embed_tokens": config.embedding_multiplier,
+    }
+    return [
+        *(
+            TensorRule(rf"{name}\.weight", rows=functools.partial(torch.mul, other=value))
+            for name, value in factors.items()
+        ),
+        TensorRule(r"mamba\.in_proj\.weight", rows=lambda rows: rows * parts[:, None].to(rows.device)),
+        TensorRule(r"pre_ff_layernorm\.weight", "ffn_norm"),
+        *mamba_rules(config.mamba_n_groups),
+    ]
+
+
+def check_falcon(config: PretrainedConfig) -> None:
+    check_mamba(config)
+    check_biases(config, "projectors_bias", "attention_bias", "mlp_bias")
+    is_other = config.mamba_rms_norm and config.mamba_norm_before_gate
+    refuse_if(is_other, config, "mamba_norm_before_gate: true (it multiplies by the gate before the norm)")
+    differs = config.tie_word_embeddings and config.lm_head_multiplier != config.embedding_multiplier
+    refuse_if(differs, config, "tied embedding with two multipliers")

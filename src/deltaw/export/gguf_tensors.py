@@ -34,7 +34,8 @@ class TensorRule:
         rows: Linear function of the rows of a weight, of a bias or of a factor B, such as an order or a selection.
         columns: Linear function of the columns of a weight or of a factor A.
         values: Any other function of the values. It rules out an update.
-        transposed: True if the model's files store the weight as (in, out).
+        layout: Function of a complete weight that leaves the factors of an update unchanged, such as a transpose for
+            weights that the model's files store as (in, out).
         outer: True if the name in the file has no number of a block.
         adaptable: False if llama.cpp ignores updates of the tensor.
     """
@@ -44,7 +45,7 @@ class TensorRule:
     rows: TensorFunction | None = None
     columns: TensorFunction | None = None
     values: TensorFunction | None = None
-    transposed: bool = False
+    layout: TensorFunction | None = None
     outer: bool = False
     adaptable: bool = True
 
@@ -55,9 +56,7 @@ class TensorRule:
     def convert(self, tensor: Tensor) -> Tensor:
         """Return the stored values of a tensor in fp32."""
         tensor = tensor.float()
-        if self.transposed:
-            tensor = tensor.t().contiguous()
-        for function in (self.rows, self.columns, self.values):
+        for function in (self.layout, self.rows, self.columns, self.values):
             if function is not None:
                 tensor = function(tensor)
         return tensor.contiguous()
