@@ -9,7 +9,7 @@ import torch
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from deltaw.lora import LoRAConfig, attach, save_adapter
 from deltaw.lora.attachment import adapter_parameters
@@ -100,13 +100,21 @@ _FALCON = {"head_dim": 16, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm"
 _FALCON |= {"mamba_n_groups": 2, "mlp_multipliers": [0.8, 1.2], "ssm_multipliers": [0.7, 1.3, 0.9, 1.1, 0.6]}
 _FALCON |= {"lm_head_multiplier": 0.9, "embedding_multiplier": 1.4, "key_multiplier": 0.7, "ssm_in_multiplier": 1.2}
 _FALCON |= {"ssm_out_multiplier": 0.8, "attention_in_multiplier": 0.9, "attention_out_multiplier": 1.1}
+_GRANITE_ATTENTION = {"layer_types": ["attention"] * 3, "num_local_experts": 0, "position_embedding_type": "rope"}
 _DELTA = {"head_dim": 32, "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
 _DELTA |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
 _DELTA |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
 _GEMMA4 = {"head_dim": 16, "global_head_dim": 32, "sliding_window": 8, "num_hidden_layers": 6}
 _GEMMA4_LAYERS = ["sliding_attention", "sliding_attention", "full_attention"] * 2
-_GEMMA4 |= {"layer_types": _GEMMA4_LAYERS}
-_GEMMA4 |= {"vocab_size_per_layer_input": VOCABULARY}
+_GEMMA4 |= {"layer_types": _GEMMA4_LAYERS, "hidden_size_per_layer_input": 0}
+_GEMMA4_SHARED = {**_GEMMA4, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY}
+_GEMMA4_SHARED |= {"num_kv_shared_layers": 2, "use_double_wide_mlp": True, "num_hidden_layers": 5}
+_GEMMA4_SHARED |= {"layer_types": [*_GEMMA4_LAYERS[:4], "full_attention"]}
+_GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48}
+_GEMMA4_EXPERTS |= {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+_YARN |= {"attention_factor": 1.3, "beta_fast": 16.0, "beta_slow": 2.0}
+_NTK_ALPHA = {"rope_type": "dynamic", "factor": 1.0, "alpha": 20.0, "rope_theta": 10000.0}
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("Llama", {}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE, "attention_bias": True, "head_dim": 32}),
@@ -122,40 +130,13 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "granite": ("Granite", _GRANITE),
     "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}),
     "gpt2": ("GPT2", _GPT2),
-    "yarn": (
-        "Llama",
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 10000.0,
-                "factor": 4.0,
-                "original_max_position_embeddings": 16,
-            }
-        },
-    ),
-    "yarn-factor": (
-        "Llama",
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 10000.0,
-                "factor": 4.0,
-                "original_max_position_embeddings": 16,
-                "attention_factor": 1.3,
-                "beta_fast": 16.0,
-                "beta_slow": 2.0,
-            }
-        },
-    ),
+    "yarn": ("Llama", {"rope_parameters": _YARN}),
     "olmo2-tied": ("Olmo2", {"tie_word_embeddings": True}),
     "olmo3": ("Olmo3", {"num_hidden_layers": 4, "sliding_window": 8}),
     "granite-moe": ("GraniteMoeShared", {**_GRANITE, **_GRANITE_EXPERTS}),
     "granite-hybrid": ("GraniteMoeHybrid", {**_GRANITE, **_MAMBA, "num_local_experts": 0}),
     "granite-hybrid-moe": ("GraniteMoeHybrid", {**_GRANITE, **_MAMBA, **_GRANITE_EXPERTS}),
-    "granite-dense": (
-        "GraniteMoeHybrid",
-        {**_GRANITE, **_MAMBA, "layer_types": ["attention"] * 3, "num_local_experts": 0},
-    ),
+    "granite-attention": ("GraniteMoeHybrid", {**_GRANITE, **_MAMBA, **_GRANITE_ATTENTION}),
     "qwen3-moe": ("Qwen3Moe", {**_EXPERTS, "head_dim": 32, "norm_topk_prob": True}),
     "qwen3.5": ("Qwen3_5Text", _DELTA),
     "qwen3.5-moe": ("Qwen3_5MoeText", {**_DELTA, **_EXPERTS, "shared_expert_intermediate_size": 48}),
@@ -164,40 +145,12 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
         "Exaone4",
         {"sliding_window": None, "layer_types": ["full_attention"] * 2, "rope_parameters": LLAMA3_ROPE},
     ),
-    "hunyuan": (
-        "HunYuanDenseV1",
-        {
-            "head_dim": 16,
-            "rope_parameters": {"rope_type": "dynamic", "factor": 1.0, "alpha": 20.0, "rope_theta": 10000.0},
-        },
-    ),
+    "hunyuan": ("HunYuanDenseV1", {"head_dim": 16, "rope_parameters": _NTK_ALPHA}),
     "falcon-h1": ("FalconH1", {**_FALCON, "mamba_rms_norm": True, "mamba_norm_before_gate": False}),
     "falcon-h1-plain": ("FalconH1", _FALCON),
-    "gemma4": ("Gemma4Text", {**_GEMMA4, "hidden_size_per_layer_input": 0}),
-    "gemma4-shared": (
-        "Gemma4Text",
-        {
-            **_GEMMA4,
-            "hidden_size_per_layer_input": 16,
-            "num_kv_shared_layers": 2,
-            "use_double_wide_mlp": True,
-            "num_hidden_layers": 5,
-            "layer_types": _GEMMA4_LAYERS[:4] + ["full_attention"],
-        },
-    ),
-    "gemma4-moe": (
-        "Gemma4Text",
-        {
-            **_GEMMA4,
-            "hidden_size_per_layer_input": 0,
-            "enable_moe_block": True,
-            "num_experts": 4,
-            "top_k_experts": 2,
-            "moe_intermediate_size": 48,
-            "attention_k_eq_v": True,
-            "num_global_key_value_heads": 1,
-        },
-    ),
+    "gemma4": ("Gemma4Text", _GEMMA4),
+    "gemma4-shared": ("Gemma4Text", _GEMMA4_SHARED),
+    "gemma4-moe": ("Gemma4Text", {**_GEMMA4, **_GEMMA4_EXPERTS}),
     "lfm2-moe": (
         "Lfm2Moe",
         {**_EXPERTS, "layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "num_dense_layers": 1},
@@ -205,11 +158,25 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
+# Modules of families with some that cannot be adapted, or whose updates llama.cpp ignores.
+_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = {family: [*_LINEAR, "in_proj"] for family in ("falcon-h1", "falcon-h1-plain")}
+TARGETS |= {"gemma4-shared": [*_LINEAR, "per_layer_input_gate", "per_layer_projection"]}
+
+
+def family_config(family: str, size: int = VOCABULARY, **changes: object) -> PretrainedConfig:
+    """Return the configuration of a tiny model, with changes."""
+    name, settings = FAMILIES[family]
+    shape = {} if family == "gpt2" else _SHAPE
+    config: PretrainedConfig = getattr(transformers, f"{name}Config")(
+        vocab_size=size, **{**shape, **settings, **changes}
+    )
+    return config
+
+
 def random_model(family: str, size: int, seed: int = 0) -> PreTrainedModel:
     """Return a model in which every weight affects the output: no weight is zero and no norm is one."""
-    name, changes = FAMILIES[family]
-    shape = {} if family == "gpt2" else _SHAPE
-    config = getattr(transformers, f"{name}Config")(vocab_size=size, **{**shape, **changes})
+    config = family_config(family, size)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
@@ -235,7 +202,11 @@ def saved_run(
     model = random_model(family, len(tokenizer))
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    attach(model, LoRAConfig(**{"rank": 4, "alpha": 8.0, **settings}), seed=0)
+    attach(
+        model,
+        LoRAConfig(**{"rank": 4, "alpha": 8.0, "target_modules": TARGETS.get(family, "all-linear"), **settings}),
+        seed=0,
+    )
     randomize_adapter(model)
     save_adapter(model, folder / "run", base_model=str(folder / "base"))
     return model, folder / "run"

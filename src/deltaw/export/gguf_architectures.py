@@ -6,6 +6,7 @@ therefore has checks, and unknown families are rejected.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -35,6 +36,8 @@ class Architecture:
         rules: Returns the rules of tensors that are not stored unchanged.
         values: Returns hyperparameters in addition to those of all families, or instead of them.
         rope_types: Types of rotary embeddings that llama.cpp supports for the family.
+        partial_rotary: True if a part of a head may be rotated.
+        biases: Regular expression of modules in the file that may have a bias.
         window_ignored: True if llama.cpp ignores the sliding window of the model.
         always_tied: True if llama.cpp does not read a separate output head.
         never_tied: True if llama.cpp requires a separate output head.
@@ -46,6 +49,8 @@ class Architecture:
     rules: Callable[[PretrainedConfig], Sequence[TensorRule]] = lambda config: ()
     values: Callable[[PretrainedConfig], Hyperparameters] = lambda config: {}
     rope_types: tuple[str, ...] = ("default", "linear", "yarn")
+    partial_rotary: bool = False
+    biases: str = ""
     window_ignored: bool = False
     always_tied: bool = False
     never_tied: bool = False
@@ -56,6 +61,11 @@ class Architecture:
         """Value of ``general.architecture``."""
         return str(gguf.MODEL_ARCH_NAMES[self.arch])
 
+    def has_tensor(self, name: str) -> bool:
+        """Return False for a bias in the file that llama.cpp has no tensor for."""
+        match = re.fullmatch(r"(?:blk\.\d+\.)?(.+)\.bias", name)
+        return match is None or re.fullmatch(self.biases, match[1]) is not None
+
     def forms(self, config: PretrainedConfig, *, tied: bool) -> TensorForms:
         """Return the map of tensors for a model of the family, whose head and embedding may be tied."""
         rules = list(self.rules(config))
@@ -65,16 +75,24 @@ class Architecture:
         return TensorForms(self.arch, config.num_hidden_layers, rules)
 
 
+_QKV = "attn_[qkv]"
+_ALL_LINEAR = r"attn_(?:[qkv]|output)|ffn_(?:gate|up|down)"
+_MAMBA = "ssm_conv1d|ssm_dt"
 _GRANITE = Architecture(
-    MODEL_ARCH.GRANITE, rules=recurrent.granite_rules, values=recurrent.granite_values, check=recurrent.check_granite
+    MODEL_ARCH.GRANITE,
+    rules=recurrent.granite_rules,
+    values=recurrent.granite_values,
+    biases=f"{_ALL_LINEAR}|{_MAMBA}",
+    check=recurrent.check_granite,
 )
 _LLAMA3 = (*Architecture.rope_types, "llama3")
+_LLAMA = Architecture(MODEL_ARCH.LLAMA, rules=attention.paired_rules, rope_types=_LLAMA3, biases=_ALL_LINEAR)
 _LONG = (*Architecture.rope_types, "longrope")
 _FAMILIES: dict[str, Architecture] = {
-    "llama": Architecture(MODEL_ARCH.LLAMA, rules=attention.paired_rules, rope_types=_LLAMA3),
-    "mistral": Architecture(MODEL_ARCH.LLAMA, rules=attention.paired_rules, rope_types=_LLAMA3, window_ignored=True),
+    "llama": _LLAMA,
+    "mistral": replace(_LLAMA, window_ignored=True),
     "smollm3": Architecture(MODEL_ARCH.SMOLLM3, rules=attention.paired_rules, check=attention.check_smollm3),
-    "qwen2": Architecture(MODEL_ARCH.QWEN2, check=attention.check_qwen),
+    "qwen2": Architecture(MODEL_ARCH.QWEN2, biases=_QKV, check=attention.check_qwen),
     "qwen3": Architecture(MODEL_ARCH.QWEN3, check=attention.check_qwen),
     "qwen3_moe": Architecture(
         MODEL_ARCH.QWEN3MOE,
@@ -83,12 +101,19 @@ _FAMILIES: dict[str, Architecture] = {
         check=attention.check_qwen3_moe,
     ),
     "qwen3_5_text": Architecture(
-        MODEL_ARCH.QWEN35, rules=recurrent.delta_rules, values=recurrent.delta_values, check=recurrent.check_delta
+        MODEL_ARCH.QWEN35,
+        rules=recurrent.delta_rules,
+        values=recurrent.delta_values,
+        partial_rotary=True,
+        biases="ssm_dt",
+        check=recurrent.check_delta,
     ),
     "qwen3_5_moe_text": Architecture(
         MODEL_ARCH.QWEN35MOE,
         rules=recurrent.delta_moe_rules,
         values=recurrent.delta_moe_values,
+        partial_rotary=True,
+        biases="ssm_dt",
         check=recurrent.check_delta,
     ),
     "gemma": Architecture(MODEL_ARCH.GEMMA, (*_GELU_TANH, "gelu"), rules=attention.gemma_rules, always_tied=True),
@@ -113,14 +138,19 @@ _FAMILIES: dict[str, Architecture] = {
         rules=attention.gemma4_rules,
         values=attention.gemma4_values,
         rope_types=("proportional",),
+        partial_rotary=True,
         check=attention.check_gemma4,
     ),
     "phi3": Architecture(
-        MODEL_ARCH.PHI3, values=lambda config: {"sliding_window": 0}, rope_types=_LONG, window_ignored=True
+        MODEL_ARCH.PHI3,
+        values=lambda config: {"sliding_window": 0},
+        rope_types=_LONG,
+        partial_rotary=True,
+        window_ignored=True,
     ),
     "olmo2": Architecture(MODEL_ARCH.OLMO2, never_tied=True, check=attention.check_olmo),
     "olmo3": Architecture(MODEL_ARCH.OLMO2, values=attention.olmo3_values, never_tied=True, check=attention.check_olmo),
-    "ernie4_5": Architecture(MODEL_ARCH.ERNIE4_5, check=attention.check_ernie),
+    "ernie4_5": Architecture(MODEL_ARCH.ERNIE4_5),
     "exaone4": Architecture(
         MODEL_ARCH.EXAONE4,
         values=lambda config: {"sliding_window": config.sliding_window},
@@ -134,22 +164,22 @@ _FAMILIES: dict[str, Architecture] = {
         check=attention.check_hunyuan,
     ),
     "falcon_h1": Architecture(
-        MODEL_ARCH.FALCON_H1, rules=recurrent.falcon_rules, values=recurrent.mamba_values, check=recurrent.check_falcon
+        MODEL_ARCH.FALCON_H1,
+        rules=recurrent.falcon_rules,
+        values=recurrent.mamba_values,
+        biases=_MAMBA,
+        check=recurrent.check_falcon,
     ),
     "granite": _GRANITE,
     "granitemoe": replace(_GRANITE, arch=MODEL_ARCH.GRANITE_MOE),
     "granitemoeshared": replace(_GRANITE, arch=MODEL_ARCH.GRANITE_MOE),
     "granitemoehybrid": replace(_GRANITE, arch=MODEL_ARCH.GRANITE_HYBRID),
-    "lfm2": Architecture(
-        MODEL_ARCH.LFM2,
-        rules=recurrent.convolution_rules,
-        values=recurrent.convolution_values,
-        check=recurrent.check_lfm2,
-    ),
+    "lfm2": Architecture(MODEL_ARCH.LFM2, rules=recurrent.convolution_rules, values=recurrent.convolution_values),
     "lfm2_moe": Architecture(
         MODEL_ARCH.LFM2MOE,
         rules=recurrent.convolution_rules,
         values=recurrent.convolution_values,
+        biases="exp_probs_b",
         check=recurrent.check_lfm2_moe,
     ),
     "gpt2": Architecture(
@@ -157,6 +187,7 @@ _FAMILIES: dict[str, Architecture] = {
         _GELU_TANH,
         rules=attention.gpt2_rules,
         values=attention.gpt2_values,
+        biases=".+",
         check=attention.check_gpt2,
     ),
 }

@@ -9,15 +9,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
-from deltaw.export.gguf_checks import (
-    check_biases,
-    check_normalized_experts,
-    check_windows,
-    head_size,
-    key_heads,
-    refuse_if,
-    windows,
-)
+from deltaw.export.gguf_checks import check_normalized_experts, check_windows, head_size, key_heads, refuse_if, windows
 from deltaw.export.gguf_tensors import TensorRule, adjacent_pairs, split_rules
 
 Hyperparameters = dict[str, Any]
@@ -63,11 +55,18 @@ def gemma_values(config: PretrainedConfig) -> Hyperparameters:
     return {
         "sliding_window": config.sliding_window,
         "attn_logit_softcapping": config.attn_logit_softcapping,
-        "final_logit_softcapping": config.final_logit_softcapping,
+        "final_logit_softcapping": final_cap(config),
     }
 
 
+def final_cap(config: PretrainedConfig) -> float:
+    """Return the limit of the logits. 0 disables it in llama.cpp, whose default is 30."""
+    return config.final_logit_softcapping or 0.0
+
+
 def check_gemma2(config: PretrainedConfig) -> None:
+    is_uncapped = not config.attn_logit_softcapping or not config.final_logit_softcapping
+    refuse_if(is_uncapped, config, "scores or logits without a limit (softcapping)")
     _check_score_scale(config, large=46)
     check_windows(config, [i % 2 == 0 for i in range(config.num_hidden_layers)])
 
@@ -114,7 +113,7 @@ def gemma4_values(config: PretrainedConfig) -> Hyperparameters:
         "sliding_window_pattern": windows(config),
         "shared_kv_layers": shared,
         "embedding_length_per_layer_input": config.hidden_size_per_layer_input or 0,
-        "final_logit_softcapping": config.final_logit_softcapping,
+        "final_logit_softcapping": final_cap(config),
         # The part of a head that is not rotated has divisors of 1e30, see gemma4_divisors.
         "rope_dimension_count": full,
         "rope_dimension_count_swa": local,
@@ -136,7 +135,6 @@ def gemma4_divisors(config: PretrainedConfig) -> np.ndarray:
 
 def check_gemma4(config: PretrainedConfig) -> None:
     refuse_if(config.use_bidirectional_attention == "all", config, "attention to later tokens")
-    check_biases(config, "attention_bias")
     own_vocabulary = config.hidden_size_per_layer_input and config.vocab_size_per_layer_input != config.vocab_size
     refuse_if(own_vocabulary, config, "vocabulary of the embeddings per layer")
     first_shared = config.num_hidden_layers - config.num_kv_shared_layers
@@ -153,6 +151,7 @@ def check_smollm3(config: PretrainedConfig) -> None:
     layers = list(config.no_rope_layers)
     feature = f"layers without rotary embeddings ({layers}); it takes every fourth"
     refuse_if(layers != [int((i + 1) % 4 != 0) for i in range(config.num_hidden_layers)], config, feature)
+    check_qwen(config)
 
 
 def check_qwen(config: PretrainedConfig) -> None:
@@ -205,7 +204,6 @@ def olmo3_values(config: PretrainedConfig) -> Hyperparameters:
 
 
 def check_olmo(config: PretrainedConfig) -> None:
-    check_biases(config, "attention_bias")
     is_other = head_size(config) * config.num_attention_heads != config.hidden_size
     refuse_if(is_other, config, "head_dim (it takes hidden_size / num_attention_heads)")
 
@@ -218,10 +216,6 @@ def check_exaone4(config: PretrainedConfig) -> None:
     refuse_if(layers != 64 and config.sliding_window is not None, config, "sliding_window without layers that use it")
 
 
-def check_ernie(config: PretrainedConfig) -> None:
-    check_biases(config, "use_bias")
-
-
 def hunyuan_values(config: PretrainedConfig) -> Hyperparameters:
     """Return the base of the rotary embeddings, which a fixed alpha stretches."""
     rope = config.rope_parameters
@@ -231,6 +225,5 @@ def hunyuan_values(config: PretrainedConfig) -> Hyperparameters:
 
 
 def check_hunyuan(config: PretrainedConfig) -> None:
-    check_biases(config, "attention_bias")
     is_dynamic = config.rope_parameters["rope_type"] == "dynamic" and not config.rope_parameters.get("alpha")
     refuse_if(is_dynamic, config, "rotary embeddings that depend on the length of the text")

@@ -53,9 +53,3 @@ def check_windows(config: PretrainedConfig, expected: Sequence[bool]) -> None:
 def check_normalized_experts(config: PretrainedConfig) -> None:
     """Check that the weights of the selected experts are divided by their sum, as llama.cpp does."""
     refuse_if(not config.norm_topk_prob, config, "norm_topk_prob: false (it normalizes the experts' weights)")
-
-
-def check_biases(config: PretrainedConfig, *names: str) -> None:
-    """Refuse biases that llama.cpp has no tensors for."""
-    for name in names:
-        refuse_if(getattr(config, name, False), config, f"biases ({name})")

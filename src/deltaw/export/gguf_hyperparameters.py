@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from deltaw.errors import UserError
 from deltaw.export.gguf_architectures import CONVERTER_HINT, Architecture
 from deltaw.export.gguf_attention import Hyperparameters, gemma4_divisors
-from deltaw.export.gguf_checks import head_size, key_heads
+from deltaw.export.gguf_checks import head_size, key_heads, refuse_if
 
 Rope = Mapping[str, Any]
 
@@ -93,10 +93,9 @@ def _positions(architecture: Architecture, config: PretrainedConfig, size: int) 
         size: Dimension of an attention head.
     """
     rope = _rope(config)
-    values: Hyperparameters = {
-        "rope_dimension_count": int(size * rope.get("partial_rotary_factor", 1.0)),
-        "rope_freq_base": float(rope["rope_theta"]),
-    }
+    share = rope.get("partial_rotary_factor") or 1.0
+    refuse_if(share != 1 and not architecture.partial_rotary, config, f"partial_rotary_factor {share}")
+    values: Hyperparameters = {"rope_dimension_count": int(size * share), "rope_freq_base": float(rope["rope_theta"])}
     if (local := config.rope_parameters.get("sliding_attention")) is not None:
         if local.get("rope_type", "default") != "default":
             raise _unknown(f"{local['rope_type']} in windowed layers")

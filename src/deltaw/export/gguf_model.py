@@ -149,9 +149,10 @@ def _outputs(merged: MergedModel, tensors: Iterable[MergedTensor], architecture:
             continue
         stored = forms.of_tensor(tensor.name)
         is_head = tensor.name == "lm_head.weight"
-        if is_head and not merged.untied and (tied or architecture.always_tied):
+        if is_head and tied:
             continue
-        if not stored or (is_head and architecture.always_tied):
+        is_missing = not stored or not all(architecture.has_tensor(form.name) for form in stored)
+        if is_missing or (is_head and architecture.always_tied):
             message = f"llama.cpp has no tensor for the merged model's '{tensor.name}'"
             raise UserError(message, location=str(base.folder), hint="serve it with deltaw serve instead")
         for form in stored:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from deltaw.export.gguf_attention import Hyperparameters, expert_rules, expert_values, paired_rules, shifted_norm
-from deltaw.export.gguf_checks import check_biases, check_normalized_experts, head_size, key_heads, refuse_if
+from deltaw.export.gguf_checks import check_normalized_experts, head_size, key_heads, refuse_if
 from deltaw.export.gguf_tensors import TensorRule, exchange_groups, split_rules
 
 
@@ -52,7 +52,6 @@ def mamba_values(config: PretrainedConfig) -> Hyperparameters:
 
 
 def check_mamba(config: PretrainedConfig) -> None:
-    check_biases(config, "mamba_proj_bias")
     limits = getattr(config, "time_step_limit", None)
     is_limited = limits is not None and (limits[0] > 0 or limits[1] < math.inf)
     refuse_if(is_limited, config, f"time_step_limit {limits} (it does not limit the time step)")
@@ -144,7 +143,6 @@ def delta_values(config: PretrainedConfig) -> Hyperparameters:
 def check_delta(config: PretrainedConfig) -> None:
     sizes = (config.linear_key_head_dim, config.linear_value_head_dim)
     refuse_if(sizes[0] != sizes[1], config, f"different sizes {sizes} of keys and values in recurrent layers")
-    check_biases(config, "attention_bias")
     kinds = list(config.layer_types)
     interval = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
     expected = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(len(kinds))]
@@ -188,12 +186,7 @@ def convolution_values(config: PretrainedConfig) -> Hyperparameters:
     return values
 
 
-def check_lfm2(config: PretrainedConfig) -> None:
-    check_biases(config, "conv_bias")
-
-
 def check_lfm2_moe(config: PretrainedConfig) -> None:
-    check_lfm2(config)
     check_normalized_experts(config)
     refuse_if(not config.use_expert_bias, config, "experts without a bias")
 
@@ -241,7 +234,6 @@ def falcon_rules(config: PretrainedConfig) -> list[TensorRule]:
 
 def check_falcon(config: PretrainedConfig) -> None:
     check_mamba(config)
-    check_biases(config, "projectors_bias", "attention_bias", "mlp_bias")
     is_other = config.mamba_rms_norm and config.mamba_norm_before_gate
     refuse_if(is_other, config, "mamba_norm_before_gate: true (it multiplies by the gate before the norm)")
     differs = config.tie_word_embeddings and config.lm_head_multiplier != config.embedding_multiplier
