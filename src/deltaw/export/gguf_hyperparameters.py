@@ -16,6 +16,7 @@ from deltaw.errors import UserError
 from deltaw.export.gguf_architectures import CONVERTER_HINT, Architecture
 from deltaw.export.gguf_attention import Hyperparameters, gemma4_divisors
 from deltaw.export.gguf_checks import head_size, key_heads, refuse_if
+from deltaw.hub.gguf_settings import llama3_divisors
 
 Rope = Mapping[str, Any]
 
@@ -62,28 +63,13 @@ def rope_tensors(config: PretrainedConfig) -> dict[str, np.ndarray]:
     rope = _rope(config)
     kind = rope.get("rope_type", "default")
     if kind == "llama3":
-        return {"rope_freqs.weight": llama3_divisors(rope, head_size(config))}
+        return {"rope_freqs.weight": llama3_divisors(dict(rope), head_size(config) // 2)}
     if kind == "longrope":
         factors = {f"rope_factors_{name}.weight": rope[f"{name}_factor"] for name in ("long", "short")}
         return {name: np.asarray(values, np.float32) for name, values in factors.items()}
     if kind == "proportional":
         return {"rope_freqs.weight": gemma4_divisors(config)}
     return {}
-
-
-def llama3_divisors(rope: Rope, size: int) -> np.ndarray:
-    """Return the (size / 2) divisors of a head's rotary frequencies in Llama 3.
-
-    Wavelengths above ``context / low_freq_factor`` are stretched by ``factor``. Those below ``context /
-    high_freq_factor`` are unchanged. In between, the two frequencies are interpolated linearly in ``context /
-    wavelength``.
-    """
-    frequencies = rope["rope_theta"] ** -(np.arange(0, size, 2) / size)
-    rotations = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    low = rope["low_freq_factor"]
-    high = rope["high_freq_factor"]
-    share = np.clip((rotations - low) / (high - low), 0.0, 1.0)
-    return (1 / ((1 - share) / rope["factor"] + share)).astype(np.float32)
 
 
 def _positions(architecture: Architecture, config: PretrainedConfig, size: int) -> Hyperparameters:
