@@ -30,19 +30,20 @@ def test_exported_file_is_read_as_the_same_model(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("family", "message"),
+    ("family", "dtype", "message"),
     [
-        ("granite-hybrid", "granitehybrid is not supported"),
-        ("llama3", "other divisors"),
-        pytest.param("gemma4", "cannot be", marks=pytest.mark.slow),
-        pytest.param("gpt2", "other sizes", marks=pytest.mark.slow),
+        ("granite-hybrid", "fp32", "granitehybrid is not supported"),
+        ("llama3", "fp32", "other divisors"),
+        ("qwen3.5", "gguf", "cannot remain in the blocks"),
+        pytest.param("gemma4", "fp32", "cannot be", marks=pytest.mark.slow),
+        pytest.param("gpt2", "fp32", "other sizes", marks=pytest.mark.slow),
     ],
 )
 def test_other_files_are_rejected(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, dtype: str, message: str
 ) -> None:
     _, run = models.saved_run(tmp_path, family)
     base = models.base_gguf(run)
     capsys.readouterr()
-    assert convert_in_process(str(base), "fp32", str(tmp_path / "converted")) == 2
+    assert convert_in_process(str(base), dtype, str(tmp_path / "converted")) == 2
     assert message in json.loads(capsys.readouterr().out)["what"]
