@@ -22,13 +22,15 @@ from deltaw.export.gguf_file import KINDS, Shapes, copy_metadata, open_gguf, req
 from deltaw.export.gguf_hyperparameters import add_hyperparameters, rope_tensors
 from deltaw.export.gguf_tensors import GGUFTensor
 from deltaw.export.gguf_tokenizer import add_chat_template, add_tokenizer, extract_vocabulary, require_tokenizer
-from deltaw.export.gguf_vision import mmproj_path, split_tensors, vision_file
+from deltaw.export.gguf_vision import has_vision_file, mmproj_path, split_tensors, vision_file
 from deltaw.export.merge_plan import MergeOptions, MergePlan, prepare_merge
 from deltaw.export.merged import MergedModel, MergedTensor, NeedsMemoryMerge, assemble
 from deltaw.export.portable import require_text
 from deltaw.hub.terminators import terminators_in
 from deltaw.progress import LogFunction, ignore_line
 
+# Parts of Qwen3.5's files that its causal language model does not load: the prediction of later tokens and images.
+_OTHER_PARTS = ("mtp.", "model.visual.")
 # Masks and frequencies stored by old versions of transformers.
 _UNUSED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 # Metadata of the base model's file that does not apply to the new file or is written separately.
@@ -60,11 +62,17 @@ def export_gguf(
         architecture = find_architecture(base.config)
         merged = assemble_streamed(job)
         tokenizer = base.tokenizer(run)
+        notes = list(merged.notes)
         vision = None
         language = merged.tensors
         if base.is_view:
             language, others = split_tensors(merged)
-            vision = vision_file(base, tokenizer, others)
+            kind = base.skeleton().config.model_type
+            if has_vision_file(kind) or any(tensor.changes for tensor in others.values()):
+                vision = vision_file(base, tokenizer, others)
+            else:
+                message = f"the file contains only the language model of {kind}"
+                notes.append(f"note: {message}; for images, use the vision file (mmproj) of the base model")
         outputs = _outputs(merged, language, architecture)
         source = None if base.gguf is None else open_gguf(base.gguf)
         if source is None:
@@ -74,7 +82,6 @@ def export_gguf(
         else:
             _require_architecture(source, architecture, base)
             extra_tensors = {tensor.name: np.array(tensor.data) for tensor in source.tensors if "rope_" in tensor.name}
-        notes = list(merged.notes)
 
         def metadata(out: GGUFWriter) -> None:
             out.add_type(GGUFType.MODEL)
@@ -140,14 +147,13 @@ def _outputs(merged: MergedModel, tensors: Iterable[MergedTensor], architecture:
         UserError: if llama.cpp has no such tensor.
     """
     base = merged.job.base
-    tied = base.config.tie_word_embeddings if base.is_view else merged.config.get("tie_word_embeddings", False)
-    tied = bool(tied) and not merged.untied
+    tied = bool(base.config.tie_word_embeddings) and not merged.untied
     forms = architecture.forms(base.config, tied=tied)
     outputs: dict[str, GGUFTensor] = {}
     for tensor in tensors:
-        if tensor.name.endswith(_UNUSED) or tensor.name.startswith("mtp."):
+        if tensor.name.endswith(_UNUSED) or tensor.name.startswith(_OTHER_PARTS):
             continue
-        stored = forms.of_tensor(tensor.name)
+        stored = forms.of_tensor(tensor.name.replace("model.language_model.", "model.", 1))
         is_head = tensor.name == "lm_head.weight"
         if is_head and tied:
             continue
