@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from deltaw.export.gguf_adapter import export_gguf_adapter
@@ -67,6 +68,30 @@ def test_llama_cpp_reads_convolutions_of_16_bit_files(tmp_path: Path) -> None:
     expected = models.greedy(model, prompts, TOKENS)
     # Rounding to 16 bits changes few of the answers.
     assert sum(first == second for first, second in zip(answers, expected, strict=True)) > 15
+
+
+@pytest.mark.slow
+def test_language_model_of_vision_language_model_is_exported(tmp_path: Path) -> None:
+    text = models.family_config("qwen3.5")
+    vision = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2, "out_hidden_size": 64}
+    special = dict.fromkeys(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), 3)
+    config = transformers.Qwen3_5Config(text_config=text.to_dict(), vision_config=vision, **special)
+    torch.manual_seed(0)
+    transformers.AutoModelForImageTextToText.from_config(config).float().save_pretrained(tmp_path / "base")
+    models.byte_bpe("qwen2").save_pretrained(tmp_path / "base")
+    model = load(str(tmp_path / "base"), precision="fp32", log=lambda line: None).model
+    attach(model, LoRAConfig(rank=4, alpha=8.0), seed=0)
+    models.randomize_adapter(model)
+    save_adapter(model, tmp_path / "run", base_model=str(tmp_path / "base"))
+    notes: list[str] = []
+    export_gguf(tmp_path / "run", tmp_path / "merged.gguf", kind="f32", log=notes.append)
+    assert any("only the language model" in note for note in notes)
+    prompts = models.random_prompts(models.VOCABULARY)
+    expected = models.greedy(model, prompts, TOKENS)
+    assert llama_cpp.greedy(tmp_path / "merged.gguf", prompts, TOKENS) == expected
+    export_gguf_adapter(tmp_path / "run", tmp_path / "adapter.gguf")
+    base = models.base_gguf(tmp_path / "run")
+    assert llama_cpp.greedy(base, prompts, TOKENS, tmp_path / "adapter.gguf") == expected
 
 
 TOKENIZERS = [functools.partial(models.byte_bpe, name) for name in sorted(models.SPLITTINGS)]

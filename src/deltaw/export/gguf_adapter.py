@@ -24,7 +24,7 @@ from deltaw.export.base import ExportResult
 from deltaw.export.gguf_architectures import find_architecture
 from deltaw.export.gguf_file import KINDS, write_gguf
 from deltaw.export.gguf_model import add_origin, assemble_streamed, export_result
-from deltaw.export.gguf_tensors import StoredForm, TensorForms
+from deltaw.export.gguf_tensors import StoredForm, TensorForms, language_name
 from deltaw.export.gguf_vision import CONNECTOR_PREFIXES, mmproj_path, split_tensors, vision_file
 from deltaw.export.merge_plan import MergeOptions, prepare_merge
 from deltaw.export.portable import PlainUpdate, folded_lines, read_pair, require_same_base, with_language_names
@@ -124,7 +124,7 @@ def _forms(update: PlainUpdate, forms: TensorForms, tied: bool, run: Path) -> li
     Raises:
         UserError: if llama.cpp cannot apply the update.
     """
-    stored = forms.of_tensor(f"{update.module}.weight")
+    stored = forms.of_tensor(f"{language_name(update.module)}.weight")
     message = None
     hint = _MERGE
     if not stored:

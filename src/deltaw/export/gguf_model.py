@@ -20,7 +20,7 @@ from deltaw.export.base import AdapterBase, ExportResult
 from deltaw.export.gguf_architectures import CONVERTER_HINT, Architecture, find_architecture
 from deltaw.export.gguf_file import KINDS, Shapes, copy_metadata, open_gguf, require_kind, storage_type, write_gguf
 from deltaw.export.gguf_hyperparameters import add_hyperparameters, rope_tensors
-from deltaw.export.gguf_tensors import GGUFTensor
+from deltaw.export.gguf_tensors import GGUFTensor, is_in_language_model, language_name
 from deltaw.export.gguf_tokenizer import add_chat_template, add_tokenizer, extract_vocabulary, require_tokenizer
 from deltaw.export.gguf_vision import has_vision_file, mmproj_path, split_tensors, vision_file
 from deltaw.export.merge_plan import MergeOptions, MergePlan, prepare_merge
@@ -29,8 +29,9 @@ from deltaw.export.portable import require_text
 from deltaw.hub.terminators import terminators_in
 from deltaw.progress import LogFunction, ignore_line
 
-# Parts of Qwen3.5's files that its causal language model does not load: the prediction of later tokens and images.
-_OTHER_PARTS = ("mtp.", "model.visual.")
+_TEXT_ONLY = (
+    "note: the file contains only the language model; for images, use the vision file (mmproj) of the base model"
+)
 # Masks and frequencies stored by old versions of transformers.
 _UNUSED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 # Metadata of the base model's file that does not apply to the new file or is written separately.
@@ -71,8 +72,10 @@ def export_gguf(
             if has_vision_file(kind) or any(tensor.changes for tensor in others.values()):
                 vision = vision_file(base, tokenizer, others)
             else:
-                message = f"the file contains only the language model of {kind}"
-                notes.append(f"note: {message}; for images, use the vision file (mmproj) of the base model")
+                notes.append(_TEXT_ONLY)
+        elif any("language_model." in tensor.name for tensor in language):
+            language = tuple(t for t in language if t.changes or is_in_language_model(t.name))
+            notes.append(_TEXT_ONLY)
         outputs = _outputs(merged, language, architecture)
         source = None if base.gguf is None else open_gguf(base.gguf)
         if source is None:
@@ -151,10 +154,12 @@ def _outputs(merged: MergedModel, tensors: Iterable[MergedTensor], architecture:
     forms = architecture.forms(base.config, tied=tied)
     outputs: dict[str, GGUFTensor] = {}
     for tensor in tensors:
-        if tensor.name.endswith(_UNUSED) or tensor.name.startswith(_OTHER_PARTS):
+        # "mtp" predicts later tokens. transformers does not load it.
+        if tensor.name.endswith(_UNUSED) or tensor.name.startswith("mtp."):
             continue
-        stored = forms.of_tensor(tensor.name.replace("model.language_model.", "model.", 1))
-        is_head = tensor.name == "lm_head.weight"
+        name = language_name(tensor.name)
+        stored = forms.of_tensor(name)
+        is_head = name == "lm_head.weight"
         if is_head and tied:
             continue
         is_missing = not stored or not all(architecture.has_tensor(form.name) for form in stored)

@@ -145,6 +145,22 @@ class TensorForms:
         return None if name is None else f"{name}.{attribute}"
 
 
+_LANGUAGE_MODEL = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(?P<name>.+)")
+
+
+def is_in_language_model(name: str) -> bool:
+    """True for a tensor of the language model in the files of a vision-language model."""
+    return name == "lm_head.weight" or _LANGUAGE_MODEL.fullmatch(name) is not None
+
+
+def language_name(name: str) -> str:
+    """Return the name in a text model of a tensor or module in the language model of a vision-language model."""
+    match = _LANGUAGE_MODEL.fullmatch(name)
+    if match is None:
+        return name
+    return match["name"] if match["name"].startswith("lm_head") else f"model.{match['name']}"
+
+
 def halves(dim: int = 0) -> tuple[TensorFunction, TensorFunction]:
     """Return functions for the first and the second half of a tensor."""
     return (lambda tensor: tensor.chunk(2, dim)[0]), (lambda tensor: tensor.chunk(2, dim)[1])

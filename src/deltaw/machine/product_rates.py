@@ -427,6 +427,8 @@ def sizes_of(config: object) -> Sizes:
         config: transformers' ``PretrainedConfig``.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text, "is_heterogeneous", False):
+        text = text.per_layer_config[-1]  # layers have different heads
     hidden = _number(text, "hidden_size", "d_model", "n_embd") or GENERIC.hidden
     mlp = _number(text, "intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size") or 4 * hidden
     heads = _number(text, "num_attention_heads")
