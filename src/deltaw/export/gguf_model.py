@@ -68,8 +68,8 @@ def export_gguf(
         language = merged.tensors
         if base.is_view:
             language, others = split_tensors(merged)
-            kind = base.skeleton().config.model_type
-            if has_vision_file(kind) or any(tensor.changes for tensor in others.values()):
+            model_type = base.skeleton().config.model_type
+            if has_vision_file(model_type) or any(tensor.changes for tensor in others.values()):
                 vision = vision_file(base, tokenizer, others)
             else:
                 notes.append(_TEXT_ONLY)
