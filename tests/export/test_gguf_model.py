@@ -16,8 +16,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from deltaw.errors import UserError
 from deltaw.export import gguf_file
 from deltaw.export.gguf_file import KINDS, pack, packed_shape, require_kind
-from deltaw.export.gguf_model import export_gguf, llama3_divisors
+from deltaw.export.gguf_model import export_gguf
+from deltaw.export.gguf_tensors import GGUFTensor, TensorRule, exchange_groups
 from deltaw.export.gguf_tokenizer import extract_vocabulary, pre_tokenizer_name
+from deltaw.export.merged import MergedTensor
+from deltaw.hub.gguf_settings import llama3_divisors
 from deltaw.hub.loading import load
 from deltaw.lora import LoRAConfig, attach, save_adapter
 from tests.export import models
@@ -94,7 +97,7 @@ def test_llama3_divisors_match_transformers() -> None:
     config = LlamaConfig(**sizes, rope_parameters=models.LLAMA3_ROPE)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 500000.0 ** -(np.arange(0, 64, 2) / 64)
-    np.testing.assert_allclose(plain / llama3_divisors(models.LLAMA3_ROPE, 64), scaled.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(plain / llama3_divisors(models.LLAMA3_ROPE, 32), scaled.numpy(), rtol=1e-5)
 
 
 def test_gguf_base_metadata_is_preserved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +130,56 @@ def test_changed_head_is_untied_or_rejected_if_unsupported(tmp_path: Path) -> No
     with pytest.raises(UserError, match="no tensor"):
         export_gguf(run, tmp_path / "g.gguf", kind="f32")
     assert not (tmp_path / "g.gguf").exists()
+
+
+def test_untied_head_and_biases_that_llama_cpp_lacks_are_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for family, change, tensor in (
+        ("gemma", {"tie_word_embeddings": False}, "lm_head"),
+        ("qwen3", {"attention_bias": True}, "k_proj.bias"),
+    ):
+        name, settings = models.FAMILIES[family]
+        monkeypatch.setitem(models.FAMILIES, family, (name, {**settings, **change}))
+        _, run = models.saved_run(tmp_path / family, family)
+        with pytest.raises(UserError, match=f"no tensor for .*{tensor}"):
+            export_gguf(run, tmp_path / "m.gguf", kind="f32")
+
+
+def test_experts_are_stacked_and_split(tmp_path: Path) -> None:
+    for family, layer in (("qwen3-moe", 1), ("granite-moe", 1), ("lfm2-moe", 1)):
+        model, run = models.saved_run(tmp_path / family, family, target_modules=["q_proj"])
+        export_gguf(run, tmp_path / f"{family}.gguf", kind="f16")
+        reader = GGUFReader(tmp_path / f"{family}.gguf")
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        name = {"qwen3-moe": "mlp", "granite-moe": "block_sparse_moe", "lfm2-moe": "feed_forward"}[family]
+        experts = model.get_submodule(f"model.layers.{layer}.{name}.experts")
+        gate, up = experts.gate_up_proj.detach().half().chunk(2, 1)
+        expected = {"gate": gate, "up": up, "down": experts.down_proj.detach().half()}
+        for part, values in expected.items():
+            assert np.array_equal(tensors[f"blk.{layer}.ffn_{part}_exps.weight"].data, values.numpy())
+        assert tensors[f"blk.{layer}.ffn_gate_inp.weight"].tensor_type == Q.F32
+
+
+def test_stacked_tensors_are_loaded_one_by_one() -> None:
+    loaded = []
+
+    def source(index: int) -> MergedTensor:
+        tensor = MergedTensor(f"experts.{index}", torch.float32, (2, 3), None, (), "")
+        values = torch.full((2, 3), float(index))
+        vars(tensor)["load"] = lambda: loaded.append(index) or values
+        return tensor
+
+    stack = GGUFTensor(TensorRule(""), {index: source(index) for index in (1, 0, 2)})
+    assert stack.shape == (3, 2, 3)
+    assert stack.load()[:, 0, 0].tolist() == [0, 1, 2] and loaded == [0, 1, 2]
+
+
+def test_groups_are_exchanged_with_members() -> None:
+    rows = torch.arange(12)
+    expected = [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]
+    assert exchange_groups(rows, 2, 3).tolist() == expected
+    assert exchange_groups(rows[None], 2, 3, dim=-1)[0].tolist() == expected
 
 
 def test_interrupted_export_leaves_no_file(llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

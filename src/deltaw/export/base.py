@@ -106,10 +106,9 @@ class AdapterBase:
     @functools.cached_property
     def config(self) -> PretrainedConfig:
         """Configuration of the model, or of the language model of a vision-language model."""
-        config = self._read_config(self.folder)
+        text: PretrainedConfig = self._read_config(self.folder).get_text_config(decoder=True)
         if not self.is_view:
-            return config
-        text: PretrainedConfig = config.get_text_config(decoder=True)
+            return text
         model = self.skeleton()
         text.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         return text

@@ -1,27 +1,30 @@
 """Export of a LoRA adapter to GGUF.
 
 llama.cpp computes W·x + s·B·(A·x) with s = alpha / r, where r is the rank of the tensor and alpha a single value per
-file. Other scalings (rsLoRA, patterns) are folded into B. Rows of B have the same order as the rows of W in the base
-model's file. Updates of the token embedding are rejected because llama.cpp adds them twice.
+file. Other scalings (rsLoRA, patterns) are folded into B. Rows of B and columns of A have the order of the rows and
+columns of W in the base model's file, and an update of a weight that is split there becomes an update of each part.
+Updates of the token embedding are rejected because llama.cpp adds them twice.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 from gguf import GGUFType, GGUFValueType, GGUFWriter
+from torch import Tensor
 
 from deltaw.errors import UserError
 from deltaw.export.base import ExportResult
-from deltaw.export.gguf_architectures import TensorNames, find_architecture
+from deltaw.export.gguf_architectures import find_architecture
 from deltaw.export.gguf_file import KINDS, write_gguf
 from deltaw.export.gguf_model import add_origin, assemble_streamed, export_result
+from deltaw.export.gguf_tensors import StoredForm, TensorForms, language_name
 from deltaw.export.gguf_vision import CONNECTOR_PREFIXES, mmproj_path, split_tensors, vision_file
 from deltaw.export.merge_plan import MergeOptions, prepare_merge
 from deltaw.export.portable import PlainUpdate, folded_lines, read_pair, require_same_base, with_language_names
@@ -54,17 +57,18 @@ def export_gguf_adapter(
     adapter, base = read_pair(run, "gguf-adapter", options, log, CONNECTOR_PREFIXES)
     adapter = with_language_names(adapter, base, run)
     architecture = find_architecture(base.config)
-    names = TensorNames(architecture, base.config)
     fingerprint = require_same_base(base, adapter.fingerprint, run, log)
     tied = bool(base.config.tie_word_embeddings) or architecture.always_tied
-    named_updates = [(_name(update, names, tied, run), update) for update in adapter.updates]
+    forms = architecture.forms(base.config, tied=tied)
     alpha, factors = unify_alpha(adapter.updates)
-
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for (name, update), factor in zip(named_updates, factors, strict=True):
-            factor_B = update.factor_B if factor == 1 else update.factor_B * factor
-            yield f"{name}.lora_a", update.factor_A.contiguous().numpy()
-            yield f"{name}.lora_b", names.outputs(update.module, factor_B).contiguous().numpy()
+    tensors: dict[str, np.ndarray] = {}
+    for update, factor in zip(adapter.updates, factors, strict=True):
+        factor_B = update.factor_B if factor == 1 else update.factor_B * factor
+        for form in _forms(update, forms, tied, run):
+            columns = form.rule.columns or _unchanged
+            rows = form.rule.rows or _unchanged
+            tensors[f"{form.name}.lora_a"] = columns(update.factor_A).contiguous().numpy()
+            tensors[f"{form.name}.lora_b"] = rows(factor_B).contiguous().numpy()
 
     def metadata(out: GGUFWriter) -> None:
         out.add_type(GGUFType.ADAPTER)
@@ -79,24 +83,21 @@ def export_gguf_adapter(
         if fingerprint is not None:
             out.add_string(FINGERPRINT_KEY, fingerprint)
 
-    shapes: dict[str, tuple[tuple[int, ...], gguf.GGMLQuantizationType]] = {}
-    for name, update in named_updates:
-        shapes[f"{name}.lora_a"] = tuple(update.factor_A.shape), KINDS[kind][0]
-        shapes[f"{name}.lora_b"] = tuple(update.factor_B.shape), KINDS[kind][0]
+    shapes = {name: (values.shape, KINDS[kind][0]) for name, values in tensors.items()}
     details: dict[str, object] = {}
     with contextlib.ExitStack() as stack:
         vision = None
         if adapter.separate:
             job = stack.enter_context(prepare_merge(run, replace(options, precision="fp32"), ignore_line))
             vision = vision_file(base, base.tokenizer(run), split_tensors(assemble_streamed(job))[1])
-        write_gguf(path, architecture.name, metadata, shapes, tensors())
+        write_gguf(path, architecture.name, metadata, shapes, tensors.items())
         if vision is not None:
             details["mmproj"] = str(mmproj_path(path))
             vision.write(mmproj_path(path), kind, lambda out: add_origin(out, run, base))
             for note in vision.notes:
                 log(note)
     folded = sum(factor != 1 for factor in factors)
-    count = len(named_updates)
+    count = len(adapter.updates)
     summary = f"{count} modules, alpha {alpha:g}"
     result = export_result(path, architecture, summary, tensors=count, alpha=alpha, folded=folded, **details)
     return replace(result, lines=result.lines + folded_lines(folded))
@@ -113,22 +114,30 @@ def unify_alpha(updates: Sequence[PlainUpdate]) -> tuple[float, list[float]]:
     return alpha, [1.0 if value == alpha else exact / alpha for value, exact in zip(rounded, alphas, strict=True)]
 
 
-def _name(update: PlainUpdate, names: TensorNames, tied: bool, run: Path) -> str:
-    """Return the name of the updated base tensor in llama.cpp.
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _forms(update: PlainUpdate, forms: TensorForms, tied: bool, run: Path) -> list[StoredForm]:
+    """Return the forms of the updated weight in llama.cpp.
 
     Raises:
         UserError: if llama.cpp cannot apply the update.
     """
-    name = names.of_module(update.module)
+    stored = forms.of_tensor(f"{language_name(update.module)}.weight")
     message = None
     hint = _MERGE
-    if name is None:
+    if not stored:
         message = f"llama.cpp has no tensor for the adapted module '{update.module}'"
         hint = "set the base model that the adapter was trained on with --model"
     elif update.embedding:
         message = f"the adapter changes the embedding '{update.module}', whose update llama.cpp would add twice"
-    elif tied and name == "output":
+    elif tied and stored[0].name == "output.weight":
         message = f"the adapter changes the tied head '{update.module}', which is also llama.cpp's embedding"
+    elif any(not form.rule.adaptable for form in stored):
+        message = f"the adapter changes '{update.module}', whose updates llama.cpp ignores"
+    elif any(form.rule.values is not None or form.expert is not None for form in stored):
+        message = f"the adapter changes '{update.module}', which a GGUF file stores in a form without updates"
     if message is not None:
         raise UserError(message, location=str(run), hint=hint)
-    return f"{name}.weight"
+    return stored

@@ -1,25 +1,25 @@
-"""GGUF support per model family: architecture name, tensor names and transforms.
+"""Model families that are exported to GGUF.
 
 llama.cpp selects its computation only by architecture name and silently ignores unsupported settings. Each family
-therefore has checks, and unknown families are rejected. The ``gguf`` package provides the tensor names.
-
-Transforms: for Llama's architecture, llama.cpp rotates adjacent pairs (x₂ᵢ, x₂ᵢ₊₁) and transformers rotates halves
-(xᵢ, xᵢ₊d/2), so rows of the query and key projections are reordered. Norms of Gemma multiply by 1 + w in transformers
-and by w in llama.cpp. GPT-2's Conv1D stores its weight transposed.
+therefore has checks, and unknown families are rejected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import gguf
-import torch
 from gguf import MODEL_ARCH
-from torch import Tensor
 from transformers import PretrainedConfig
 
 from deltaw.errors import UserError
+from deltaw.export import gguf_attention as attention
+from deltaw.export import gguf_recurrent as recurrent
+from deltaw.export.gguf_attention import Hyperparameters
+from deltaw.export.gguf_checks import refuse_if
+from deltaw.export.gguf_tensors import TensorForms, TensorRule
 
 _SILU = ("silu", "swish")
 _GELU_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
@@ -33,21 +33,27 @@ class Architecture:
     Attributes:
         arch: Identifier in the ``gguf`` package.
         activations: Activations that llama.cpp supports for the family.
-        adjacent_pairs: True if query and key rows are reordered for rotary embeddings of adjacent pairs.
-        norm_offset: Value added to norm weights.
-        conv1d: True if the model's files store linear weights transposed.
+        rules: Returns the rules of tensors that are not stored unchanged.
+        values: Returns hyperparameters in addition to those of all families, or instead of them.
+        rope_types: Types of rotary embeddings that llama.cpp supports for the family.
+        partial_rotary: True if a part of a head may be rotated.
+        biases: Regular expression of modules in the file that may have a bias.
         window_ignored: True if llama.cpp ignores the sliding window of the model.
         always_tied: True if llama.cpp does not read a separate output head.
+        never_tied: True if llama.cpp requires a separate output head.
         check: Raises a UserError for a configuration that llama.cpp does not support.
     """
 
     arch: MODEL_ARCH
     activations: tuple[str, ...] = _SILU
-    adjacent_pairs: bool = False
-    norm_offset: float = 0.0
-    conv1d: bool = False
+    rules: Callable[[PretrainedConfig], Sequence[TensorRule]] = lambda config: ()
+    values: Callable[[PretrainedConfig], Hyperparameters] = lambda config: {}
+    rope_types: tuple[str, ...] = ("default", "linear", "yarn")
+    partial_rotary: bool = False
+    biases: str = ""
     window_ignored: bool = False
     always_tied: bool = False
+    never_tied: bool = False
     check: Callable[[PretrainedConfig], None] | None = None
 
     @property
@@ -55,62 +61,135 @@ class Architecture:
         """Value of ``general.architecture``."""
         return str(gguf.MODEL_ARCH_NAMES[self.arch])
 
+    def has_tensor(self, name: str) -> bool:
+        """Return False for a bias in the file that llama.cpp has no tensor for."""
+        match = re.fullmatch(r"(?:blk\.\d+\.)?(.+)\.bias", name)
+        return match is None or re.fullmatch(self.biases, match[1]) is not None
 
-def _check_gpt2(config: PretrainedConfig) -> None:
-    is_scaled = config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights
-    _refuse_if(is_scaled, config, "custom scaling of attention scores")
-    _refuse_if(config.add_cross_attention, config, "cross-attention")
-
-
-def _check_gemma2(config: PretrainedConfig) -> None:
-    _check_score_scale(config, large=46)
-    _check_windows(config, [i % 2 == 0 for i in range(config.num_hidden_layers)])
-
-
-def _check_gemma3(config: PretrainedConfig) -> None:
-    _check_score_scale(config, large=62)
-    _check_windows(config, [(i + 1) % 6 != 0 for i in range(config.num_hidden_layers)])
-    _refuse_if(getattr(config, "use_bidirectional_attention", False), config, "attention to later tokens")
+    def forms(self, config: PretrainedConfig, *, tied: bool) -> TensorForms:
+        """Return the map of tensors for a model of the family, whose head and embedding may be tied."""
+        rules = list(self.rules(config))
+        if self.never_tied and tied:
+            names = ("token_embd.weight", "output.weight")
+            rules += [TensorRule(r"embed_tokens\.weight", name, outer=True) for name in names]
+        return TensorForms(self.arch, config.num_hidden_layers, rules)
 
 
-def _check_smollm3(config: PretrainedConfig) -> None:
-    layers = list(config.no_rope_layers)
-    feature = f"layers without rotary embeddings ({layers}); it takes every fourth"
-    _refuse_if(layers != [int((i + 1) % 4 != 0) for i in range(config.num_hidden_layers)], config, feature)
-
-
-def _check_qwen(config: PretrainedConfig) -> None:
-    windowed = getattr(config, "use_sliding_window", False) and "sliding_attention" in (config.layer_types or [])
-    _refuse_if(windowed, config, "sliding windows in some layers")
-
-
-def _check_score_scale(config: PretrainedConfig, *, large: int) -> None:
-    """Check the score scale: llama.cpp uses the head size, and width / heads for the model with ``large`` layers."""
-    by_width = config.hidden_size / config.num_attention_heads
-    expected = by_width if config.num_hidden_layers == large else config.head_dim
-    scalar = config.query_pre_attn_scalar
-    _refuse_if(scalar != expected, config, f"query_pre_attn_scalar {scalar} (it takes {expected:g})")
-
-
-def _check_windows(config: PretrainedConfig, windowed: list[bool]) -> None:
-    differs = [kind == "sliding_attention" for kind in config.layer_types] != windowed
-    _refuse_if(differs, config, "order of sliding-window and full-attention layers, unlike the published models")
-
-
+_QKV = "attn_[qkv]"
+_ALL_LINEAR = r"attn_(?:[qkv]|output)|ffn_(?:gate|up|down)"
+_MAMBA = "ssm_conv1d|ssm_dt"
+_GRANITE = Architecture(
+    MODEL_ARCH.GRANITE,
+    rules=recurrent.granite_rules,
+    values=recurrent.granite_values,
+    biases=f"{_ALL_LINEAR}|{_MAMBA}",
+    check=recurrent.check_granite,
+)
+_LLAMA3 = (*Architecture.rope_types, "llama3")
+_LLAMA = Architecture(MODEL_ARCH.LLAMA, rules=attention.paired_rules, rope_types=_LLAMA3, biases=_ALL_LINEAR)
+_LONG = (*Architecture.rope_types, "longrope")
 _FAMILIES: dict[str, Architecture] = {
-    "llama": Architecture(MODEL_ARCH.LLAMA, adjacent_pairs=True),
-    "mistral": Architecture(MODEL_ARCH.LLAMA, adjacent_pairs=True, window_ignored=True),
-    "smollm3": Architecture(MODEL_ARCH.SMOLLM3, adjacent_pairs=True, check=_check_smollm3),
-    "qwen2": Architecture(MODEL_ARCH.QWEN2, check=_check_qwen),
-    "qwen3": Architecture(MODEL_ARCH.QWEN3, check=_check_qwen),
-    "gemma": Architecture(MODEL_ARCH.GEMMA, (*_GELU_TANH, "gelu"), norm_offset=1.0, always_tied=True),
-    "gemma2": Architecture(MODEL_ARCH.GEMMA2, _GELU_TANH, norm_offset=1.0, always_tied=True, check=_check_gemma2),
-    "gemma3_text": Architecture(MODEL_ARCH.GEMMA3, _GELU_TANH, norm_offset=1.0, check=_check_gemma3),
-    "phi3": Architecture(MODEL_ARCH.PHI3, window_ignored=True),
-    "olmo2": Architecture(MODEL_ARCH.OLMO2),
-    "granite": Architecture(MODEL_ARCH.GRANITE, adjacent_pairs=True),
-    "lfm2": Architecture(MODEL_ARCH.LFM2),
-    "gpt2": Architecture(MODEL_ARCH.GPT2, _GELU_TANH, conv1d=True, check=_check_gpt2),
+    "llama": _LLAMA,
+    "mistral": replace(_LLAMA, window_ignored=True),
+    "smollm3": Architecture(MODEL_ARCH.SMOLLM3, rules=attention.paired_rules, check=attention.check_smollm3),
+    "qwen2": Architecture(MODEL_ARCH.QWEN2, biases=_QKV, check=attention.check_qwen),
+    "qwen3": Architecture(MODEL_ARCH.QWEN3, check=attention.check_qwen),
+    "qwen3_moe": Architecture(
+        MODEL_ARCH.QWEN3MOE,
+        rules=attention.qwen3_moe_rules,
+        values=attention.qwen3_moe_values,
+        check=attention.check_qwen3_moe,
+    ),
+    "qwen3_5_text": Architecture(
+        MODEL_ARCH.QWEN35,
+        rules=recurrent.delta_rules,
+        values=recurrent.delta_values,
+        partial_rotary=True,
+        biases="ssm_dt",
+        check=recurrent.check_delta,
+    ),
+    "qwen3_5_moe_text": Architecture(
+        MODEL_ARCH.QWEN35MOE,
+        rules=recurrent.delta_moe_rules,
+        values=recurrent.delta_moe_values,
+        partial_rotary=True,
+        biases="ssm_dt",
+        check=recurrent.check_delta,
+    ),
+    "gemma": Architecture(MODEL_ARCH.GEMMA, (*_GELU_TANH, "gelu"), rules=attention.gemma_rules, always_tied=True),
+    "gemma2": Architecture(
+        MODEL_ARCH.GEMMA2,
+        _GELU_TANH,
+        rules=attention.gemma_rules,
+        values=attention.gemma_values,
+        always_tied=True,
+        check=attention.check_gemma2,
+    ),
+    "gemma3_text": Architecture(
+        MODEL_ARCH.GEMMA3,
+        _GELU_TANH,
+        rules=attention.gemma_rules,
+        values=attention.gemma_values,
+        check=attention.check_gemma3,
+    ),
+    "gemma4_text": Architecture(
+        MODEL_ARCH.GEMMA4,
+        _GELU_TANH,
+        rules=attention.gemma4_rules,
+        values=attention.gemma4_values,
+        rope_types=("proportional",),
+        partial_rotary=True,
+        check=attention.check_gemma4,
+    ),
+    "phi3": Architecture(
+        MODEL_ARCH.PHI3,
+        values=lambda config: {"sliding_window": 0},
+        rope_types=_LONG,
+        partial_rotary=True,
+        window_ignored=True,
+    ),
+    "olmo2": Architecture(MODEL_ARCH.OLMO2, never_tied=True, check=attention.check_olmo),
+    "olmo3": Architecture(MODEL_ARCH.OLMO2, values=attention.olmo3_values, never_tied=True, check=attention.check_olmo),
+    "ernie4_5": Architecture(MODEL_ARCH.ERNIE4_5),
+    "exaone4": Architecture(
+        MODEL_ARCH.EXAONE4,
+        values=lambda config: {"sliding_window": config.sliding_window},
+        rope_types=_LLAMA3,
+        check=attention.check_exaone4,
+    ),
+    "hunyuan_v1_dense": Architecture(
+        MODEL_ARCH.HUNYUAN_DENSE,
+        values=attention.hunyuan_values,
+        rope_types=("default", "dynamic"),
+        check=attention.check_hunyuan,
+    ),
+    "falcon_h1": Architecture(
+        MODEL_ARCH.FALCON_H1,
+        rules=recurrent.falcon_rules,
+        values=recurrent.mamba_values,
+        biases=_MAMBA,
+        check=recurrent.check_falcon,
+    ),
+    "granite": _GRANITE,
+    "granitemoe": replace(_GRANITE, arch=MODEL_ARCH.GRANITE_MOE),
+    "granitemoeshared": replace(_GRANITE, arch=MODEL_ARCH.GRANITE_MOE),
+    "granitemoehybrid": replace(_GRANITE, arch=MODEL_ARCH.GRANITE_HYBRID),
+    "lfm2": Architecture(MODEL_ARCH.LFM2, rules=recurrent.convolution_rules, values=recurrent.convolution_values),
+    "lfm2_moe": Architecture(
+        MODEL_ARCH.LFM2MOE,
+        rules=recurrent.convolution_rules,
+        values=recurrent.convolution_values,
+        biases="exp_probs_b",
+        check=recurrent.check_lfm2_moe,
+    ),
+    "gpt2": Architecture(
+        MODEL_ARCH.GPT2,
+        _GELU_TANH,
+        rules=attention.gpt2_rules,
+        values=attention.gpt2_values,
+        biases=".+",
+        check=attention.check_gpt2,
+    ),
 }
 
 
@@ -125,7 +204,10 @@ def find_architecture(config: PretrainedConfig) -> Architecture:
     Raises:
         UserError: if the family is unknown, or llama.cpp does not support the configuration.
     """
-    architecture = _FAMILIES.get(config.model_type)
+    family = config.model_type
+    if family == "granitemoehybrid" and "linear_attention" not in config.layer_types:
+        family = "granitemoe" if config.num_local_experts else "granite"
+    architecture = _FAMILIES.get(family)
     if architecture is None:
         hint = f"supported are {', '.join(sorted(_FAMILIES))}; otherwise {CONVERTER_HINT}"
         raise UserError(f"deltaw does not export '{config.model_type}' models to GGUF", location="model", hint=hint)
@@ -133,85 +215,7 @@ def find_architecture(config: PretrainedConfig) -> Architecture:
     configured = [value for key in keys if (value := getattr(config, key, None)) is not None]
     activation = configured[0] if configured else architecture.activations[0]
     feature = f"the activation '{activation}' (it computes {architecture.activations[0]})"
-    _refuse_if(activation not in architecture.activations, config, feature)
+    refuse_if(activation not in architecture.activations, config, feature)
     if architecture.check is not None:
         architecture.check(config)
     return architecture
-
-
-def head_size(config: PretrainedConfig) -> int:
-    """Return the dimension of an attention head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def key_heads(config: PretrainedConfig) -> int:
-    """Return the number of key and value heads."""
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-
-
-class TensorNames:
-    """Maps tensor names and values of a model to those of a GGUF file."""
-
-    def __init__(self, architecture: Architecture, config: PretrainedConfig) -> None:
-        self._map = gguf.get_tensor_name_map(architecture.arch, config.num_hidden_layers)
-        self._architecture = architecture
-        # Number of heads of the projections with reordered rows.
-        self._heads = {"q_proj": int(config.num_attention_heads), "k_proj": key_heads(config)}
-
-    def of_module(self, module: str) -> str | None:
-        """Return the GGUF name of a module such as ``blk.0.attn_q``, or None if the architecture lacks it."""
-        name = self._map.get_name(module)
-        return None if name is None else str(name)
-
-    def of_tensor(self, tensor: str) -> str | None:
-        """Return the GGUF name of a tensor such as ``blk.0.attn_q.weight``, if it has one."""
-        module, _, attribute = tensor.rpartition(".")
-        name = self.of_module(module) if attribute in ("weight", "bias") else None
-        return None if name is None else f"{name}.{attribute}"
-
-    def outputs(self, module: str, rows: Tensor) -> Tensor:
-        """Return the rows of a weight (out, in), a bias (out) or a factor B (out, r) in llama.cpp's order."""
-        heads = self._heads.get(module.rpartition(".")[2]) if self._architecture.adjacent_pairs else None
-        return rows if heads is None else adjacent_pairs(rows, heads)
-
-    def values(self, tensor: str, value: Tensor) -> Tensor:
-        """Return a complete tensor as it is stored in a GGUF file, in fp32."""
-        module, _, attribute = tensor.rpartition(".")
-        value = value.float()
-        if module.endswith("norm") and attribute == "weight":
-            return value + self._architecture.norm_offset
-        if _is_convolution(tensor):
-            return value.squeeze(1)
-        return value.t().contiguous() if self._is_conv1d(tensor) else self.outputs(module, value)
-
-    def shape(self, tensor: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the result of :meth:`values`."""
-        if _is_convolution(tensor):
-            return shape[0], shape[2]
-        return shape[::-1] if self._is_conv1d(tensor) else shape
-
-    def _is_conv1d(self, tensor: str) -> bool:
-        return self._architecture.conv1d and tensor.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-
-
-def _is_convolution(tensor: str) -> bool:
-    """True for the weight (channels, 1, width) of a depthwise convolution."""
-    return tensor.endswith(".conv.conv.weight")
-
-
-def adjacent_pairs(rows: Tensor, heads: int) -> Tensor:
-    """Reorder each head's rows from halves (xᵢ, xᵢ₊d/2) to adjacent pairs (x₂ᵢ, x₂ᵢ₊₁).
-
-    Args:
-        rows: (heads · d, …) rows with even d.
-        heads: Number of heads.
-    """
-    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
-    return torch.movedim(halves, 1, 2).reshape(rows.shape)
-
-
-def _refuse_if(is_unsupported: bool, config: PretrainedConfig, feature: str) -> None:
-    if is_unsupported:
-        hint = "serve it with deltaw serve, or merge it (deltaw merge) for another program"
-        message = f"llama.cpp does not support this {config.model_type} model's {feature}"
-        raise UserError(message, location="model", hint=hint)

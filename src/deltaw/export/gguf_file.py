@@ -45,6 +45,8 @@ ADAPTER_KINDS = ("f32", "f16", "bf16")
 _K_QUANTS = (Q.Q4_K, Q.Q5_K, Q.Q6_K)
 # llama.cpp reads these tensors only in fp32.
 _ALWAYS_F32 = ("position_embd.weight", "v.position_embd.weight", "rope_freqs.weight")
+# Norms, routers and convolutions.
+_F32_ENDINGS = ("_norm.weight", ".ffn_gate_inp.weight", ".shortconv.conv.weight", ".ssm_conv1d.weight")
 _OUTER = ("token_embd.weight", "output.weight")
 _BLOCK_ROWS = 1 << 22  # elements that are packed at once
 
@@ -60,13 +62,11 @@ def require_kind(kind: str) -> None:
 def storage_type(name: str, shape: tuple[int, ...], kind: str) -> Q:
     """Return the storage type of a tensor if matrices are stored as ``kind``.
 
-    Norms, biases and positions are stored in fp32. If rows are not divisible into blocks of the type, the fallback is
-    Q8_0 for K-quants, otherwise F16.
+    Norms, biases, positions, convolutions, routers and decays are stored in fp32. If rows are not divisible into blocks
+    of the type, the fallback is Q8_0 for K-quants, otherwise F16.
     """
-    if len(shape) < 2 or name in _ALWAYS_F32 or name.endswith("_norm.weight"):
+    if len(shape) < 2 or name in _ALWAYS_F32 or name.endswith(_F32_ENDINGS) or not name.endswith(".weight"):
         return Q.F32
-    if name.endswith(".shortconv.conv.weight"):
-        return Q.F32  # llama.cpp convolves in fp32 only
     matrices, outer, _ = KINDS[kind]
     for candidate in (outer if name in _OUTER else matrices, Q.Q8_0):
         if shape[-1] % gguf.GGML_QUANT_SIZES[candidate][0] == 0:

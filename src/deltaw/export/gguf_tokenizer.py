@@ -39,6 +39,7 @@ _PROBE = (
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_WORDS_MARKS = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"
 _MARKS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
@@ -62,6 +63,7 @@ def _pre_tokenizers() -> dict[str, PreTokenizer]:
         "gpt-2": gpt2,
         "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2]),
         "qwen2": _split_by(_CONTRACTIONS, _WORDS, r"\p{N}", _MARKS, _SPACES),
+        "qwen35": _split_by(_CONTRACTIONS, _WORDS_MARKS, r"\p{N}", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*", _SPACES),
         "llama-bpe": _split_by(_CONTRACTIONS, _WORDS, r"\p{N}{1,3}", _MARKS, _SPACES),
         "tekken": _split_by(*_CASED, r"\p{N}", _MARKS_SLASH, _SPACES),
         "gpt-4o": _split_by(*gpt_4o, r"\p{N}{1,3}", _MARKS_SLASH, _SPACES),

@@ -50,6 +50,11 @@ _GELU = ("gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 _ACTIVATIONS = ("quick_gelu", "silu", *_GELU)
 
 
+def has_vision_file(model_type: str) -> bool:
+    """True if vision towers of this type of models are exported, unless llama.cpp lacks a feature of them."""
+    return model_type in _TOWERS
+
+
 def mmproj_path(path: Path) -> Path:
     """Return the path of the vision file for the GGUF file of a language model or an adapter."""
     return path.with_name(f"mmproj-{path.name}")

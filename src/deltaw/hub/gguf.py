@@ -2,7 +2,8 @@
 
 Dequantizing takes much longer than loading, so the result is cached by the digest of the file. Tensors, configuration
 and tokenizer are read by transformers. This module restores information that transformers ignores: the splitting of
-digits, the terminators in the generation configuration, and the removal of quantization settings.
+digits, the terminators in the generation configuration, and the removal of quantization settings. See
+:mod:`deltaw.hub.gguf_settings` for settings of the model.
 
 With precision ``gguf``, matrices remain in the file. The folder contains an index of their blocks and the few other
 tensors.
@@ -25,7 +26,14 @@ import numpy as np
 import torch
 import transformers
 from tokenizers import decoders, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from deltaw.cache.entries import Cache
 from deltaw.cache.keys import key
@@ -34,6 +42,7 @@ from deltaw.child_process import python_command, run_command
 from deltaw.errors import UserError, first_line
 from deltaw.hub import packages
 from deltaw.hub.gguf_blocks import INDEX, ORDERS, index_parameters, string_field
+from deltaw.hub.gguf_settings import restore_settings
 from deltaw.hub.terminators import terminators
 from deltaw.hub.transformers_private import detach_from_model_config, quiet, remove_source_path
 from deltaw.machine.choices import dtype_of
@@ -49,7 +58,7 @@ if not hasattr(gguf, "__version__"):
 LIMIT_BYTES = 256 * 2**30
 CONVERSION_DEPENDENCIES = (
     *("transformers", "gguf", "tokenizers", "torch", "safetensors", "numpy"),
-    *("deltaw.hub.gguf", "deltaw.hub.gguf_blocks", "deltaw.hub.terminators"),
+    *("deltaw.hub.gguf", "deltaw.hub.gguf_blocks", "deltaw.hub.gguf_settings", "deltaw.hub.terminators"),
     *("deltaw.tensor_files", "deltaw.kernels.block_linear"),
 )
 
@@ -170,7 +179,8 @@ def convert_in_process(path: str, dtype: str, target: str) -> int:
         # Libraries may print to standard output, which is reserved for the JSON objects.
         sink = io.StringIO()
         with quiet(), _cached_parsing(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-            model = _meta_model(Path(path)) if dtype == "gguf" else _model(Path(path), dtype_of(dtype))
+            config = _config(Path(path))
+            model = _meta_model(config) if dtype == "gguf" else _model(Path(path), config, dtype_of(dtype))
             _clean_config(model)
             tokenizer, note = _tokenizer(Path(path))
             terminator_ids = terminators(model, tokenizer)
@@ -206,21 +216,27 @@ def _cached_parsing() -> Iterator[None]:
         vars(gguf).update(originals)
 
 
-def _model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _config(path: Path) -> PretrainedConfig:
+    """Return the configuration of the file, with the settings that transformers ignores."""
+    with _report_damage(path, "read"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        restore_settings(gguf.GGUFReader(str(path)), config)
+        return config
+
+
+def _model(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     # Newer versions of transformers do not dequantize blocks by default.
     packed = getattr(transformers, "GgufConfig", None)
     options = {} if packed is None else {"quantization_config": packed(dequantize=True)}
-    options |= {"gguf_file": path.name, "dtype": dtype, "local_files_only": True}
+    options |= {"gguf_file": path.name, "dtype": dtype, "local_files_only": True, "config": config}
     with _report_damage(path, "converted"):
         return AutoModelForCausalLM.from_pretrained(path.parent, **options)
 
 
-def _meta_model(path: Path) -> PreTrainedModel:
-    """Build the model of the file's configuration on the meta device."""
-    with _report_damage(path, "read"):
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+def _meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Build the model of a configuration on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
 @contextlib.contextmanager
@@ -236,9 +252,14 @@ def _report_damage(path: Path, operation: str, part: str = "the .gguf file") -> 
         yield
     except MemoryError:
         raise
+    except UserError as error:
+        raise UserError(error.message, location=str(path), hint=error.hint) from error
     except Exception as error:
         hint = "download the file again, or use the model's safetensors folder"
-        raise UserError(f"{part} cannot be {operation}: {first_line(error)}", location=str(path), hint=hint) from error
+        reason = first_line(error)
+        if "ignore_mismatched_sizes" in reason:
+            reason = "transformers assumes other sizes of its tensors"
+        raise UserError(f"{part} cannot be {operation}: {reason}", location=str(path), hint=hint) from error
 
 
 def _save_index(path: Path, model: PreTrainedModel, target: Path) -> None:

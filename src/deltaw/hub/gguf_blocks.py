@@ -76,7 +76,12 @@ def index_parameters(path: Path, model: PreTrainedModel, dtype: torch.dtype) -> 
     architecture = string_field(reader, "general.architecture") or ""
     config = model.config.to_dict()
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
-    names = get_gguf_hf_weights_map(model, processor)
+    try:
+        names = get_gguf_hf_weights_map(model, processor)
+    except NotImplementedError as error:
+        message = f"the weights of {model.config.model_type} models cannot remain in the blocks of a .gguf file"
+        hint = "use precision: auto, which converts the file"
+        raise UserError(message, location="precision: gguf", hint=hint) from error
     family = _ModelFamily(processor, names, config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     # Only plain linear layers and embeddings support weights in blocks.

@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -426,7 +427,9 @@ def sizes_of(config: object) -> Sizes:
     Args:
         config: transformers' ``PretrainedConfig``.
     """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text, "is_heterogeneous", False):
+        text = text.per_layer_config[-1]  # layers have different heads
     hidden = _number(text, "hidden_size", "d_model", "n_embd") or GENERIC.hidden
     mlp = _number(text, "intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size") or 4 * hidden
     heads = _number(text, "num_attention_heads")
