@@ -27,8 +27,8 @@ default configuration, with narrow layers and random weights. A model of a famil
 `deltaw inspect MODEL` and the first lines of a run describe the model at hand.
 
 - **packed:** rows are concatenated without padding and share prefixes. Other families train on padded rows.
-- **blocks:** “fused” runs each block as one operation. “parts” runs the norms and MLPs of the blocks as operations of \
-their own, and the rest with the model's code.
+- **blocks:** “fused” runs each block as one operation. “attention” runs attention (with its projections), norms and \
+dense MLPs as operations of their own, and the rest with the model's code. “parts” does so only for norms and MLPs.
 - **decoder:** deltaw's decoder generates text. transformers decodes other families.
 - **GGUF:** merged models can be [exported](../export.md).
 
@@ -82,7 +82,8 @@ def support_of(family: str) -> Support:
             decoder = "yes"
         except NotDecodable:
             decoder = ""
-    form = "fused" if blocks.choice.value else "parts" if blocks.separate_parts else ""
+    forms = {"fused": blocks.choice.value, "attention": blocks.fuses_attention, "parts": blocks.separate_parts}
+    form = next((name for name, is_used in forms.items() if is_used), "")
     return Support(family, "yes" if packed else "", form, decoder, "yes" if is_known_family(family) else "")
 
 
@@ -149,7 +150,7 @@ def lost(before: Support, now: Support) -> list[str]:
     """Return the features that a family lost."""
     names = ["packed", "decoder", "gguf"]
     missing = [name for name in names if getattr(before, name) and not getattr(now, name)]
-    order = ["", "parts", "fused"]
+    order = ["", "parts", "attention", "fused"]
     return missing + ["blocks"] * (order.index(now.blocks) < order.index(before.blocks))
 
 
