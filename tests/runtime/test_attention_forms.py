@@ -36,6 +36,7 @@ OTHERS = {
     "granitemoe": GRANITE | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
     "afmoe": EXPERTS | SLIDING,
+    "gpt_oss": SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
 

@@ -395,5 +395,7 @@ def _rotary_tables(
         tables = [t.expand(layout.length // length, -1, -1).flatten(0, 1).float().contiguous() for t in embeddings]
         if rotary == "repeated pairs":
             tables = [split_pairs(t, t.shape[-1]) for t in tables]
+        elif rotary == "single halves":
+            tables = [torch.cat([t, t], -1) for t in tables]
         cached = layout.cached_tensors[key] = (embeddings[0], *tables)
     return cached[1], cached[2]

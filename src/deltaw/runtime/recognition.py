@@ -135,7 +135,7 @@ def attention_candidates(root: nn.Module) -> list[AttentionRoles] | str:
     norm_places = (False, True) if query_norm is not None else (False,)
     splits: tuple[Split, ...] = ("apart",) if len(inputs) == 3 else ("stacked", "grouped")
     causal = vars(module).get("is_causal", True) is not False
-    rotations: tuple[Rotary | None, ...] = ("halves", None, "pairs", "repeated pairs")
+    rotations: tuple[Rotary | None, ...] = ("halves", None, "pairs", "repeated pairs", "single halves")
     found = []
     for rotary, norms_last, split, (output, gate) in itertools.product(rotations, norm_places, splits, pairs):
         width = sizes(linear[output])[0]
