@@ -40,8 +40,8 @@ ACTIVATIONS = {
 # key and its value (GPT-NeoX, Falcon).
 Split = Literal["apart", "stacked", "grouped"]
 # Numbers that rotary positions (arXiv 2104.09864) rotate together: i and i + n/2 ("halves"), or 2i and 2i + 1.
-# The n cosines of a position list each angle twice: as two halves, or side by side ("repeated pairs"). In "single halves"
-# (gpt-oss) there are n/2 cosines.
+# The n cosines of a position list each angle twice: as two halves, or side by side ("repeated pairs"). "Single halves"
+# (gpt-oss) have n/2 cosines.
 Rotary = Literal["halves", "single halves", "pairs", "repeated pairs"]
 
 
