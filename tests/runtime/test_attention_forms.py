@@ -14,6 +14,7 @@ from tests.runtime.separate_rows import assert_equals_separate_rows, attach_ever
 
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
 GRANITE = {"residual_multiplier": 0.3, "attention_multiplier": 0.2, "embedding_multiplier": 3.0}
+GEMMA4 = {"global_head_dim": 32, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 120}
 # Families whose blocks are fused entirely.
 DENSE = {
     "olmo2": {},
@@ -36,6 +37,7 @@ OTHERS = {
     "granitemoe": GRANITE | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
     "afmoe": EXPERTS | SLIDING,
+    "gemma4_text": SLIDING | GEMMA4,
     "gpt_oss": SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 

@@ -69,6 +69,7 @@ class AttentionRoles:
         head_size: Size d of a head. The numbers of heads follow from the sizes of the layers.
         query_norm: Path of a norm over each query head, or over all of them.
         key_norm: Path of a norm over each key head, or over all of them.
+        value_norm: Path of a norm without weight over each value head.
         rotary: Rotary positions, or None.
         causal: True for causal attention.
         whole_norms: True if the norms of queries and keys are over all heads (OLMo 2, arXiv 2501.00656).
@@ -85,6 +86,7 @@ class AttentionRoles:
     head_size: int
     query_norm: str | None = None
     key_norm: str | None = None
+    value_norm: str | None = None
     rotary: Rotary | None = "halves"
     causal: bool = True
     whole_norms: bool = False
@@ -99,7 +101,7 @@ class AttentionRoles:
         def joined(name: str | None) -> str | None:
             return None if name is None else f"{path}.{name}"
 
-        names = ("output", "query_norm", "key_norm", "gate", "sinks")
+        names = ("output", "query_norm", "key_norm", "value_norm", "gate", "sinks")
         paths: dict[str, Any] = {name: joined(getattr(self, name)) for name in names}
         return replace(self, inputs=tuple(f"{path}.{name}" for name in self.inputs), **paths)
 
@@ -150,8 +152,9 @@ class BlockRoles:
     def is_basic(self) -> bool:
         """True if the kernels of complete blocks and the decoder know all parts of the block."""
         attention = self.attention
-        extended = attention.whole_norms, attention.norms_last, attention.joint_gate, attention.gate, attention.sinks
-        is_known_form = attention.rotary in (None, "halves") and not any(extended)
+        flags = attention.whole_norms or attention.norms_last or attention.joint_gate
+        paths = attention.value_norm, attention.gate, attention.sinks
+        is_known_form = attention.rotary in (None, "halves") and not flags and not any(paths)
         return is_known_form and self.mlp is not None and self.multiplier == 1.0
 
     @property
@@ -166,7 +169,7 @@ class BlockRoles:
     def norms(self) -> tuple[str, ...]:
         """Paths of the norms without duplicates."""
         attention = self.attention
-        heads = tuple(path for path in (attention.query_norm, attention.key_norm) if path is not None)
+        heads = filter(None, (attention.query_norm, attention.key_norm, attention.value_norm))
         mlp = () if self.mlp is None else self.mlp.norms.paths
         return tuple(dict.fromkeys((*attention.norms.paths, *heads, *mlp)))
 
@@ -222,21 +225,25 @@ def activation_kind(module: nn.Module) -> str | None:
     return ACTIVATIONS.get(type(module).__name__)
 
 
-def norm_form(module: nn.Module) -> NormForm | None:
+def norm_form(module: nn.Module, *, weightless: bool = False) -> NormForm | None:
     """Return the formula of a norm over the last dimension, or None if the module is not a supported norm.
 
     Classes that are not from torch run on fp32 sample values, which are compared with the formula.
+
+    Args:
+        weightless: True to support norms without parameters, which have any size.
     """
     weight = direct_parameters(module).get("weight")
-    if weight is None or weight.dim() != 1 or direct_modules(module):
+    if direct_modules(module) or (not weightless if weight is None else weight.dim() != 1):
         return None
     eps = next((vars(module)[name] for name in ("variance_epsilon", "eps") if name in vars(module)), None)
     if not isinstance(eps, float):
         return None
     if type(module) is nn.LayerNorm:
-        return NormForm(eps, 0.0, True) if weight.shape == tuple(module.normalized_shape) else None
+        is_last = weight is not None and weight.shape == tuple(module.normalized_shape)
+        return NormForm(eps, 0.0, True) if is_last else None
     bias = direct_parameters(module).get("bias")
-    size = weight.numel()
+    size = 16 if weight is None else weight.numel()
     with torch.no_grad(), without_dispatch():
         x = torch.linspace(-1.5, 2.0, size, dtype=torch.float32)[None]
         values = {"weight": torch.linspace(0.3, 0.7, size), "bias": torch.linspace(-0.2, 0.1, size)}
@@ -251,7 +258,7 @@ def norm_form(module: nn.Module) -> NormForm | None:
             middle = x - x.mean() if centered else x
             hat = middle * torch.rsqrt(middle.square().mean() + eps)
             for offset in (0.0, 1.0):
-                computed = hat * (values["weight"] + offset) + added
+                computed = (hat if weight is None else hat * (values["weight"] + offset)) + added
                 if isinstance(expected, Tensor) and torch.allclose(expected, computed, rtol=1e-4, atol=1e-5):
                     return NormForm(eps, offset, centered)
     return None

@@ -202,7 +202,8 @@ class FusedBlock:
 
     def _layout(self, hidden: Tensor, arguments: dict[str, Any]) -> Layout | PartialLayout | None:
         """Return the layout of a call, or None if the call is not supported."""
-        unsupported = (v is not None and v is not False and name not in _SUPPORTED for name, v in arguments.items())
+        supported = _SUPPORTED if _uses_shared_keys(self.block) else {*_SUPPORTED, "shared_kv_states"}
+        unsupported = (v is not None and v is not False and name not in supported for name, v in arguments.items())
         if hidden.dim() != 3 or not is_on_supported_device(hidden) or any(unsupported):
             return None
         return self.layouts(hidden, arguments, self.roles.attention.causal)
@@ -245,7 +246,8 @@ class FusedBlock:
         """True if all layers are supported, only their factors are trained, and norms have the type of the input."""
         if not self._layers or not all(can_project(layer) for layer in self._layers):
             return False
-        if any(direct_parameters(norm)["weight"].dtype != hidden.dtype for norm in self._norms):  # type: ignore[union-attr]
+        weights = [direct_parameters(norm).get("weight") for norm in self._norms]
+        if any(weight is not None and weight.dtype != hidden.dtype for weight in weights):
             return False
         # Only the compiled kernel supports bidirectional attention.
         attention = self.roles.attention
@@ -277,6 +279,7 @@ class FusedBlock:
             grouped=attention.split == "grouped",
             query_norm=norms.get(attention.query_norm or ""),
             key_norm=norms.get(attention.key_norm or ""),
+            value_norm=norms.get(attention.value_norm or ""),
             options=options,
             pairs=attention.rotary in ("pairs", "repeated pairs"),
             norms_last=attention.norms_last,
@@ -349,6 +352,14 @@ def _module_or_block(block: nn.Module, path: str) -> nn.Module:
 
 def _half_norms(paths: Norms, norms: dict[str, Norm | None]) -> HalfNorms:
     return HalfNorms(*(norms.get(path or "") for path in (paths.before, paths.after, paths.post)))
+
+
+def _uses_shared_keys(attention: nn.Module) -> bool:
+    """True if an attention module uses keys of another layer, or stores its keys for another layer (Gemma 4)."""
+    table = vars(attention)
+    if table.get("is_kv_shared_layer", True):
+        return True
+    return bool(table.get("store_full_length_kv", True)) and getattr(table["config"], "num_kv_shared_layers", 1) != 0
 
 
 def is_on_supported_device(hidden: Tensor) -> bool:

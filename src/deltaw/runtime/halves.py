@@ -76,6 +76,7 @@ class AttentionHalf(Half):
     grouped: bool
     query_norm: Norm | None
     key_norm: Norm | None
+    value_norm: Norm | None
     options: dict[str, Any]
     pairs: bool = False
     norms_last: bool = False
@@ -176,9 +177,9 @@ class _Attention(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         h = rest[: ctx.count]
         h_o, q, k, v, gate, out, *rest = rest[ctx.count :]
-        input_tensors = rest[:5]
-        end_tensors = rest[5:9]
-        saved = rest[9:]
+        input_tensors = rest[:7]
+        end_tensors = rest[7:11]
+        saved = rest[11:]
         grad, output_grad = _finish_half_backward(grads[0].contiguous(), end_tensors, half)
         d_out, narrow = half.output.backward(output_grad, None, True)
         output_factor_grads = half.output.factors_backward(_apply_gate(out, gate), h_o, output_grad, narrow)
@@ -325,16 +326,19 @@ def _attention_inputs(
         v = v.contiguous()  # queries and keys are replaced below; a view would keep the combined output alive
     if half.norms_last:
         q, k = _rotate(q, k, half, context)
-    raw_q = raw_k = stats_q = stats_k = None
+    raw_q = raw_k = raw_v = stats_q = stats_k = stats_v = None
     if half.query_norm is not None:
         raw_q = q
         q, stats_q = half.query_norm.over_heads(q)
     if half.key_norm is not None:
         raw_k = k
         k, stats_k = half.key_norm.over_heads(k)
+    if half.value_norm is not None:
+        raw_v = v
+        v, stats_v = half.value_norm.over_heads(v)
     if not half.norms_last:
         q, k = _rotate(q, k, half, context)
-    return (q, k, v, gate), h, (stats, raw_q, raw_k, stats_q, stats_k)
+    return (q, k, v, gate), h, (stats, raw_q, raw_k, raw_v, stats_q, stats_k, stats_v)
 
 
 def _rotate(
@@ -367,7 +371,7 @@ def _attention_inputs_backward(
 
     Clears ``head_grads``, to release them as soon as possible.
     """
-    stats, raw_q, raw_k, stats_q, stats_k = tensors
+    stats, raw_q, raw_k, raw_v, stats_q, stats_k, stats_v = tensors
     d_q, d_k, d_v, d_gate = head_grads
     head_grads.clear()
     half: AttentionHalf = ctx.half
@@ -381,6 +385,8 @@ def _attention_inputs_backward(
         d_q = half.query_norm.over_heads_backward(d_q, raw_q, stats_q)
     if half.key_norm is not None:
         d_k = half.key_norm.over_heads_backward(d_k, raw_k, stats_k)
+    if half.value_norm is not None:
+        d_v = half.value_norm.over_heads_backward(d_v, raw_v, stats_v)
     if half.norms_last:
         d_q, d_k = _rotate(d_q, d_k, half, context, backward=True)
     stream_grad = None

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.kernels.torch_modules import direct_parameters
+from deltaw.kernels.torch_modules import direct_modules, direct_parameters
 from deltaw.runtime.block_roles import (
     AttentionRoles,
     BlockRoles,
@@ -131,6 +131,8 @@ def attention_candidates(root: nn.Module) -> list[AttentionRoles] | str:
     names = {path.rpartition(".")[2]: path for path in _norms(root)}
     pair = next((pair for pair in _HEAD_NORMS if all(f"{prefix}{name}" in names.values() for name in pair)), None)
     query_norm, key_norm = (None, None) if pair is None else (f"{prefix}{name}" for name in pair)
+    value_norm = direct_modules(module).get("v_norm")
+    has_value_norm = value_norm is not None and norm_form(value_norm, weightless=True) is not None
     sinks = f"{prefix}sinks" if direct_parameters(module).get("sinks") is not None else None
     norm_places = (False, True) if query_norm is not None else (False,)
     splits: tuple[Split, ...] = ("apart",) if len(inputs) == 3 else ("stacked", "grouped")
@@ -156,6 +158,7 @@ def attention_candidates(root: nn.Module) -> list[AttentionRoles] | str:
             key_norm=key_norm,
             rotary=rotary,
             causal=causal,
+            value_norm=f"{prefix}v_norm" if has_value_norm else None,
             whole_norms=norm_width not in (None, head_size),
             norms_last=norms_last,
             joint_gate=split == "apart" and sizes(linear[inputs[0]])[1] == 2 * width,

@@ -11,6 +11,8 @@ from deltaw.runtime.block_roles import stores_in_out
 
 # Attributes that differ between blocks of a kind, or depend on sizes.
 _PER_LAYER_FLAGS = ("layer_idx", "layer_number", "scaling", "training", "gradient_checkpointing", "enabled", "merged")
+# True for a layer that stores its keys for later layers, see runtime/fused.py.
+_PER_LAYER_FLAGS += ("store_full_length_kv",)
 Signature = tuple[tuple[str, ...], ...]
 
 
