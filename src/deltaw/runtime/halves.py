@@ -360,12 +360,7 @@ def _rotate(
 
 
 def _attention_inputs_backward(
-    ctx: Any,
-    x: Tensor,
-    h: Sequence[Tensor],
-    tensors: Sequence[Tensor],
-    head_grads: list[Tensor | None],
-    grad: Tensor | None,
+    ctx: Any, x: Tensor, h: Sequence[Tensor], tensors: Sequence[Tensor], head_grads: list[Any], grad: Tensor | None
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Return the gradient of x plus ``grad`` of the residual stream, and gradients of the input layers' factors.
 

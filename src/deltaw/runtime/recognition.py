@@ -125,9 +125,12 @@ def attention_candidates(root: nn.Module) -> list[AttentionRoles] | str:
     prefix = f"{parent}." if parent else ""
     top = f"{parent.partition('.')[0]}." if parent else ""
     others = [path for path in linear if path not in inputs and path.startswith(top)]
-    pairs = [(path, None) for path in others] if len(others) == 1 else list(itertools.permutations(others))
     if len(others) not in (1, 2):
         return "no single output projection"
+    # The output projection, and a projection of a gate if there is another layer.
+    pairs: list[tuple[str, str | None]] = [(others[0], None)]
+    if len(others) == 2:
+        pairs = [(others[0], others[1]), (others[1], others[0])]
     names = {path.rpartition(".")[2]: path for path in _norms(root)}
     pair = next((pair for pair in _HEAD_NORMS if all(f"{prefix}{name}" in names.values() for name in pair)), None)
     query_norm, key_norm = (None, None) if pair is None else (f"{prefix}{name}" for name in pair)

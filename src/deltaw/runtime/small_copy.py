@@ -97,7 +97,9 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
     if overrides:
         limits = {"num_key_value_heads": num_keys, **dict.fromkeys(_INNER, INNER)}
         kept = {n: values for n, values in overrides.items() if n < int(small.num_hidden_layers)}
-        reduced = {n: {k: min(v, limits.get(k, v)) for k, v in values.items()} for n, values in kept.items()}
+        reduced: dict[int | str, dict[str, Any]] = {
+            n: {k: min(v, limits.get(k, v)) for k, v in values.items()} for n, values in kept.items()
+        }
         small.per_layer_config = reduced
     patch = getattr(config, "patch_size", None)
     if isinstance(getattr(config, "image_size", None), int) and isinstance(patch, int):
