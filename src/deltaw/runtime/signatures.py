@@ -10,8 +10,9 @@ from deltaw.kernels.torch_modules import direct_parameters
 from deltaw.runtime.block_roles import stores_in_out
 
 # Attributes that differ between blocks of a kind, or depend on sizes. runtime/fused.py checks "store_full_length_kv".
-_PER_LAYER_FLAGS = frozenset(
-    "layer_idx layer_number scaling training gradient_checkpointing enabled merged store_full_length_kv".split()
+_PER_LAYER_FLAGS = (
+    *("layer_idx", "layer_number", "scaling", "training", "gradient_checkpointing", "enabled", "merged"),
+    "store_full_length_kv",
 )
 Signature = tuple[tuple[str, ...], ...]
 
