@@ -22,6 +22,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "development" / "famili
 SECONDS = 120
 # Settings of families whose default configuration is incomplete, or has one kind of layer.
 SETTINGS: dict[str, dict[str, object]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16, "num_local_experts": 0},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
