@@ -70,6 +70,16 @@ def test_forward_and_backward_match_reference(layout, window, softcap, key_heads
 
 
 @pytest.mark.parametrize("limit", [0.0, 1e9])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sinks_match_reference(limit, dtype, monkeypatch):
+    monkeypatch.setattr(attention, "MAX_SAVED_WEIGHTS", limit)
+    layout = Layout.of_lengths([20, 7, 30, 5], [-1, 0, 0, 1])
+    options = {"scaling": 0.3, "window": 9, "sinks": torch.tensor([-1.0, 0.0, 1.0, 4.0], dtype=dtype)}
+    inputs = random_inputs(layout, dtype=dtype)
+    assert_matches_reference(packed_attention, inputs, layout, 1e-9 if dtype == torch.float64 else 2e-5, **options)
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e9])
 def test_backward_with_saved_or_recomputed_weights_matches_reference(limit, monkeypatch):
     monkeypatch.setattr(attention, "MAX_SAVED_WEIGHTS", limit)
     layout = Layout.of_lengths([20, 7, 30, 5], [-1, 0, 0, 1])

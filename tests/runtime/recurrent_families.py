@@ -29,7 +29,7 @@ FAMILIES = {
     "lfm2_moe": CONVOLUTION | EXPERTS | {"num_dense_layers": 1},
     "granitemoehybrid": MAMBA | GRANITE,
     "granitemoehybrid, one group": MAMBA | GRANITE | {"mamba_n_groups": 1},
-    "falcon_h1": MAMBA | {"mamba_d_ssm": 96},
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 96, "key_multiplier": 0.5},
     "bamba": MAMBA | {"attn_layer_indices": [1, 3]},
     "nemotron_h": NEMOTRON,
 }

@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import families_page
 
-QUICK = {"qwen3": "fused", "olmo2": "parts", "qwen3_5_text": "parts", "granitemoehybrid": "parts"}
+QUICK = {"qwen3": "fused", "olmo2": "fused", "qwen3_5_text": "attention", "granitemoehybrid": "attention"}
 
 
 @pytest.mark.parametrize("family", QUICK)

@@ -281,7 +281,7 @@ def test_block_with_patched_forward_runs_model_code():
 def _rejection_reason(model: nn.Module) -> str:
     with packed_rows(model):
         fused = fused_blocks(model)
-    assert not fused.choice.value and not fused.blocks
+    assert not fused.choice.value and len(fused.blocks) < 3
     return fused.choice.why
 
 

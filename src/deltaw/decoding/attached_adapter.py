@@ -40,6 +40,7 @@ class Packer:
         for index, (block, roles) in enumerate(zip(decodable.blocks, decodable.roles, strict=True)):
             attention = roles.attention
             mlp = roles.mlp
+            assert mlp is not None
             parts = {attention.output: "output", mlp.output: "down"}
             # A fused layer is represented by its first part.
             parts |= dict(zip(attention.inputs, ("query", "key", "value"), strict=False))

@@ -29,7 +29,7 @@ from deltaw.kernels.quantize import quantize_rows
 from deltaw.kernels.rows import HalfNorms, Norm
 from deltaw.kernels.torch_modules import direct_parameters
 from deltaw.lora.kinds import get_output_head
-from deltaw.runtime.block_roles import BlockRoles, Norms, activation_kind, module_at, norm_form
+from deltaw.runtime.block_roles import BlockRoles, Norms, module_at, norm_form
 from deltaw.runtime.fused import FusedBlock
 from deltaw.runtime.fused_blocks import final_norm, recognize
 from deltaw.runtime.packed import PACKED
@@ -158,7 +158,7 @@ def _build(model: PreTrainedModel, fused: Sequence[FusedBlock], cache_bytes: int
     if final is None:
         raise NotDecodable("the norm after its blocks is not recognized")
     try:
-        entry = prober.entry(positions, [r.attention.rotary for r in roles])
+        entry = prober.entry(positions, [r.attention.rotary is not None for r in roles])
         form = prober.logits_form()
         decoder_blocks = [_block(f, entry.tables, table) for f, table in zip(fused, entry.table_of, strict=True)]
         linear = _linear(get_output_head(model), quantize=any(p.dtype == torch.int8 for p in model.parameters()))
@@ -193,14 +193,13 @@ def _block(fused: FusedBlock, tables: Sequence[tuple[Tensor, Tensor]], table: in
     attention_config = fused.config
     attention = roles.attention
     mlp = roles.mlp
+    if mlp is None or not roles.is_basic:
+        raise NotDecodable("its blocks have parts that the decoder does not support")
     heads, key_heads = attention.heads(block)
     # A fused layer is represented by its first part.
     query, *key_value = (_linear(module_at(block, path)) for path in attention.inputs)
     key, value = key_value or (None, None)
     gate, *up = (_linear(module_at(block, path)) for path in mlp.inputs)
-    kind = activation_kind(module_at(block, mlp.activation))
-    if kind is None:
-        raise NotDecodable("its activation function is not supported")
     return DecoderBlock(
         heads=heads,
         key_heads=key_heads,
@@ -219,7 +218,7 @@ def _block(fused: FusedBlock, tables: Sequence[tuple[Tensor, Tensor]], table: in
         split=attention.split,
         gated=mlp.gated,
         parallel=roles.parallel,
-        activation=kind,
+        activation=mlp.kind,
         scaling=attention_config.scaling,
         window=attention_config.window,
         softcap=attention_config.softcap,

@@ -12,6 +12,7 @@ small enough to be saved (see MAX_SAVED_WEIGHTS).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
@@ -35,12 +36,14 @@ class AttentionOptions(TypedDict, total=False):
         window: Sliding-window size in positions (see :meth:`Layout.visible`), or None for full attention.
         softcap: If set, scores become ``softcap · tanh(scores / softcap)`` (Gemma 2, arXiv 2408.00118, section 2).
         causal: Apply a causal mask within each segment. Only the compiled kernel supports False.
+        sinks: (heads) frozen logits that take part in the softmax of each head without a value, or None.
     """
 
     scaling: float
     window: int | None
     softcap: float | None
     causal: bool
+    sinks: Tensor | None
 
 
 # Attention weights are saved for the backward if they take at most this multiple of the memory of q, k and v.
@@ -67,11 +70,14 @@ def packed_attention(
     of_tokens = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
     score_options = options["scaling"], options.get("window"), options.get("softcap")
     causal = options.get("causal", True)
-    if causal:
+    sinks = options.get("sinks")
+    if sinks is not None and sinks.requires_grad:
+        raise NotImplementedError("trained attention sinks require padded rows")
+    if causal and sinks is None:
         _check_inputs(*of_tokens, layout, None)
         if (out := gpu_attention.attend(query, key, value, layout, packed_reference, *score_options)) is not None:
             return out
-    return _PackedAttention.apply(*of_tokens, layout, *score_options, causal).transpose(0, 1)
+    return _PackedAttention.apply(*of_tokens, layout, *score_options, causal, sinks).transpose(0, 1)
 
 
 def packed_reference(
@@ -86,13 +92,16 @@ def packed_reference(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     visible = torch.from_numpy(layout.visible(options.get("window"))).to(query.device)
-    return scores.masked_fill(~visible, float("-inf")).softmax(dim=-1).to(value.dtype) @ values
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if (sinks := options.get("sinks")) is not None:
+        scores = torch.cat([scores, sinks.to(dtype)[:, None, None].expand(-1, scores.shape[1], 1)], -1)
+    return scores.softmax(dim=-1)[..., : keys.shape[1]].to(value.dtype) @ values
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, layout, scaling, window, softcap, causal):  # type: ignore[override]
-        options = {"scaling": scaling, "window": window, "softcap": softcap, "causal": causal}
+    def forward(ctx, query, key, value, layout, scaling, window, softcap, causal, sinks):  # type: ignore[override]
+        options = {"scaling": scaling, "window": window, "softcap": softcap, "causal": causal, "sinks": sinks}
         out, saved = attend(query, key, value, layout, **options)
         # The backward pass of the tiles does not use the outputs.
         ctx.save_for_backward(query, key, value, out if is_compiled(query, key, value) else None, *saved)
@@ -105,7 +114,7 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx, grad_out):  # type: ignore[override]
         query, key, value, out, *saved = ctx.saved_tensors
         grads = attend_backward(grad_out, query, key, value, out, saved, ctx.layout, **ctx.options)
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
 def attend(
@@ -138,13 +147,23 @@ def attend(
     _check_inputs(query, key, value, layout, rows)
     if is_compiled(query, key, value):
         out, logs = _attention(query, key, value, layout.segments(), *_kernel_options(options), rows)
-        return out, [logs]
+        sinks = options.get("sinks")
+        return (out, [logs]) if sinks is None else _add_sinks(out, logs, sinks)
     if not options.get("causal", True):
         raise NotImplementedError("bidirectional attention requires the compiled kernel")
     q, k, v = (t.transpose(0, 1) for t in (spread_rows(query, rows, len(key)), key, value))
     out, saved = _forward(q, k, v, layout.tiles(options.get("window")), options)
     out = out.transpose(0, 1)
     return (out if rows is None else out.index_select(0, rows)), saved
+
+
+def _add_sinks(out: Tensor, logs: Tensor, sinks: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return outputs (P, heads, d) and log-sum-exp (heads, P), to base 2, with an additional logit of each head.
+
+    The backward needs no further change: it computes the weights from the log-sum-exp.
+    """
+    total = torch.logaddexp2(logs, sinks.to(logs.dtype)[:, None] * math.log2(math.e))
+    return out.mul_(torch.exp2(logs - total).t()[:, :, None]), [total]
 
 
 def attend_backward(
@@ -315,7 +334,7 @@ def _forward(
     save_weights = softcap is None and num_weights * dtype.itemsize <= max_bytes
     for batch in tiles.batches:
         rows = _folded(queries[:, start : start + batch.count * batch.queries], key_heads, batch)
-        weights, _ = _weights(rows, _gathered(cast_key, batch), batch, softcap)
+        weights, _ = _weights(rows, _gathered(cast_key, batch), batch, softcap, options.get("sinks"))
         products.append(_unfolded(torch.bmm(weights.to(value.dtype), _gathered(value, batch)), key_heads, batch))
         if save_weights:
             saved.append(weights)
@@ -354,7 +373,7 @@ def _backward(
             weights = saved[batch_index]
             slope = None
         else:
-            weights, slope = _weights(rows.to(dtype).mul(scaling), keys.to(dtype), batch, softcap)
+            weights, slope = _weights(rows.to(dtype).mul(scaling), keys.to(dtype), batch, softcap, options.get("sinks"))
         key_indices = _key_indices(batch, key_heads, key.shape[1])
         _scatter(grad_value, key_indices, torch.bmm(weights.to(value.dtype).transpose(1, 2), grad))
         grad_scores = softmax_backward(torch.bmm(grad, values.transpose(1, 2)).to(dtype), weights, -1, dtype)
@@ -397,7 +416,9 @@ def _scatter(target: Tensor, indices: Tensor, values: Tensor) -> None:
     target.index_add_(0, indices, values.flatten(0, 1).to(target.dtype))
 
 
-def _weights(rows: Tensor, keys: Tensor, batch: TileBatch, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+def _weights(
+    rows: Tensor, keys: Tensor, batch: TileBatch, softcap: float | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Return attention weights (key heads · n, group · L, K) of scaled queries, and the slope of the soft cap or None.
 
     Both inputs are already in the accumulation type.
@@ -411,4 +432,8 @@ def _weights(rows: Tensor, keys: Tensor, batch: TileBatch, softcap: float | None
     if width := batch.hidden.shape[-1]:
         by_tile = scores.view(-1, batch.count, scores.shape[1] // batch.queries, batch.queries, scores.shape[2])
         by_tile[..., -width:].masked_fill_(batch.hidden[:, None], float("-inf"))
-    return torch.softmax(scores, dim=-1), slope
+    if sinks is not None:
+        of_tile = sinks.to(scores.dtype).view(len(scores) // batch.count, 1, -1, 1)
+        column = of_tile.expand(-1, batch.count, -1, batch.queries).reshape(*scores.shape[:2], 1)
+        scores = torch.cat([scores, column], -1)
+    return torch.softmax(scores, dim=-1)[..., : keys.shape[1]], slope

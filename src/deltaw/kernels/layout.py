@@ -98,7 +98,7 @@ class Layout:
         device: Device of the tensors in :meth:`tiles`.
         masks: Cached tensors of other modules, by their keys: masks and ends of the rows of
             :mod:`deltaw.kernels.gpu_attention`, chunks of recurrences, and predecessors of tokens.
-        cached_tensors: Tensors that other modules derived for this row, by the id of the source tensor.
+        cached_tensors: Tensors that other modules derived for this row, by the id of the source tensor and its use.
 
     Raises:
         ValueError: if the arrays do not describe such a tree.
@@ -111,7 +111,7 @@ class Layout:
     _tiles: dict[int | None, Tiles] = field(default_factory=dict, repr=False)
     _segments: Tensor | None = field(default=None, repr=False)
     masks: dict[Any, Any] = field(default_factory=dict, repr=False)
-    cached_tensors: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+    cached_tensors: dict[Any, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int], parents: Sequence[int] | None = None) -> Layout:

@@ -43,14 +43,17 @@ class Norm:
         return norm_backward(grad, x, self.weight, stats, offset=self.offset, centered=self.centered, addend=addend)
 
     def over_heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the norm of each head of x (M, heads, d) and its statistics."""
-        y, stats = self(x.reshape(-1, x.shape[-1]))
+        """Return the norm of each head of x (M, heads, d), or of all heads of a row, and its statistics."""
+        y, stats = self(x.reshape(-1, self._size(x)))
         return y.view(x.shape), stats
 
     def over_heads_backward(self, grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
         """Return ∂L/∂x of :meth:`over_heads`."""
-        size = x.shape[-1]
+        size = self._size(x)
         return self.backward(grad.reshape(-1, size), x.reshape(-1, size), stats).view(x.shape)
+
+    def _size(self, x: Tensor) -> int:
+        return x.shape[-1] if self.weight is None else self.weight.numel()
 
     def reference(self, x: Tensor) -> Tensor:
         """Return the norm of rows from the reference implementation."""
@@ -207,6 +210,18 @@ def rotate_reference(x: Tensor, cosine: Tensor, sine: Tensor, *, backward: bool 
         first, second = rotated.chunk(2, -1)
         out = rotated * c + torch.cat([-second, first], -1) * s
     return torch.cat([out, unrotated], -1).to(x.dtype)
+
+
+def split_pairs(x: Tensor, size: int) -> Tensor:
+    """Move adjacent numbers among the first ``size`` of the last dimension to two halves, for :func:`rotate`."""
+    paired, rest = x.split([size, x.shape[-1] - size], -1)
+    return torch.cat([paired[..., ::2], paired[..., 1::2], rest], -1)
+
+
+def join_pairs(x: Tensor, size: int) -> Tensor:
+    """Invert :func:`split_pairs`."""
+    halves, rest = x.split([size, x.shape[-1] - size], -1)
+    return torch.cat([halves.unflatten(-1, (2, size // 2)).transpose(-1, -2).flatten(-2), rest], -1)
 
 
 def cross_entropy_(

@@ -8,13 +8,15 @@ parallel     y  = x + attention(norm(x)) + mlp(norm(x))
 
 Each half has up to three norms: ``before`` its first projection, ``after`` its last one inside the residual branch
 (Gemma 2, arXiv 2408.00118), and ``post`` after the sum with the residual stream (BERT, arXiv 1810.04805).
+
+An attention module without a residual stream is described as a block without MLP.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -37,6 +39,10 @@ ACTIVATIONS = {
 # "stacked": all queries, then all keys, then all values (Phi-3, GPT-2). "grouped": for each key head its queries, its
 # key and its value (GPT-NeoX, Falcon).
 Split = Literal["apart", "stacked", "grouped"]
+# Numbers that rotary positions (arXiv 2104.09864) rotate together: i and i + n/2 ("halves"), or 2i and 2i + 1.
+# The n cosines of a position list each angle twice: as two halves, or side by side ("repeated pairs"). "Single halves"
+# (gpt-oss) have n/2 cosines.
+Rotary = Literal["halves", "single halves", "pairs", "repeated pairs"]
 
 
 @dataclass(frozen=True)
@@ -61,10 +67,16 @@ class AttentionRoles:
         output: Path of the output projection.
         split: Layout of queries, keys and values in the outputs of the projections.
         head_size: Size d of a head. The numbers of heads follow from the sizes of the layers.
-        query_norm: Path of a norm over each query head.
-        key_norm: Path of a norm over each key head.
-        rotary: True for rotary positions (arXiv 2104.09864).
+        query_norm: Path of a norm over each query head, or over all of them.
+        key_norm: Path of a norm over each key head, or over all of them.
+        value_norm: Path of a norm without weight over each value head.
+        rotary: Rotary positions, or None.
         causal: True for causal attention.
+        whole_norms: True if the norms of queries and keys are over all heads (OLMo 2, arXiv 2501.00656).
+        norms_last: True if queries and keys are normalized after their rotation.
+        joint_gate: True if the query projection computes, for each head, its query and a gate of its output.
+        gate: Path of a projection that computes a gate of each head, or of each number, of the output.
+        sinks: Path of a parameter with an additional logit for each head, which has no value.
     """
 
     inputs: tuple[str, ...]
@@ -74,8 +86,24 @@ class AttentionRoles:
     head_size: int
     query_norm: str | None = None
     key_norm: str | None = None
-    rotary: bool = True
+    value_norm: str | None = None
+    rotary: Rotary | None = "halves"
     causal: bool = True
+    whole_norms: bool = False
+    norms_last: bool = False
+    joint_gate: bool = False
+    gate: str | None = None
+    sinks: str | None = None
+
+    def inside(self, path: str) -> AttentionRoles:
+        """Return the description in a block that has this attention at ``path``."""
+
+        def joined(name: str | None) -> str | None:
+            return None if name is None else f"{path}.{name}"
+
+        names = ("output", "query_norm", "key_norm", "value_norm", "gate", "sinks")
+        paths: dict[str, Any] = {name: joined(getattr(self, name)) for name in names}
+        return replace(self, inputs=tuple(f"{path}.{name}" for name in self.inputs), **paths)
 
     def heads(self, block: nn.Module) -> tuple[int, int]:
         """Return the numbers of query heads and key heads, from the sizes of the block's layers."""
@@ -92,14 +120,14 @@ class MLPRoles:
     Args:
         inputs: Paths of gate and up, or of one layer that computes gate and up, or of the inner layer of an MLP without
             gate.
-        activation: Path of f, see :func:`activation_kind`.
+        kind: Kernel name of f, see :data:`deltaw.kernels.rows.ACTIVATIONS`.
     """
 
     inputs: tuple[str, ...]
     output: str
     norms: Norms
     gated: bool
-    activation: str
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -107,27 +135,43 @@ class BlockRoles:
     """A transformer block.
 
     Args:
+        mlp: MLP of the block, or None for an attention module without residual stream.
         parallel: True if both halves read the block's input, False if the MLP reads the sum of the attention half.
         extra_outputs: Number of values (all None) after the hidden states in the returned tuple, or None if the block
             returns a tensor.
+        multiplier: Factor of the results of both halves before they are added to the residual stream.
     """
 
     attention: AttentionRoles
-    mlp: MLPRoles
+    mlp: MLPRoles | None
     parallel: bool = False
     extra_outputs: int | None = None
+    multiplier: float = 1.0
+
+    @property
+    def is_basic(self) -> bool:
+        """True if the kernels of complete blocks and the decoder know all parts of the block."""
+        attention = self.attention
+        flags = attention.whole_norms or attention.norms_last or attention.joint_gate
+        paths = attention.value_norm, attention.gate, attention.sinks
+        is_known_form = attention.rotary in (None, "halves") and not flags and not any(paths)
+        return is_known_form and self.mlp is not None and self.multiplier == 1.0
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Paths of the linear layers: inputs and output of attention, inputs and output of the MLP."""
-        return (*self.attention.inputs, self.attention.output, *self.mlp.inputs, self.mlp.output)
+        """Paths of the linear layers: inputs, gate and output of attention, inputs and output of the MLP."""
+        attention = self.attention
+        gate = () if attention.gate is None else (attention.gate,)
+        mlp = () if self.mlp is None else (*self.mlp.inputs, self.mlp.output)
+        return (*attention.inputs, *gate, attention.output, *mlp)
 
     @property
     def norms(self) -> tuple[str, ...]:
         """Paths of the norms without duplicates."""
         attention = self.attention
-        heads = tuple(path for path in (attention.query_norm, attention.key_norm) if path is not None)
-        return tuple(dict.fromkeys((*attention.norms.paths, *heads, *self.mlp.norms.paths)))
+        heads = filter(None, (attention.query_norm, attention.key_norm, attention.value_norm))
+        mlp = () if self.mlp is None else self.mlp.norms.paths
+        return tuple(dict.fromkeys((*attention.norms.paths, *heads, *mlp)))
 
 
 @dataclass(frozen=True)
@@ -181,21 +225,25 @@ def activation_kind(module: nn.Module) -> str | None:
     return ACTIVATIONS.get(type(module).__name__)
 
 
-def norm_form(module: nn.Module) -> NormForm | None:
+def norm_form(module: nn.Module, *, weightless: bool = False) -> NormForm | None:
     """Return the formula of a norm over the last dimension, or None if the module is not a supported norm.
 
     Classes that are not from torch run on fp32 sample values, which are compared with the formula.
+
+    Args:
+        weightless: True to support norms without parameters, which have any size.
     """
     weight = direct_parameters(module).get("weight")
-    if weight is None or weight.dim() != 1 or direct_modules(module):
+    if direct_modules(module) or (not weightless if weight is None else weight.dim() != 1):
         return None
     eps = next((vars(module)[name] for name in ("variance_epsilon", "eps") if name in vars(module)), None)
     if not isinstance(eps, float):
         return None
     if type(module) is nn.LayerNorm:
-        return NormForm(eps, 0.0, True) if weight.shape == tuple(module.normalized_shape) else None
+        is_last = weight is not None and weight.shape == tuple(module.normalized_shape)
+        return NormForm(eps, 0.0, True) if is_last else None
     bias = direct_parameters(module).get("bias")
-    size = weight.numel()
+    size = 16 if weight is None else weight.numel()
     with torch.no_grad(), without_dispatch():
         x = torch.linspace(-1.5, 2.0, size, dtype=torch.float32)[None]
         values = {"weight": torch.linspace(0.3, 0.7, size), "bias": torch.linspace(-0.2, 0.1, size)}
@@ -210,7 +258,7 @@ def norm_form(module: nn.Module) -> NormForm | None:
             middle = x - x.mean() if centered else x
             hat = middle * torch.rsqrt(middle.square().mean() + eps)
             for offset in (0.0, 1.0):
-                computed = hat * (values["weight"] + offset) + added
+                computed = (hat if weight is None else hat * (values["weight"] + offset)) + added
                 if isinstance(expected, Tensor) and torch.allclose(expected, computed, rtol=1e-4, atol=1e-5):
                     return NormForm(eps, offset, centered)
     return None

@@ -25,10 +25,10 @@ from deltaw.kernels.block import supports as serves_block
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.loader import supports as serves_compiled
 from deltaw.kernels.operators import PLAIN_TYPES, can_call_directly
-from deltaw.kernels.rows import HalfNorms, Norm
+from deltaw.kernels.rows import HalfNorms, Norm, split_pairs
 from deltaw.kernels.torch_modules import are_hooked, direct_buffers, direct_modules, direct_parameters
 from deltaw.lora.layers import LoRAConv1D, LoRALinear
-from deltaw.runtime.block_roles import BlockRoles, Norms, activation_kind, module_at
+from deltaw.runtime.block_roles import BlockRoles, Norms, Rotary, module_at
 from deltaw.runtime.halves import (
     AttentionContext,
     AttentionHalf,
@@ -40,7 +40,8 @@ from deltaw.runtime.halves import (
 )
 from deltaw.runtime.partial import PartialLayout, layer_index_of
 from deltaw.runtime.projections import Projection, can_project, factors_of, make_norm, select_rows
-from deltaw.runtime.recognition import AttentionConfig, signature
+from deltaw.runtime.recognition import AttentionConfig
+from deltaw.runtime.signatures import signature
 
 # Up to this share of outputs, only the needed outputs of a block are computed.
 MAX_OUTPUT_SHARE = 0.9
@@ -183,7 +184,7 @@ class FusedBlock:
         halves = None if layout is None or (rotary and embeddings is None) else self._current_halves(hidden_states)
         if halves is None or layout is None:
             return self.original_forward(hidden_states, *args, **kwargs)
-        cosine, sine = _rotary_tables(embeddings, layout) if rotary and embeddings is not None else (None, None)
+        cosine, sine = _rotary_tables(embeddings, layout, rotary) if rotary and embeddings is not None else (None, None)
         if isinstance(layout, PartialLayout):
             context = AttentionContext(layout.row_layout, cosine, sine, None, layout, layer_index_of(self.block))
         else:
@@ -201,7 +202,8 @@ class FusedBlock:
 
     def _layout(self, hidden: Tensor, arguments: dict[str, Any]) -> Layout | PartialLayout | None:
         """Return the layout of a call, or None if the call is not supported."""
-        unsupported = (v is not None and v is not False and name not in _SUPPORTED for name, v in arguments.items())
+        supported = _SUPPORTED if _uses_shared_keys(self.block) else {*_SUPPORTED, "shared_kv_states"}
+        unsupported = (v is not None and v is not False and name not in supported for name, v in arguments.items())
         if hidden.dim() != 3 or not is_on_supported_device(hidden) or any(unsupported):
             return None
         return self.layouts(hidden, arguments, self.roles.attention.causal)
@@ -244,7 +246,8 @@ class FusedBlock:
         """True if all layers are supported, only their factors are trained, and norms have the type of the input."""
         if not self._layers or not all(can_project(layer) for layer in self._layers):
             return False
-        if any(direct_parameters(norm)["weight"].dtype != hidden.dtype for norm in self._norms):  # type: ignore[union-attr]
+        weights = [direct_parameters(norm).get("weight") for norm in self._norms]
+        if any(weight is not None and weight.dtype != hidden.dtype for weight in weights):
             return False
         # Only the compiled kernel supports bidirectional attention.
         attention = self.roles.attention
@@ -255,20 +258,48 @@ class FusedBlock:
         return all(id(p) in factors for p in self._parameters if p.requires_grad)
 
     def _build_halves(self) -> Halves | None:
-        attention = self.roles.attention
-        mlp = self.roles.mlp
         norms = {p: make_norm(m) for p, m in zip(self.roles.norms, self._norms, strict=True)}
-        kind = activation_kind(module_at(self.block, mlp.activation))
-        if kind is None or any(norm is None for norm in norms.values()):
+        if any(norm is None for norm in norms.values()):
             return None
-        layers = [Projection(layer) for layer in self._layers]
-        count = len(attention.inputs)
-        options = {**vars(self.config), "causal": attention.causal}
-        heads = (*attention.heads(self.block), attention.head_size, attention.split == "grouped")
-        query_norm, key_norm = (norms.get(path or "") for path in (attention.query_norm, attention.key_norm))
-        attention_arguments = (*heads, query_norm, key_norm, options)
-        first = AttentionHalf(_half_norms(attention.norms, norms), layers[:count], layers[count], *attention_arguments)
-        return first, MLPHalf(_half_norms(mlp.norms, norms), layers[count + 1 : -1], layers[-1], mlp.gated, kind)
+        layers = dict(zip(self.roles.layers, map(Projection, self._layers), strict=True))
+        attention = self.roles.attention
+        heads, key_heads = attention.heads(self.block)
+        options: dict[str, Any] = {**vars(self.config), "causal": attention.causal}
+        module = _module_or_block(self.block, attention.inputs[0].rpartition(".")[0])
+        options["scaling"] *= vars(module).get("key_multiplier", 1.0)  # Falcon-H1
+        if attention.sinks is not None:
+            options["sinks"] = direct_parameters(module)["sinks"]
+        first = AttentionHalf(
+            norms=_half_norms(attention.norms, norms),
+            inputs=[layers[path] for path in attention.inputs],
+            output=layers[attention.output],
+            heads=heads,
+            key_heads=key_heads,
+            head_size=attention.head_size,
+            grouped=attention.split == "grouped",
+            query_norm=norms.get(attention.query_norm or ""),
+            key_norm=norms.get(attention.key_norm or ""),
+            value_norm=norms.get(attention.value_norm or ""),
+            options=options,
+            pairs=attention.rotary in ("pairs", "repeated pairs"),
+            norms_last=attention.norms_last,
+            joint_gate=attention.joint_gate,
+            gate=layers.get(attention.gate or ""),
+            residual=self.roles.mlp is not None,
+            multiplier=self.roles.multiplier,
+        )
+        mlp = self.roles.mlp
+        if mlp is None:
+            return first, None
+        second = MLPHalf(
+            norms=_half_norms(mlp.norms, norms),
+            inputs=[layers[path] for path in mlp.inputs],
+            output=layers[mlp.output],
+            gated=mlp.gated,
+            kind=mlp.kind,
+            multiplier=self.roles.multiplier,
+        )
+        return first, second
 
     def _is_observed(self) -> bool:
         """True if modules inside the block have hooks, a replaced forward or active dropout."""
@@ -291,8 +322,10 @@ class FusedBlock:
         else:
             if x.device.type != "cpu":
                 halves = convert_factors(halves, x.dtype)
-            y = run_attention(x, halves[0], context)
-            y = run_mlp(select_rows(x, indices), y, halves[1]) if self.roles.parallel else run_mlp(y, None, halves[1])
+            attention, mlp = halves
+            y = run_attention(x, attention, context)
+            if mlp is not None:
+                y = run_mlp(select_rows(x, indices), y, mlp) if self.roles.parallel else run_mlp(y, None, mlp)
         y = y if indices is None else y.new_zeros(x.shape).index_copy(0, indices, y)
         return y.view(hidden.shape)
 
@@ -302,7 +335,7 @@ class FusedBlock:
             return self._compiled
         attention, mlp = halves
         parallel = self.roles.parallel
-        if not serves_block(hidden, attention, mlp, parallel):
+        if mlp is None or not self.roles.is_basic or not serves_block(hidden, attention, mlp, parallel):
             return None
         layers = [*attention.projections, *mlp.projections]
         if len({layer.lora_A.requires_grad for layer in layers if layer.lora_A is not None}) > 1:
@@ -313,8 +346,20 @@ class FusedBlock:
         return self._compiled
 
 
+def _module_or_block(block: nn.Module, path: str) -> nn.Module:
+    return module_at(block, path) if path else block
+
+
 def _half_norms(paths: Norms, norms: dict[str, Norm | None]) -> HalfNorms:
     return HalfNorms(*(norms.get(path or "") for path in (paths.before, paths.after, paths.post)))
+
+
+def _uses_shared_keys(attention: nn.Module) -> bool:
+    """True if an attention module uses keys of another layer, or stores its keys for another layer (Gemma 4)."""
+    table = vars(attention)
+    if table.get("is_kv_shared_layer", True):
+        return True
+    return bool(table.get("store_full_length_kv", True)) and getattr(table["config"], "num_kv_shared_layers", 1) != 0
 
 
 def is_on_supported_device(hidden: Tensor) -> bool:
@@ -345,13 +390,23 @@ def _append_tensors(modules: list[nn.Module], state: list[Any]) -> None:
     state += map(_REQUIRES_GRAD, tensors)
 
 
-def _rotary_tables(embeddings: tuple[Tensor, Tensor], layout: Layout | PartialLayout) -> tuple[Tensor, Tensor]:
-    """Return fp32 cosines and sines (T, n) of all rows, concatenated. Computed once per forward pass for all blocks."""
-    cached = layout.cached_tensors.get(id(embeddings[0]))
+def _rotary_tables(
+    embeddings: tuple[Tensor, Tensor], layout: Layout | PartialLayout, rotary: Rotary
+) -> tuple[Tensor, Tensor]:
+    """Return fp32 cosines and sines (T, n) of all rows, concatenated, with angles listed as two halves.
+
+    Computed once per forward pass for all blocks.
+    """
+    key = id(embeddings[0]), rotary
+    cached = layout.cached_tensors.get(key)
     if cached is None or cached[0] is not embeddings[0]:
         if len(layout.cached_tensors) >= 8:  # bound the memory of reused layouts
             layout.cached_tensors.clear()
         length = embeddings[0].shape[1]
-        tables = tuple(t.expand(layout.length // length, -1, -1).flatten(0, 1).float().contiguous() for t in embeddings)
-        cached = layout.cached_tensors[id(embeddings[0])] = (embeddings[0], *tables)
+        tables = [t.expand(layout.length // length, -1, -1).flatten(0, 1).float().contiguous() for t in embeddings]
+        if rotary == "repeated pairs":
+            tables = [split_pairs(t, t.shape[-1]) for t in tables]
+        elif rotary == "single halves":
+            tables = [torch.cat([t, t], -1) for t in tables]
+        cached = layout.cached_tensors[key] = (embeddings[0], *tables)
     return cached[1], cached[2]

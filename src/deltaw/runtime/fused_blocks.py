@@ -1,8 +1,9 @@
 """Recognition, verification and installation of fused blocks.
 
 The description of each kind of block is found and verified once, in fp32 on a small copy of the model
-(``recognition``). The model also runs a sample, to record the attention parameters of each block (scaling, window,
-soft cap). If any block cannot be verified, the model runs unfused.
+(``recognition``), and that of its attention module before it. The model also runs a sample, to record the attention
+parameters of each block (scaling, window, soft cap). A block that cannot be verified runs the model's code, with fused
+attention if its attention module was verified, and with fused norms and MLPs.
 
 A :class:`Mode` defines the route of layouts to the blocks: packed rows (``packed``) or padded rows (``padded``).
 """
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaw.hub.skeletons import has_values
@@ -27,18 +28,19 @@ from deltaw.kernels import compiled
 from deltaw.kernels.operators import simulated_device
 from deltaw.kernels.torch_modules import direct_modules
 from deltaw.machine.choices import Choice
-from deltaw.runtime.block_roles import BlockRoles, norm_form
+from deltaw.runtime.block_roles import AttentionRoles, BlockRoles, norm_form
 from deltaw.runtime.fused import FusedBlock, FusedNorm, Layouts
 from deltaw.runtime.fused_parts import FusedMLP, fused_parts
 from deltaw.runtime.recognition import (
     AttentionConfig,
     BlockCall,
-    Signature,
     blocks_of,
+    candidates,
     find_roles,
+    module_candidates,
     relative_difference,
-    signature,
 )
+from deltaw.runtime.signatures import Signature, signature
 from deltaw.runtime.small_copy import measure_once
 
 # Device types of fused blocks, and the maximum relative difference from the model's code in 16-bit types.
@@ -84,11 +86,23 @@ class Mode:
     inputs: Callable[[PreTrainedModel], dict[str, Any]]
 
 
+Kind = tuple[Signature, tuple[bool, bool]]
+
+
 @dataclass
 class RecognizedBlocks:
-    """Descriptions by kind of block, and the reason for their acceptance or rejection."""
+    """Result of the recognition on a small copy.
 
-    kinds: dict[tuple[Signature, tuple[bool, bool]], BlockRoles] = field(default_factory=dict)
+    Attributes:
+        kinds: Descriptions by kind of block.
+        attention: Descriptions by kind of attention module.
+        rejected: Reasons by kind of block.
+        why: Reason for the acceptance of the last kind, or for the rejection of all.
+    """
+
+    kinds: dict[Kind, BlockRoles] = field(default_factory=dict)
+    attention: dict[Kind, BlockRoles] = field(default_factory=dict)
+    rejected: dict[Kind, str] = field(default_factory=dict)
     why: str = ""
 
 
@@ -96,15 +110,19 @@ class RecognizedBlocks:
 class FusedBlocks:
     """Fused blocks of a model.
 
+    Other blocks run the model's code with fused attention, norms and MLPs, as far as these were recognized.
+
     Attributes:
-        blocks: Blocks in the order of the model. Empty if they were not recognized.
-        choice: True if they are used, with the reason.
+        blocks: Fused blocks in the order of the model.
+        choice: True if all blocks are fused, with the reason.
         backbone: Module that contains the blocks.
         path: Path of the list of blocks within the backbone.
         recognized: Descriptions, for blocks that are replaced later.
-        configs: Attention parameters of each block, for blocks that are replaced later.
+        configs: Attention parameters of each block, for blocks that are replaced later. None for other blocks.
+        attention: Attention parameters by path of the attention modules in other blocks.
         norm: Norm after the last block, if supported.
-        separate_parts: True if norms and MLPs inside the blocks run fused because the blocks are not.
+        separate_parts: True if parts inside of other blocks run fused.
+        fuses_attention: True if attention runs fused in all blocks that have attention.
     """
 
     blocks: list[FusedBlock]
@@ -112,15 +130,18 @@ class FusedBlocks:
     backbone: nn.Module | None = None
     path: str = ""
     recognized: RecognizedBlocks = field(default_factory=RecognizedBlocks)
-    config: list[AttentionConfig] = field(default_factory=list)
+    configs: list[AttentionConfig | None] = field(default_factory=list)
+    attention: dict[str, AttentionConfig] = field(default_factory=dict)
     layouts: Layouts | None = None
     norm: FusedNorm | None = None
     separate_parts: bool = False
+    fuses_attention: bool = False
+    _fused_attention: dict[str, FusedBlock] = field(default_factory=dict)
 
     @property
     def last(self) -> FusedBlock | None:
         """The fused form of the model's last block, if available."""
-        if not self.choice.value or not self.blocks or self.backbone is None:
+        if not self.blocks or self.backbone is None:
             return None
         blocks = list(self.backbone.get_submodule(self.path).children())
         return self.blocks[-1] if self.blocks[-1].block is blocks[-1] else None
@@ -142,30 +163,46 @@ class FusedBlocks:
 
     def _parts(self) -> list[tuple[nn.Module, FusedBlock | FusedNorm | FusedMLP]]:
         """Return modules with their fused forward functions."""
-        if self.separate_parts and self.backbone is not None:
-            blocks = blocks_of(self.backbone)
-            norm = final_norm(self.backbone)
-            last = [] if norm is None else [FusedNorm(norm)]
-            inside = [] if blocks is None else fused_parts(blocks[1])
-            return [(part.module, part) for part in (*inside, *last)]
-        if not self.choice.value:
-            return []
         parts: list[tuple[nn.Module, FusedBlock | FusedNorm | FusedMLP]] = [(b.block, b) for b in self.blocks]
+        if self.separate_parts and self.backbone is not None:
+            attention = self._attention_parts(self.backbone)
+            parts += [(fused.block, fused) for fused in attention]
+            modules = [module for module, _ in parts]
+            block_list = blocks_of(self.backbone)
+            for block in [] if block_list is None else block_list[1]:
+                if block not in modules:
+                    parts += [(part.module, part) for part in fused_parts(block, modules)]
         if self.norm is not None:
             parts.append((self.norm.module, self.norm))
         return parts
+
+    def _attention_parts(self, backbone: nn.Module) -> list[FusedBlock]:
+        """Return the fused attention modules, updated for modules that were replaced."""
+        modules = dict(backbone.named_modules())
+        current = {}
+        for path, config in self.attention.items():
+            fused = self._fused_attention.get(path)
+            module = modules.get(path)
+            if fused is not None and fused.block is module:
+                current[path] = fused
+            elif module is not None and self.layouts is not None:
+                roles = self.recognized.attention.get((signature(module), config.kind))
+                if roles is not None:
+                    current[path] = FusedBlock(module, roles, config, self.layouts)
+        self._fused_attention = current
+        return list(current.values())
 
     def _update_blocks(self) -> None:
         """Update the blocks and the final norm for modules that were replaced.
 
         Modules of a recognized kind run fused.
         """
-        if self.backbone is None or self.layouts is None or not self.choice.value:
+        if self.backbone is None:
             return
-        current = list(self.backbone.get_submodule(self.path).children())
-        if [fused.block for fused in self.blocks] != current:
+        if self.configs:
+            current = list(self.backbone.get_submodule(self.path).children())
             fused_by_id = {id(fused.block): fused for fused in self.blocks}
-            if len(current) == len(self.config):
+            if len(current) == len(self.configs):
                 updated = [fused_by_id.get(id(b)) or self._fuse(b, n) for n, b in enumerate(current)]
                 self.blocks = [fused for fused in updated if fused is not None]
             else:  # blocks were added or removed, so the recorded attention parameters do not apply
@@ -176,10 +213,11 @@ class FusedBlocks:
 
     def _fuse(self, block: nn.Module, index: int) -> FusedBlock | None:
         """Return the fused form of a block at an index, if its kind was verified."""
-        roles = self.recognized.kinds.get((signature(block), self.config[index].kind))
-        if roles is None or self.layouts is None:
+        config = self.configs[index]
+        if config is None or self.layouts is None:
             return None
-        return FusedBlock(block, roles, self.config[index], self.layouts)
+        roles = self.recognized.kinds.get((signature(block), config.kind))
+        return None if roles is None else FusedBlock(block, roles, config, self.layouts)
 
 
 def final_norm(backbone: nn.Module) -> nn.Module | None:
@@ -202,7 +240,7 @@ def recognize(model: PreTrainedModel, mode: Mode) -> FusedBlocks:
     path, block_modules = block_list
     try:
         recognized = measure_once(_RECOGNIZED, backbone, lambda small: _recognize_kinds(small, mode), mode.name)
-        if not recognized.kinds:
+        if not recognized.kinds and not recognized.attention:
             return _separate_parts(backbone, recognized.why)
         recorded = recording_configs(), _recorded_calls(list(block_modules))
         with mode.attention(model), torch.no_grad(), recorded[0] as notes, recorded[1] as calls:
@@ -211,20 +249,43 @@ def recognize(model: PreTrainedModel, mode: Mode) -> FusedBlocks:
         return _separate_parts(backbone, f"{type(error).__name__}: {str(error)[:100]}")
     configs = _configs(list(block_modules), notes)
     blocks: list[FusedBlock] = []
+    reasons: list[str] = []
     for index, block in enumerate(block_modules):
         config = configs.get(index)
-        roles = recognized.kinds.get((signature(block), (config or AttentionConfig(1.0)).kind))
-        if roles is None or (notes and config is None):
-            return _separate_parts(backbone, f"block {index} ({type(block).__name__}) has an unverified kind")
-        config = config or AttentionConfig(roles.attention.head_size**-0.5)
-        blocks.append(FusedBlock(block, roles, config, mode.layouts))
+        kind = signature(block), (config or AttentionConfig(1.0)).kind
+        roles = recognized.kinds.get(kind) if config is not None or not notes else None
+        if roles is None:
+            unverified = f"block {index} ({type(block).__name__}) has an unverified kind"
+            reasons.append(recognized.rejected.get(kind, unverified))
+        else:
+            config = config or AttentionConfig(roles.attention.head_size**-0.5)
+            blocks.append(FusedBlock(block, roles, config, mode.layouts))
     if model.device.type != "cpu" and has_values(model) and (why := _mismatch(calls, blocks, mode, model)):
         return FusedBlocks([], Choice(False, why))
+    config_of_block = {id(fused.block): fused.config for fused in blocks}
     norm = final_norm(backbone)
-    block_configs = [fused.config for fused in blocks]
-    fused_norm = None if norm is None else FusedNorm(norm)
-    choice = Choice(True, recognized.why)
-    return FusedBlocks(blocks, choice, backbone, path, recognized, block_configs, mode.layouts, fused_norm)
+    result = FusedBlocks(
+        blocks=blocks,
+        choice=Choice(False, reasons[0]) if reasons else Choice(True, recognized.why),
+        backbone=backbone,
+        path=path,
+        recognized=recognized,
+        configs=[config_of_block.get(id(block)) for block in block_modules],
+        layouts=mode.layouts,
+        norm=None if norm is None else FusedNorm(norm),
+        separate_parts=bool(reasons),
+    )
+    inside = {id(module) for fused in blocks for module in fused.block.modules()}
+    others = [(module, config) for module, config in notes if id(module) not in inside]
+    if model.device.type == "cpu":
+        paths = {id(module): path for path, module in backbone.named_modules()}
+        result.attention = {
+            paths[id(module)]: config
+            for module, config in others
+            if (signature(module), config.kind) in recognized.attention and id(module) in paths
+        }
+    result.fuses_attention = bool(notes) and len(result.attention) == len(others)
+    return result
 
 
 def _separate_parts(backbone: PreTrainedModel, why: str) -> FusedBlocks:
@@ -236,50 +297,81 @@ _RECOGNIZED: dict[tuple[Any, ...], RecognizedBlocks] = {}
 
 
 def _recognize_kinds(small: PreTrainedModel, mode: Mode) -> RecognizedBlocks:
-    """Run a small model in this mode, and find a matching description for each kind of block."""
+    """Run a small model in this mode, and find a matching description for each kind of block and attention module."""
     block_list = blocks_of(small)
     if block_list is None:
         return RecognizedBlocks(why="the model has no list of blocks")
     blocks = list(block_list[1])
     recognized = RecognizedBlocks()
     with mode.attention(small):
-        with torch.no_grad(), recording_configs() as notes, _recorded_calls(blocks) as calls:
+        with torch.no_grad(), recording_configs() as notes:
             inputs = mode.inputs(small)
             small(**inputs)
         configs = _configs(blocks, notes)
-        if [call.block for call in calls] != blocks or (notes and len(configs) != len(blocks)):
-            return RecognizedBlocks(why="attention is not called exactly once per block")
+        modules = {index: next(m for m, _ in notes if m in set(blocks[index].modules())) for index in configs}
+        with torch.no_grad(), _recorded_calls([*blocks, *modules.values()]) as recorded:
+            small(**inputs)
+        counts = Counter(id(call.block) for call in recorded)
+        token_mask = inputs.get("attention_mask")
+        once = [call for call in recorded if counts[id(call.block)] == 1]
+        calls = {id(call.block): dataclasses.replace(call, token_mask=token_mask) for call in once}
 
         def run(block: nn.Module, roles: BlockRoles, config: AttentionConfig) -> FusedBlock:
             fused = FusedBlock(block, roles, config, mode.layouts)
             fused.original_forward = _reject_call
             return fused
 
-        for index, call in enumerate(calls):
-            config = configs.get(index)
-            kind = (signature(call.block), (config or AttentionConfig(1.0)).kind)
-            if kind in recognized.kinds:
+        tried: set[Kind] = set()
+        for index, module in modules.items():
+            config = configs[index]
+            kind = signature(module), config.kind
+            if kind not in tried and id(module) in calls:
+                call = dataclasses.replace(calls[id(module)], config=config)
+                roles, _ = find_roles(call, module_candidates(module), run)
+                if roles is not None:
+                    recognized.attention[kind] = roles
+            tried.add(kind)
+        for index, block in enumerate(blocks):
+            block_config = configs.get(index)
+            kind = signature(block), (block_config or AttentionConfig(1.0)).kind
+            if kind in recognized.kinds or kind in recognized.rejected:
                 continue
-            call = dataclasses.replace(call, config=config, token_mask=inputs.get("attention_mask"))
-            roles, why = find_roles(call, run)
+            if id(block) not in calls or (notes and block_config is None):
+                why = "it does not call attention exactly once"
+                roles = None
+            else:
+                call = dataclasses.replace(calls[id(block)], config=block_config)
+                known = _attention_of(block, modules.get(index), block_config, recognized)
+                roles, why = find_roles(call, candidates(block, known), run)
             if roles is None:
-                return RecognizedBlocks(why=f"{type(call.block).__name__} is not supported: {why}")
-            recognized.kinds[kind] = roles
-            recognized.why = why
+                recognized.rejected[kind] = f"{type(block).__name__} is not supported: {why}"
+            else:
+                recognized.kinds[kind] = roles
+            recognized.why = recognized.rejected.get(kind, why)
     return recognized
 
 
+def _attention_of(
+    block: nn.Module, module: nn.Module | None, config: AttentionConfig | None, recognized: RecognizedBlocks
+) -> AttentionRoles | None:
+    """Return the verified description of the attention module in a block, with paths in the block."""
+    roles = None if module is None or config is None else recognized.attention.get((signature(module), config.kind))
+    path = next((path for path, inner in block.named_modules() if inner is module), "")
+    return roles.attention.inside(path) if roles is not None and path else None
+
+
 @contextlib.contextmanager
-def _recorded_calls(blocks: list[nn.Module]) -> Iterator[list[BlockCall]]:
-    """Context that records the calls of blocks in a list."""
+def _recorded_calls(modules: list[nn.Module]) -> Iterator[list[BlockCall]]:
+    """Context that records the calls of blocks or attention modules in a list."""
     calls: list[BlockCall] = []
 
     def record_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         kwargs_copy = dict(kwargs)
-        hidden = args[0] if args else kwargs_copy.pop("hidden_states")
-        calls.append(BlockCall(module, hidden, args[1:], kwargs_copy, output))
+        hidden = args[0] if args else kwargs_copy.pop("hidden_states", None)
+        if isinstance(hidden, Tensor):
+            calls.append(BlockCall(module, hidden, args[1:], kwargs_copy, output))
 
-    hooks = [block.register_forward_hook(record_call, with_kwargs=True) for block in blocks]
+    hooks = [module.register_forward_hook(record_call, with_kwargs=True) for module in modules]
     try:
         yield calls
     finally:
@@ -293,7 +385,8 @@ def _mismatch(calls: list[BlockCall], blocks: list[FusedBlock], mode: Mode, mode
     The descriptions were verified on a CPU. This compares one block of each kind with the model's code on the device,
     in the precision of the weights.
     """
-    kinds = {(fused.roles, fused.config.kind): (call, fused) for call, fused in zip(calls, blocks, strict=True)}
+    call_of = {id(call.block): call for call in calls}
+    kinds = {(fused.roles, fused.config.kind): (call_of[id(fused.block)], fused) for fused in blocks}
     for call, fused in kinds.values():
         original_forward = fused.original_forward
         fused.original_forward = _reject_call

@@ -15,7 +15,7 @@ computed only for these positions, and keys and values for all tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -34,11 +34,18 @@ _Half = TypeVar("_Half", bound="Half")
 
 @dataclass
 class Half:
-    """Parts of half a block: norms, input projections and output projection."""
+    """Parts of half a block: norms, input projections and output projection.
+
+    Args:
+        residual: True to add the result to the residual stream.
+        multiplier: Factor of the result before it is added.
+    """
 
     norms: HalfNorms
     inputs: Sequence[Projection]
     output: Projection
+    residual: bool = field(default=True, kw_only=True)
+    multiplier: float = field(default=1.0, kw_only=True)
 
     @property
     def projections(self) -> list[Projection]:
@@ -56,7 +63,11 @@ class AttentionHalf(Half):
 
     Args:
         grouped: Layout of a combined projection, see :func:`deltaw.runtime.projections.head_views`.
-        options: Attention options: scaling, window, softcap, causal.
+        options: Attention options: scaling, window, softcap, causal, sinks.
+        pairs: True if adjacent numbers are rotated together.
+        norms_last: True if queries and keys are normalized after their rotation.
+        joint_gate: True if the query projection computes, for each head, its query and a gate of its output.
+        gate: Projection of a gate of each head, or of each number, of the output.
     """
 
     heads: int
@@ -65,7 +76,25 @@ class AttentionHalf(Half):
     grouped: bool
     query_norm: Norm | None
     key_norm: Norm | None
+    value_norm: Norm | None
     options: dict[str, Any]
+    pairs: bool = False
+    norms_last: bool = False
+    joint_gate: bool = False
+    gate: Projection | None = None
+
+    @property
+    def projections(self) -> list[Projection]:
+        return [*self.input_layers, self.output]
+
+    @property
+    def input_layers(self) -> list[Projection]:
+        """Projections of the half's input: those of queries, keys and values, and of the gate."""
+        return [*self.inputs, *([] if self.gate is None else [self.gate])]
+
+    def with_layers(self, by_id: dict[int, Projection]) -> AttentionHalf:
+        half = super().with_layers(by_id)
+        return half if self.gate is None else replace(half, gate=by_id.get(id(self.gate), self.gate))
 
 
 @dataclass
@@ -74,12 +103,10 @@ class MLPHalf(Half):
 
     Args:
         kind: Activation function, a name of :data:`deltaw.kernels.rows.ACTIVATIONS`.
-        residual: True to add the result to the residual stream.
     """
 
     gated: bool
     kind: str
-    residual: bool = True
 
 
 @dataclass
@@ -131,16 +158,15 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, half: AttentionHalf, context: AttentionContext, *factors: Tensor) -> Tensor:
-        norms = half.norms
-        output_indices = context.output_indices
-        (q, k, v), h, input_tensors = _attention_inputs(x, half, context)
+        (q, k, v, gate), h, input_tensors = _attention_inputs(x, half, context)
         k, v = (k, v) if context.partial is None else context.partial.update_keys(context.layer_index, k, v)
         out, saved = attend(q, k, v, context.layout, rows=context.query_indices, **half.options)
-        y, h_o, end_tensors = _finish_half(half.output, out.flatten(1), select_rows(x, output_indices), norms)
+        stream = select_rows(x, context.output_indices) if half.residual else None
+        y, h_o, end_tensors = _finish_half(half, _apply_gate(out, gate), stream)
         ctx.half = half
         ctx.context = context
         ctx.count = len(h)
-        ctx.save_for_backward(x, *h, h_o, q, k, v, out, *input_tensors, *end_tensors, *saved)
+        ctx.save_for_backward(x, *h, h_o, q, k, v, gate, out, *input_tensors, *end_tensors, *saved)
         return y
 
     @staticmethod
@@ -150,36 +176,37 @@ class _Attention(torch.autograd.Function):
         context: AttentionContext = ctx.context
         x, *rest = ctx.saved_tensors
         h = rest[: ctx.count]
-        h_o, q, k, v, out, *rest = rest[ctx.count :]
-        input_tensors = rest[:5]
-        end_tensors = rest[5:9]
-        saved = rest[9:]
-        grad, output_grad = _finish_half_backward(grads[0].contiguous(), end_tensors, half.norms)
+        h_o, q, k, v, gate, out, *rest = rest[ctx.count :]
+        input_tensors = rest[:7]
+        end_tensors = rest[7:11]
+        saved = rest[11:]
+        grad, output_grad = _finish_half_backward(grads[0].contiguous(), end_tensors, half)
         d_out, narrow = half.output.backward(output_grad, None, True)
-        output_factor_grads = half.output.factors_backward(out.flatten(1), h_o, output_grad, narrow)
+        output_factor_grads = half.output.factors_backward(_apply_gate(out, gate), h_o, output_grad, narrow)
+        d_out, d_gate = _gate_backward(d_out.view_as(out), out, gate)
         options = {"rows": context.query_indices, **half.options}
-        d_q, d_k, d_v = attend_backward(d_out.view_as(out), q, k, v, out, saved, context.layout, **options)
+        d_q, d_k, d_v = attend_backward(d_out, q, k, v, out, saved, context.layout, **options)
         del d_out
-        head_grads = [d_q, context.local_gradient(d_k), context.local_gradient(d_v)]
-        del d_q, d_k, d_v
+        head_grads = [d_q, context.local_gradient(d_k), context.local_gradient(d_v), d_gate]
+        del d_q, d_k, d_v, d_gate
         d_x, factor_grads = _attention_inputs_backward(ctx, x, h, input_tensors, head_grads, grad)
         return d_x, None, None, *_adapted_only(half.projections, [*factor_grads, *output_factor_grads])
 
 
 class _AttentionInputs(torch.autograd.Function):
-    """Queries, keys and values, for attention that autograd differentiates, and the residual stream (a view of x).
+    """Queries, keys, values and gate, for attention that autograd differentiates, and the residual stream.
 
-    The backward adds the gradient of the stream in the kernel of the norm.
+    The stream is a view of x. The backward adds its gradient in the kernel of the norm.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, half: AttentionHalf, context: AttentionContext, *factors: Tensor) -> Any:
-        (q, k, v), h, input_tensors = _attention_inputs(x, half, context)
+        (q, k, v, gate), h, input_tensors = _attention_inputs(x, half, context)
         ctx.half = half
         ctx.context = context
         ctx.count = len(h)
         ctx.save_for_backward(x, *h, *input_tensors)
-        return q, k, v, x.view_as(x)
+        return q, k, v, gate, x.view_as(x) if half.residual else None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -189,15 +216,15 @@ class _AttentionInputs(torch.autograd.Function):
         tensors = rest[ctx.count :]
         *head_grads, grad = grads
         d_x, factor_grads = _attention_inputs_backward(ctx, x, h, tensors, head_grads, grad)
-        return d_x, None, None, *_adapted_only(ctx.half.inputs, factor_grads)
+        return d_x, None, None, *_adapted_only(ctx.half.input_layers, factor_grads)
 
 
 class _AttentionOutput(torch.autograd.Function):
     """Output projection of the attention outputs (T, n), and the sum with the residual stream."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, stream: Tensor, half: AttentionHalf, *factors: Tensor) -> Tensor:
-        y, h, end_tensors = _finish_half(half.output, out, stream, half.norms)
+    def forward(ctx: Any, out: Tensor, stream: Tensor | None, half: AttentionHalf, *factors: Tensor) -> Tensor:
+        y, h, end_tensors = _finish_half(half, out, stream)
         ctx.half = half
         ctx.save_for_backward(out, h, *end_tensors)
         return y
@@ -207,10 +234,10 @@ class _AttentionOutput(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         out, h, *end_tensors = ctx.saved_tensors
         output: Projection = ctx.half.output
-        grad, output_grad = _finish_half_backward(grads[0].contiguous(), end_tensors, ctx.half.norms)
+        grad, output_grad = _finish_half_backward(grads[0].contiguous(), end_tensors, ctx.half)
         d_out, narrow = output.backward(output_grad, None, True)
         factor_grads = output.factors_backward(out, h, output_grad, narrow)
-        return d_out, grad, None, *_adapted_only([output], factor_grads)
+        return d_out, grad if ctx.half.residual else None, None, *_adapted_only([output], factor_grads)
 
 
 def run_attention(x: Tensor, half: AttentionHalf, context: AttentionContext) -> Tensor:
@@ -222,13 +249,14 @@ def run_attention(x: Tensor, half: AttentionHalf, context: AttentionContext) -> 
         return _Attention.apply(x, half, context, *factors_of(half.projections))
     indices = context.output_indices
     context = replace(context, output_indices=None)
-    *heads, stream = _AttentionInputs.apply(x, half, context, *factors_of(half.inputs))
+    *heads, gate, stream = _AttentionInputs.apply(x, half, context, *factors_of(half.input_layers))
     q, k, v = (t.transpose(0, 1) for t in heads)
     if context.partial is not None:
         out = partial_attention(q, k, v, context.partial, context.layer_index, **half.options)
     else:
         out = packed_attention(q, k, v, context.layout, **half.options)
-    out, stream = (select_rows(t, indices) for t in (out.transpose(0, 1).flatten(1), stream))
+    out = select_rows(_apply_gate(out.transpose(0, 1), gate), indices)
+    stream = None if stream is None else select_rows(stream, indices)
     return _AttentionOutput.apply(out, stream, half, *factors_of([half.output]))
 
 
@@ -245,7 +273,7 @@ class _MLP(torch.autograd.Function):
         gate, up = _gate_and_up(inner, half)
         end_tensors: tuple[Tensor | None, ...]
         residual = (x if stream is None else stream) if half.residual else None
-        y, h_o, end_tensors = _finish_half(half.output, rows.activation(gate, up, half.kind), residual, norms)
+        y, h_o, end_tensors = _finish_half(half, rows.activation(gate, up, half.kind), residual)
         ctx.half = half
         ctx.has_stream = stream is not None
         ctx.count = len(inner)
@@ -261,7 +289,7 @@ class _MLP(torch.autograd.Function):
         inner = rest[: ctx.count]
         h = rest[ctx.count : 2 * ctx.count]
         h_o, *end_tensors = rest[2 * ctx.count :]
-        grad, above = _finish_half_backward(grads[0].contiguous(), end_tensors, norms)
+        grad, above = _finish_half_backward(grads[0].contiguous(), end_tensors, half)
         d_y, narrow = half.output.backward(above, None, True)
         d_gate, d_up, y = rows.activation_backward(d_y, *_gate_and_up(inner, half), half.kind)
         del d_y
@@ -287,53 +315,83 @@ class _MLP(torch.autograd.Function):
 
 def _attention_inputs(
     x: Tensor, half: AttentionHalf, context: AttentionContext
-) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor], tuple[Tensor | None, ...]]:
-    """Return normalized and rotated queries, keys and values, the x·A products of the layers, and tensors for
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], list[Tensor], tuple[Tensor | None, ...]]:
+    """Return normalized and rotated queries and keys, values and gate, the x·A products of the layers, and tensors for
     :func:`_attention_inputs_backward`.
     """
     n, stats = (x, None) if half.norms.before is None else half.norms.before(x)
-    (q, k, v), h = _queries_keys_values(n, half, context.output_indices)
+    (q, k, v, gate), h = _queries_keys_values(n, half, context.output_indices)
     del n
-    raw_q = raw_k = stats_q = stats_k = None
     if len(half.inputs) == 1 and (context.rotary or half.query_norm is not None):
         v = v.contiguous()  # queries and keys are replaced below; a view would keep the combined output alive
+    if half.norms_last:
+        q, k = _rotate(q, k, half, context)
+    raw_q = raw_k = raw_v = stats_q = stats_k = stats_v = None
     if half.query_norm is not None:
         raw_q = q
         q, stats_q = half.query_norm.over_heads(q)
     if half.key_norm is not None:
         raw_k = k
         k, stats_k = half.key_norm.over_heads(k)
-    if context.rotary:
-        q, k = (rows.rotate(t, *tables) for t, tables in zip((q, k), context.rotary, strict=True))
-    return (q, k, v), h, (stats, raw_q, raw_k, stats_q, stats_k)
+    if half.value_norm is not None:
+        raw_v = v
+        v, stats_v = half.value_norm.over_heads(v)
+    if not half.norms_last:
+        q, k = _rotate(q, k, half, context)
+    return (q, k, v, gate), h, (stats, raw_q, raw_k, raw_v, stats_q, stats_k, stats_v)
+
+
+def _rotate(
+    q: Tensor, k: Tensor, half: AttentionHalf, context: AttentionContext, *, backward: bool = False
+) -> tuple[Tensor, ...]:
+    """Rotate queries and keys, if the half has rotary positions.
+
+    Adjacent numbers that are rotated together are moved to two halves of a head. They stay there, because the products
+    of queries and keys do not depend on the order of the numbers.
+    """
+    if not context.rotary:
+        return q, k
+    rotated = []
+    for heads, tables in zip((q, k), context.rotary, strict=True):
+        t = rows.split_pairs(heads, tables[0].shape[-1]) if half.pairs and not backward else heads
+        t = rows.rotate(t, *tables, backward=backward)
+        rotated.append(rows.join_pairs(t, tables[0].shape[-1]) if half.pairs and backward else t)
+    return tuple(rotated)
 
 
 def _attention_inputs_backward(
-    ctx: Any, x: Tensor, h: Sequence[Tensor], tensors: Sequence[Tensor], head_grads: list[Tensor], grad: Tensor
+    ctx: Any, x: Tensor, h: Sequence[Tensor], tensors: Sequence[Tensor], head_grads: list[Any], grad: Tensor | None
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Return the gradient of x plus ``grad`` of the residual stream, and gradients of the input layers' factors.
 
     Clears ``head_grads``, to release them as soon as possible.
     """
-    stats, raw_q, raw_k, stats_q, stats_k = tensors
-    d_q, d_k, d_v = head_grads
+    stats, raw_q, raw_k, raw_v, stats_q, stats_k, stats_v = tensors
+    d_q, d_k, d_v, d_gate = head_grads
     head_grads.clear()
-    half = ctx.half
-    context = ctx.context
+    half: AttentionHalf = ctx.half
+    context: AttentionContext = ctx.context
     need_x = ctx.needs_input_grad[0]
     before = half.norms.before
     output_indices = context.output_indices
-    if context.rotary:
-        pairs = zip((d_q, d_k), context.rotary, strict=True)
-        d_q, d_k = (rows.rotate(t, *tables, backward=True) for t, tables in pairs)
+    if not half.norms_last:
+        d_q, d_k = _rotate(d_q, d_k, half, context, backward=True)
     if half.query_norm is not None:
         d_q = half.query_norm.over_heads_backward(d_q, raw_q, stats_q)
     if half.key_norm is not None:
         d_k = half.key_norm.over_heads_backward(d_k, raw_k, stats_k)
-    stream_grad = spread_rows(grad, output_indices, x.shape[0]) if need_x else grad
-    initial = stream_grad if need_x and before is None else None
-    n = _recompute_input(x, half.inputs, before)
-    d_n, factor_grads = _input_backward(n, h, (d_q, d_k, d_v), half, output_indices, initial, need_x)
+    if half.value_norm is not None:
+        d_v = half.value_norm.over_heads_backward(d_v, raw_v, stats_v)
+    if half.norms_last:
+        d_q, d_k = _rotate(d_q, d_k, half, context, backward=True)
+    stream_grad = None
+    if need_x and half.residual and grad is not None:
+        stream_grad = spread_rows(grad, output_indices, x.shape[0])
+    initial = stream_grad if before is None else None
+    n = _recompute_input(x, half.input_layers, before)
+    layer_grads = _layer_grads(half, d_q, d_k, d_v, d_gate, output_indices)
+    del d_q, d_k, d_v, d_gate
+    d_n, factor_grads = _input_backward(n, h, layer_grads, half, initial, x.shape[0], need_x)
     if d_n is not None and before is not None:
         d_n = before.backward(d_n, x, stats, stream_grad)
     return d_n, factor_grads
@@ -341,72 +399,115 @@ def _attention_inputs_backward(
 
 def _queries_keys_values(
     n: Tensor, half: AttentionHalf, output_indices: Tensor | None
-) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
-    """Return queries (P or T, heads, d), keys and values (T, key heads, d), and the x·A products of the layers."""
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], list[Tensor]]:
+    """Return queries (P or T, heads, d), keys and values (T, key heads, d), gate (P or T, heads, d or 1) or None, and
+    the x·A products of the layers.
+    """
     rounded = RoundedInput()
+    n_p, rounded_p = (n, rounded) if output_indices is None else (select_rows(n, output_indices), RoundedInput())
+    gate = None
     if len(half.inputs) == 1:
-        y, h = half.inputs[0](n, rounded)
+        y, h_q = half.inputs[0](n, rounded)
         q, k, v = head_views(y, half.heads, half.key_heads, half.grouped)
-        return (select_rows(q, output_indices), k, v), [h]
-    query, key, value = half.inputs
-    (k, h_k), (v, h_v) = (layer(n, rounded) for layer in (key, value))
-    q, h_q = query(n, rounded) if output_indices is None else query(select_rows(n, output_indices), RoundedInput())
-    q, k, v = (t.view(t.shape[0], -1, half.head_size) for t in (q, k, v))
-    return (q, k, v), [h_q, h_k, h_v]
+        q = select_rows(q, output_indices)
+        h = [h_q]
+    else:
+        query, key, value = half.inputs
+        (k, h_k), (v, h_v) = (layer(n, rounded) for layer in (key, value))
+        q, h_q = query(n_p, rounded_p)
+        q, k, v = (t.view(t.shape[0], -1, half.head_size) for t in (q, k, v))
+        h = [h_q, h_k, h_v]
+    if half.joint_gate:
+        q, gate = q.unflatten(1, (half.heads, 2)).unbind(2)
+    if half.gate is not None:
+        y, h_gate = half.gate(n_p, rounded_p)
+        gate = y.unflatten(1, (half.heads, -1))
+        h.append(h_gate)
+    return (q, k, v, gate), h
+
+
+def _apply_gate(out: Tensor, gate: Tensor | None) -> Tensor:
+    """Return attention outputs (P, heads · d), times the sigmoid of their gate."""
+    return out.flatten(1) if gate is None else (out * torch.sigmoid(gate)).flatten(1)
+
+
+def _gate_backward(grad: Tensor, out: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of attention outputs (P, heads, d) and of their gate."""
+    if gate is None:
+        return grad, None
+    share = torch.sigmoid(gate)
+    d_share = grad * out
+    d_share = d_share.sum(-1, keepdim=True) if gate.shape[-1] == 1 else d_share
+    return grad * share, torch.ops.aten.sigmoid_backward(d_share, share)
+
+
+def _layer_grads(
+    half: AttentionHalf, d_q: Tensor, d_k: Tensor, d_v: Tensor, d_gate: Tensor | None, output_indices: Tensor | None
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Return the gradient (P or T, n) of each input layer's outputs, and the indices of its rows or None for all."""
+    if len(half.inputs) == 1:
+        combined = merge_heads(spread_rows(d_q, output_indices, d_k.shape[0]), d_k, d_v, half.grouped)
+        layer_grads: list[tuple[Tensor, Tensor | None]] = [(combined, None)]
+    else:
+        queries = torch.stack((d_q, d_gate), 2) if half.joint_gate and d_gate is not None else d_q
+        grads = ((queries, output_indices), (d_k, None), (d_v, None))
+        layer_grads = [(t.reshape(t.shape[0], -1), indices) for t, indices in grads]
+    if half.gate is not None and d_gate is not None:
+        layer_grads.append((d_gate.flatten(1), output_indices))
+    return layer_grads
 
 
 def _input_backward(
     n: Tensor | None,
     h: Sequence[Tensor],
-    head_grads: tuple[Tensor, Tensor, Tensor],
+    layer_grads: Sequence[tuple[Tensor, Tensor | None]],
     half: AttentionHalf,
-    output_indices: Tensor | None,
     initial: Tensor | None,
+    length: int,
     need_x: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Return the gradient of the attention input, added to ``initial``, and gradients of the input layers' factors."""
-    length = head_grads[1].shape[0]
-    if len(half.inputs) == 1:
-        combined = merge_heads(spread_rows(head_grads[0], output_indices, length), *head_grads[1:], half.grouped)
-        d_n, narrow = half.inputs[0].backward(combined, initial, need_x)
-        factor_grads = (None, None) if n is None else half.inputs[0].factors_backward(n, h[0], combined, narrow)
-        return (d_n if need_x else None), list(factor_grads)
-    d_x = None if output_indices is not None else initial
+    """Return the gradient (length, hidden) of the attention input, added to ``initial``, and gradients of the input
+    layers' factors.
+    """
+    d_x = initial
     grads: list[Tensor | None] = []
-    for layer, h_in, d, indices in zip(half.inputs, h, head_grads, (output_indices, None, None), strict=True):
-        flat = d.reshape(d.shape[0], -1)
-        d_x, narrow = layer.backward(flat, d_x, need_x)
-        d_x = spread_rows(d_x, indices, length) if need_x else None
-        if indices is not None and initial is not None and d_x is not None:
-            d_x = d_x + initial
-        grads += (None, None) if n is None else layer.factors_backward(select_rows(n, indices), h_in, flat, narrow)
+    for layer, h_in, (grad, indices) in zip(half.input_layers, h, layer_grads, strict=True):
+        d, narrow = layer.backward(grad, d_x if indices is None else None, need_x)
+        if need_x and indices is not None:
+            d = spread_rows(d, indices, length)
+            d = d if d_x is None else d + d_x
+        d_x = d if need_x else None
+        grads += (None, None) if n is None else layer.factors_backward(select_rows(n, indices), h_in, grad, narrow)
     return d_x, grads
 
 
-def _finish_half(
-    output: Projection, x: Tensor, stream: Tensor | None, norms: HalfNorms
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+def _finish_half(half: Half, x: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     """Return the result of the half, x·A of its output projection, and tensors for :func:`_finish_half_backward`."""
-    y, h = output(x, RoundedInput(), stream if norms.after is None else None)
+    norms = half.norms
+    is_added_last = norms.after is not None or half.multiplier != 1.0
+    y, h = half.output(x, RoundedInput(), None if is_added_last else stream)
     before_after = stats_after = total = stats_post = None
     if norms.after is not None:
         before_after = y
         y, stats_after = norms.after(y)
-        y = y if stream is None else stream + y
+    if is_added_last and stream is not None:
+        y = torch.add(stream, y, alpha=half.multiplier)
     if norms.post is not None:
         total = y
         y, stats_post = norms.post(y)
     return y, h, (before_after, stats_after, total, stats_post)
 
 
-def _finish_half_backward(grad: Tensor, tensors: Sequence[Tensor | None], norms: HalfNorms) -> tuple[Tensor, Tensor]:
+def _finish_half_backward(grad: Tensor, tensors: Sequence[Tensor | None], half: Half) -> tuple[Tensor, Tensor]:
     """Return the gradients of the residual stream and of the output projection."""
     before_after, stats_after, total, stats_post = tensors
+    norms = half.norms
     if norms.post is not None and total is not None and stats_post is not None:
         grad = norms.post.backward(grad, total, stats_post)
+    output_grad = grad if half.multiplier == 1.0 else grad * half.multiplier
     if norms.after is not None and before_after is not None and stats_after is not None:
-        return grad, norms.after.backward(grad, before_after, stats_after)
-    return grad, grad
+        output_grad = norms.after.backward(output_grad, before_after, stats_after)
+    return grad, output_grad
 
 
 def _recompute_input(x: Tensor, inputs: Sequence[Projection], before: Norm | None) -> Tensor | None:
@@ -444,7 +545,9 @@ def _convert(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 def convert_factors(halves: Halves, dtype: torch.dtype) -> Halves:
     """Return the halves with the factors in another type, and with B multiplied by the scaling."""
-    layers = [layer for half in halves for layer in half.projections if layer.factors is not None]
+    attention, mlp = halves
+    projections = [*attention.projections, *([] if mlp is None else mlp.projections)]
+    layers = [layer for layer in projections if layer.factors is not None]
     if not layers:
         return halves
     with torch.no_grad():
@@ -452,7 +555,8 @@ def convert_factors(halves: Halves, dtype: torch.dtype) -> Halves:
         converted = _convert([*lora_A, *multiply_each(lora_B, [layer.scaling for layer in layers])], dtype)
     pairs = zip(layers, converted[: len(layers)], converted[len(layers) :], strict=True)
     by_id = {id(layer): layer.with_factors(*factors) for layer, *factors in pairs}
-    return halves[0].with_layers(by_id), halves[1].with_layers(by_id)
+    return attention.with_layers(by_id), None if mlp is None else mlp.with_layers(by_id)
 
 
-Halves = tuple[AttentionHalf, MLPHalf]
+# The MLP is None for attention without a residual stream.
+Halves = tuple[AttentionHalf, MLPHalf | None]

@@ -45,6 +45,7 @@ def _attend_packed(
     sliding_window: int | None = None,
     softcap: float | None = None,
     packed_layout: Layout | PartialLayout | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attention with the signature of transformers: query (1, heads, T, d) to output (1, T, heads, d)."""
@@ -56,7 +57,7 @@ def _attend_packed(
         raise RuntimeError("attention dropout is not supported on packed rows. Put the model in eval mode")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     record_config(module, scale, sliding_window, softcap)
-    options: dict[str, Any] = {"scaling": scale, "window": sliding_window, "softcap": softcap}
+    options: dict[str, Any] = {"scaling": scale, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
     if not getattr(module, "is_causal", True):
         options["causal"] = False
     q = query[0]

@@ -31,7 +31,7 @@ class PartialLayout:
     row_layout: Layout
     token_indices: Tensor
     keys: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    cached_tensors: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+    cached_tensors: dict[Any, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def length(self) -> int:

@@ -20,7 +20,7 @@ from deltaw.runtime.block_roles import by_column, norm_form
 
 def make_norm(module: nn.Module) -> Norm | None:
     """Return the kernel form of a norm module, if supported."""
-    form = norm_form(module)
+    form = norm_form(module, weightless=True)
     if form is None:
         return None
     tensors = direct_parameters(module)

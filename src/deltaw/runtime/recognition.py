@@ -14,18 +14,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deltaw.kernels.torch_modules import direct_parameters
+from deltaw.kernels.torch_modules import direct_modules, direct_parameters
 from deltaw.runtime.block_roles import (
     AttentionRoles,
     BlockRoles,
     MLPRoles,
     Norms,
+    Rotary,
     Split,
     activation_kind,
     module_at,
@@ -33,6 +34,7 @@ from deltaw.runtime.block_roles import (
     sizes,
     stores_in_out,
 )
+from deltaw.runtime.mlp_forms import GATED_NAMES, mlp_form
 
 
 def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
@@ -52,12 +54,8 @@ def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
 TOLERANCE = 1e-4
 _SEPARATE_NAMES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"))
 _COMBINED_NAMES = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv")
-_HEAD_NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
+_HEAD_NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
 _HEAD_SIZES = ("head_dim", "head_size", "attention_head_size")
-GATED_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("gate", "up", "down"))
-# Attributes that differ between blocks of a kind, or depend on sizes.
-_PER_LAYER_FLAGS = ("layer_idx", "layer_number", "scaling", "training", "gradient_checkpointing", "enabled", "merged")
-Signature = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -80,79 +78,127 @@ class AttentionConfig:
         return self.window is not None, self.softcap is not None
 
 
-def signature(block: nn.Module) -> Signature:
-    """Return the properties that a block's code depends on, without sizes and weights: class and flags of each part.
-
-    Adapted and int8-quantized layers count as the layers that they replace.
-    """
-    return tuple((path, *_kind_of(module), *_flags_of(module)) for path, module in block.named_modules())
-
-
-def _kind_of(module: nn.Module) -> tuple[str, ...]:
-    if isinstance(module, nn.Linear):
-        return ("linear", str(direct_parameters(module).get("bias") is not None))
-    if stores_in_out(module):
-        return ("conv1d",)
-    kind = type(module)
-    parameters = sorted(name for name, parameter in direct_parameters(module).items() if parameter is not None)
-    return (f"{kind.__module__}.{kind.__qualname__}", *parameters)
-
-
-def _flags_of(module: nn.Module) -> Iterator[str]:
-    if isinstance(module, nn.Linear) or stores_in_out(module):
-        return
-    for name, value in sorted(vars(module).items()):
-        if name.startswith("_") or name in _PER_LAYER_FLAGS:
-            continue
-        is_integer = isinstance(value, int) and not isinstance(value, bool)
-        if isinstance(value, bool | float | str) or (is_integer and name.startswith("use")):
-            yield f"{name}={value}"
-
-
-def candidates(block: nn.Module) -> list[BlockRoles] | str:
+def candidates(block: nn.Module, known: AttentionRoles | None = None) -> list[BlockRoles] | str:
     """Return descriptions that the names and sizes of a block's parts allow, most likely first.
 
     Without candidates, return a text that states the missing part.
+
+    Args:
+        known: Verified description of the block's attention.
     """
+    attention = attention_candidates(block) if known is None else [known]
+    if isinstance(attention, str):
+        return attention
+    top = attention[0].output.partition(".")[0]
     modules = dict(block.named_modules())
-    linear = {path: m for path, m in modules.items() if isinstance(m, nn.Linear) or stores_in_out(m)}
+    outside = [path for path in modules if path and not path.startswith(f"{top}.")]
+    mlps = _mlp_candidates(block, outside)
+    if isinstance(mlps, str):
+        return mlps
+    linear = _linear_layers(block)
+    heads = (attention[0].query_norm, attention[0].key_norm)
+    norms = [path for path in _norms(block) if path not in heads]
+    covered = {id(p) for path in (*linear, *norms, *filter(None, heads)) for p in modules[path].parameters()}
+    sinks = () if attention[0].sinks is None else [p for n, p in block.named_parameters() if n == attention[0].sinks]
+    covered |= {id(p) for p in sinks}
+    if any(id(p) not in covered for p in block.parameters()):
+        return "it has parameters outside of norms and projections"
+    multiplier = vars(block).get("residual_multiplier", 1.0)
+    roles = []
+    for form, (first, second, parallel), mlp in itertools.product(attention, list(_norm_places(norms)), mlps):
+        halves = replace(form, norms=first), replace(mlp, norms=second)
+        roles.append(BlockRoles(*halves, parallel=parallel, multiplier=multiplier))
+    return roles
+
+
+def attention_candidates(root: nn.Module) -> list[AttentionRoles] | str:
+    """Return descriptions of the attention in a block, or of an attention module, without norms of the half."""
+    linear = _linear_layers(root)
     attention_inputs = _attention_inputs(linear)
     if attention_inputs is None:
         return "no query, key and value projections found"
     inputs, parent = attention_inputs
-    head_size = _head_size(module_at(block, parent) if parent else block)
+    module = module_at(root, parent) if parent else root
+    head_size = _head_size(module)
     if head_size is None:
         return "unknown head size"
-    top = parent.partition(".")[0]
-    other_paths = [path for path in linear if path not in inputs]
-    outputs = [path for path in other_paths if path.startswith(f"{top}.")]
-    inner = [path for path in other_paths if path not in outputs]
-    if len(outputs) != 1:
+    prefix = f"{parent}." if parent else ""
+    top = f"{parent.partition('.')[0]}." if parent else ""
+    others = [path for path in linear if path not in inputs and path.startswith(top)]
+    if len(others) not in (1, 2):
         return "no single output projection"
-    activations = [p for p, m in modules.items() if activation_kind(m) is not None and not p.startswith(f"{top}.")]
-    if len(activations) != 1:
-        return "no known activation"
-    shapes = _mlp_shapes(inner, linear)
-    if shapes is None:
-        return "no MLP of two or three layers"
-    norms = [path for path, m in modules.items() if path and path not in linear and norm_form(m) is not None]
-    pair = next((p for p in _HEAD_NORMS if all(f"{parent}.{name}" in norms for name in p)), None)
-    heads = [f"{parent}.{name}" for name in pair] if pair is not None else []
-    if any(direct_parameters(module_at(block, path))["weight"].numel() != head_size for path in heads):  # type: ignore[union-attr]
-        return "query norms do not match the head size"
-    block_norms = [path for path in norms if path not in heads]
-    covered_ids = {id(p) for path in (*linear, *norms) for p in modules[path].parameters()}
-    if any(id(p) not in covered_ids for p in block.parameters()):
-        return "it has parameters outside of norms and projections"
-    causal = vars(module_at(block, parent)).get("is_causal", True) is not False
+    # The output projection, and a projection of a gate if there is another layer.
+    pairs: list[tuple[str, str | None]] = [(others[0], None)]
+    if len(others) == 2:
+        pairs = [(others[0], others[1]), (others[1], others[0])]
+    names = {path.rpartition(".")[2]: path for path in _norms(root)}
+    pair = next((pair for pair in _HEAD_NORMS if all(f"{prefix}{name}" in names.values() for name in pair)), None)
+    query_norm, key_norm = (None, None) if pair is None else (f"{prefix}{name}" for name in pair)
+    value_norm = direct_modules(module).get("v_norm")
+    has_value_norm = value_norm is not None and norm_form(value_norm, weightless=True) is not None
+    sinks = f"{prefix}sinks" if direct_parameters(module).get("sinks") is not None else None
+    norm_places = (False, True) if query_norm is not None else (False,)
     splits: tuple[Split, ...] = ("apart",) if len(inputs) == 3 else ("stacked", "grouped")
-    query_norm, key_norm = heads or (None, None)
-    roles = []
-    combinations = itertools.product((True, False), list(_norm_places(block_norms)), splits, shapes)
-    for rotary, (first, second, parallel), split, (into, out, gated) in combinations:
-        attention = AttentionRoles(inputs, outputs[0], first, split, head_size, query_norm, key_norm, rotary, causal)
-        roles.append(BlockRoles(attention, MLPRoles(into, out, second, gated, activations[0]), parallel))
-    return roles
+    causal = vars(module).get("is_causal", True) is not False
+    rotations: tuple[Rotary | None, ...] = ("halves", None, "pairs", "repeated pairs", "single halves")
+    found = []
+    for rotary, norms_last, split, (output, gate) in itertools.product(rotations, norm_places, splits, pairs):
+        width = sizes(linear[output])[0]
+        if width % head_size or (norms_last and rotary != "halves"):
+            continue
+        if gate is not None and sizes(linear[gate])[1] not in (width, width // head_size):
+            continue
+        norm_width = None if query_norm is None else _norm_width(module_at(root, query_norm))
+        if norm_width not in (None, head_size, width):
+            return "query norms do not match the head size"
+        roles = AttentionRoles(
+            inputs=inputs,
+            output=output,
+            norms=Norms(),
+            split=split,
+            head_size=head_size,
+            query_norm=query_norm,
+            key_norm=key_norm,
+            rotary=rotary,
+            causal=causal,
+            value_norm=f"{prefix}v_norm" if has_value_norm else None,
+            whole_norms=norm_width not in (None, head_size),
+            norms_last=norms_last,
+            joint_gate=split == "apart" and sizes(linear[inputs[0]])[1] == 2 * width,
+            gate=gate,
+            sinks=sinks,
+        )
+        found.append(roles)
+    return found or "no output projection of the queries' size"
+
+
+def module_candidates(module: nn.Module) -> list[BlockRoles] | str:
+    """Return descriptions of an attention module without residual stream, most likely first, or the missing part."""
+    attention = attention_candidates(module)
+    if isinstance(attention, str):
+        return attention
+    first = attention[0]
+    parts = [module_at(module, path) for path in BlockRoles(first, None).layers + BlockRoles(first, None).norms]
+    covered = {id(p) for part in parts for p in part.parameters()}
+    if any(id(p) not in covered for name, p in module.named_parameters() if name != first.sinks):
+        return "it has parameters outside of norms and projections"
+    return [BlockRoles(roles, None) for roles in attention]
+
+
+def _linear_layers(root: nn.Module) -> dict[str, nn.Module]:
+    modules = dict(root.named_modules())
+    return {path: module for path, module in modules.items() if isinstance(module, nn.Linear) or stores_in_out(module)}
+
+
+def _norms(root: nn.Module) -> list[str]:
+    linear = _linear_layers(root)
+    return [path for path, m in root.named_modules() if path and path not in linear and norm_form(m) is not None]
+
+
+def _norm_width(norm: nn.Module) -> int:
+    weight = direct_parameters(norm)["weight"]
+    assert weight is not None
+    return weight.numel()
 
 
 def _norm_places(paths: list[str]) -> Iterator[tuple[Norms, Norms, bool]]:
@@ -193,6 +239,24 @@ def _head_size(attention: nn.Module) -> int | None:
     return dim // heads if isinstance(heads, int) and isinstance(dim, int) else None
 
 
+def _mlp_candidates(block: nn.Module, paths: list[str]) -> list[MLPRoles] | str:
+    """Return descriptions of the MLP among the modules of a block at ``paths``, without norms."""
+    modules = {path: module_at(block, path) for path in paths}
+    kinds = [kind for module in modules.values() if (kind := activation_kind(module)) is not None]
+    if len(kinds) == 1:
+        linear = {path: m for path, m in modules.items() if isinstance(m, nn.Linear) or stores_in_out(m)}
+        shapes = _mlp_shapes(list(linear), linear)
+        if shapes is None:
+            return "no MLP of two or three layers"
+        return [MLPRoles(into, out, Norms(), gated, kinds[0]) for into, out, gated in shapes]
+    forms = {path: form for path, module in modules.items() if (form := mlp_form(module)) is not None}
+    if len(forms) != 1:
+        return "no known activation"
+    ((path, form),) = forms.items()
+    inputs = tuple(f"{path}.{name}" for name in form.inputs)
+    return [MLPRoles(inputs, f"{path}.{form.output}", Norms(), form.gated, form.kind)]
+
+
 def _mlp_shapes(inner: list[str], linear: dict[str, nn.Module]) -> list[tuple[tuple[str, ...], str, bool]] | None:
     """Return possible (inputs, output, gated) of the MLP's layers."""
     by_name = {path.rpartition(".")[2]: path for path in inner}
@@ -229,14 +293,16 @@ class BlockCall:
 
 
 def find_roles(
-    call: BlockCall, run: Callable[[nn.Module, BlockRoles, AttentionConfig], Callable[..., Any]]
+    call: BlockCall,
+    proposed: list[BlockRoles] | str,
+    run: Callable[[nn.Module, BlockRoles, AttentionConfig], Callable[..., Any]],
 ) -> tuple[BlockRoles | None, str]:
     """Return the first candidate that equals the model's code, or None, and the reason.
 
     Args:
+        proposed: Candidates, or the reason why there are none.
         run: Creates the replacement of a block from its description and attention parameters.
     """
-    proposed = candidates(call.block)
     if isinstance(proposed, str):
         return None, proposed
     extra = len(call.output) - 1 if isinstance(call.output, tuple) else None
@@ -246,7 +312,7 @@ def find_roles(
     best = float("inf")
     why = "no description matches"
     for roles in proposed:
-        roles = BlockRoles(roles.attention, roles.mlp, roles.parallel, extra)
+        roles = replace(roles, extra_outputs=extra)
         config = call.config or AttentionConfig(roles.attention.head_size**-0.5)
         try:
             computed = _with_gradient(run(call.block, roles, config), call)

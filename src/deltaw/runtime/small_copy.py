@@ -69,6 +69,8 @@ def measure_once(
 
 def small_config(config: PretrainedConfig) -> PretrainedConfig:
     """Return the configuration of a small copy."""
+    config = copy.deepcopy(config)
+    overrides = _take_layer_overrides(config)
     small = copy.deepcopy(config)
     heads, keys, size = _heads(config)
     num_keys = min(keys, 2)
@@ -83,18 +85,38 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
         if isinstance(getattr(config, name, None), int):
             setattr(small, name, INNER)
     _reduce_mamba_heads(small)
-    if getattr(config, "vocab_size", None) is not None:
-        small.vocab_size = VOCABULARY
+    for name in ("vocab_size", "vocab_size_per_layer_input"):
+        if getattr(config, name, None) is not None:
+            setattr(small, name, VOCABULARY)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if getattr(config, name, None) is not None:
             setattr(small, name, 0)
     if getattr(config, "sliding_window", None) is not None:
         small.sliding_window = WINDOW
     _reduce_layers(small, config)
+    if overrides:
+        limits = {"num_key_value_heads": num_keys, **dict.fromkeys(_INNER, INNER)}
+        kept = {n: values for n, values in overrides.items() if n < int(small.num_hidden_layers)}
+        reduced: dict[int | str, dict[str, Any]] = {
+            n: {k: min(v, limits.get(k, v)) for k, v in values.items()} for n, values in kept.items()
+        }
+        small.per_layer_config = reduced
     patch = getattr(config, "patch_size", None)
     if isinstance(getattr(config, "image_size", None), int) and isinstance(patch, int):
         small.image_size = 2 * patch
     return small
+
+
+def _take_layer_overrides(config: PretrainedConfig) -> dict[int, dict[str, int]]:
+    """Return the sizes of layers that differ from the others (Gemma 4), by layer, and remove them from ``config``."""
+    if not getattr(config, "is_heterogeneous", False):
+        return {}
+    settings = config.to_dict()["per_layer_config"]
+    overrides = {int(layer): values for layer, values in settings.items()}
+    if any(not isinstance(value, int) for values in overrides.values() for value in values.values()):
+        raise ValueError("the settings of single layers cannot be reduced")
+    config.per_layer_config = None
+    return overrides
 
 
 def _reduce_mamba_heads(small: PretrainedConfig) -> None:
@@ -131,6 +153,10 @@ def _reduce_layers(small: PretrainedConfig, config: PretrainedConfig) -> None:
     num_layers = min(count, max(2, last + 1))
     if num_layers > MAX_LAYERS:
         raise ValueError("too many layers are needed to include all kinds")
+    shared = getattr(config, "num_kv_shared_layers", None)
+    if shared:  # the last layers use keys of layers before them, of each kind
+        num_layers = min(count, 2 * (last + 1))
+        small.num_kv_shared_layers = min(shared, last + 1)
     _set(small, "num_hidden_layers", num_layers)
     for name, value in lists.items():
         setattr(small, name, list(value)[:num_layers])

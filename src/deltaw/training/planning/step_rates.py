@@ -30,7 +30,8 @@ from deltaw.kernels.torch_private import in_backward
 from deltaw.machine.kernel_choice import planning_rates
 from deltaw.runtime.block_roles import forward_replaced
 from deltaw.runtime.layer_entry import frozen_level
-from deltaw.runtime.recognition import blocks_of, signature
+from deltaw.runtime.recognition import blocks_of
+from deltaw.runtime.signatures import signature
 from deltaw.tensor_files import has_values
 from deltaw.training.approximations import Approximations, applicable
 from deltaw.training.causal_objective import CausalObjective
