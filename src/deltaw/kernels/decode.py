@@ -64,7 +64,10 @@ class Pages:
         count: Number of pages.
         data: (count, numbers per page). One allocation, whose memory the system provides on first write. The order of
             numbers within a page depends on the implementation that writes it.
+        states: (sequences, numbers) fp32 states of recurrent layers, or None if the model has none.
     """
+
+    states: Tensor | None = None
 
     def __init__(self, count: int, numbers: int, dtype: torch.dtype) -> None:
         self.count = count
@@ -112,6 +115,7 @@ class Decoder:
     """
 
     page_tokens = PAGE_TOKENS
+    state_bytes = 0  # of recurrent layers, per sequence
 
     def __init__(
         self,
@@ -212,8 +216,8 @@ class Decoder:
         """Bytes of the keys and values of ``page_tokens`` tokens."""
         return self.offsets[-1] * self.cache_dtype.itemsize
 
-    def new_pages(self, count: int) -> Pages:
-        """Return ``count`` uninitialized pages."""
+    def new_pages(self, count: int, sequences: int = 1) -> Pages:
+        """Return ``count`` uninitialized pages for a number of sequences."""
         return Pages(count, self.offsets[-1], self.cache_dtype)
 
     def pack_adapter(self, factors: Mapping[tuple[int, str], tuple[Tensor, Tensor, float]]) -> PackedAdapter:

@@ -28,6 +28,8 @@ struct Sizes {
 struct Chunk {
     int64_t start, count;
     int64_t previous;  // index of the chunk whose state it continues, or -1
+    int64_t segment;
+    bool is_last;  // the last chunk of its segment
 };
 
 std::vector<Chunk> cut(const Segments &f) {
@@ -36,7 +38,7 @@ std::vector<Chunk> cut(const Segments &f) {
     for (int64_t s = 0; s < f.count; s++) {
         int64_t previous = f.parents[s] < 0 ? -1 : last[f.parents[s]];
         for (int64_t t = f.starts[s]; t < f.stops[s]; t += CHUNK) {
-            chunks.push_back({t, std::min(CHUNK, f.stops[s] - t), previous});
+            chunks.push_back({t, std::min(CHUNK, f.stops[s] - t), previous, s, t + CHUNK >= f.stops[s]});
             previous = (int64_t)chunks.size() - 1;
         }
         last[s] = previous;
@@ -230,8 +232,10 @@ struct KeptStates {
     }
 };
 
+// `states`: null, or (heads, d, dv) in panels for each segment. A segment without a parent starts with this state, and the
+// state after a segment replaces it.
 template <class T>
-void forward(const Segments &f, const Sizes &z, const Inputs<T> &in, T *out) {
+void forward(const Segments &f, const Sizes &z, const Inputs<T> &in, float *const *states, T *out) {
     const std::vector<Chunk> chunks = cut(f);
     const KeptStates kept(chunks);
     in_parallel([&](int thread, int threads) {
@@ -250,7 +254,9 @@ void forward(const Segments &f, const Sizes &z, const Inputs<T> &in, T *out) {
                     float *const slots = kept_states + (head - low) * kept.count * z.state();
                     if (c.previous >= 0 && c.previous + 1 != (int64_t)i)
                         memcpy(state.at, slots + kept.slot[c.previous] * z.state(), z.state() * sizeof(float));
-                    const bool is_root = c.previous < 0;
+                    float *const given = states ? states[c.segment] + head * z.state() : nullptr;
+                    const bool is_root = c.previous < 0 && !given;
+                    if (c.previous < 0 && given) memcpy(state.at, given, z.state() * sizeof(float));
                     h.load(in, z, c, head, k, is_root ? nullptr : state.at);
                     const Panels y = read.with_rows(c.count);
                     if (is_root) y.clear();
@@ -261,6 +267,7 @@ void forward(const Segments &f, const Sizes &z, const Inputs<T> &in, T *out) {
                     multiply_onto(h.weights, h.corrected, y);
                     store_rows(y, out + c.start * z.heads * z.dv + head * z.dv, z.heads * z.dv);
                     h.update(k, scaled, state, is_root);
+                    if (c.is_last && given) memcpy(given, state.at, z.state() * sizeof(float));
                     if (kept.slot[i] >= 0) memcpy(slots + kept.slot[i] * z.state(), state.at, z.state() * sizeof(float));
                 }
             }
@@ -613,8 +620,8 @@ int64_t group_bytes(const Sizes &z, int64_t heads, int64_t kept, bool backward) 
 
 template <class T>
 void run_forward(const Segments &f, const Sizes &z, const void *query, const void *key, const void *value, const float *decay, const float *rate,
-                 void *out) {
-    forward(f, z, Inputs<T>{(const T *)query, (const T *)key, (const T *)value, decay, rate}, (T *)out);
+                 float *const *states, void *out) {
+    forward(f, z, Inputs<T>{(const T *)query, (const T *)key, (const T *)value, decay, rate}, states, (T *)out);
 }
 template <class T>
 void run_backward(const Segments &f, const Sizes &z, const void *query, const void *key, const void *value, const float *decay, const float *rate,
@@ -657,16 +664,17 @@ int64_t dw_recurrence_scratch_size(int backward, const int64_t *segments, int64_
 
 // Outputs (length, heads, dv) of a recurrence. `segments` is a table of Segments (4, count). Queries and keys are
 // (length, key heads, d), values (length, heads, dv), decay and rate (length, heads). rate is null for a state-space
-// scan. d and dv are multiples of 32.
+// scan. d and dv are multiples of 32. states is null, or contains a state (heads, dv / 32, d, 32) per segment: the state
+// before a segment without a parent, which the state after the segment replaces.
 int dw_recurrence(int type, const int64_t *segments, int64_t count, int64_t length, int64_t heads, int64_t key_heads, int64_t d, int64_t dv,
                   float scaling, int unit_vectors, const void *query, const void *key, const void *value, const float *decay, const float *rate,
-                  void *out) {
+                  float *const *states, void *out) {
     return guarded([&] {
         require_in_bounds(key_heads > 0 && heads % key_heads == 0 && d % PANEL == 0 && dv % PANEL == 0);
         const Segments f(segments, count, length, 0, 1, nullptr, 0);
         const Sizes z{length, heads, key_heads, d, dv, scaling, unit_vectors};
-        if (type == F32) run_forward<float>(f, z, query, key, value, decay, rate, out);
-        else run_forward<bf16>(f, z, query, key, value, decay, rate, out);
+        if (type == F32) run_forward<float>(f, z, query, key, value, decay, rate, states, out);
+        else run_forward<bf16>(f, z, query, key, value, decay, rate, states, out);
     });
 }
 
