@@ -72,7 +72,7 @@ class BatchLimits:
     prompt_rows: int = 64
     prefill_rows: int = 256
     min_rows: int = 16
-    saved_state_bytes: int = 1 << 28
+    saved_state_bytes: int = 0
 
 
 class RunningBatch(SequenceScheduler):

@@ -168,7 +168,9 @@ class PagePool:
         reused: Number of tokens served from the cache since the start.
     """
 
-    def __init__(self, count: int, page_tokens: int, copy: Callable[[int, int], None], states: SavedStates | None = None) -> None:
+    def __init__(
+        self, count: int, page_tokens: int, copy: Callable[[int, int], None], states: SavedStates | None = None
+    ) -> None:
         self.count = count
         self.page_tokens = page_tokens
         self.reused = 0

@@ -50,14 +50,7 @@ def convolution_reference(
 
 
 def continue_convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    layout: Layout,
-    states: Tensor,
-    rows: Tensor,
-    *,
-    silu: bool = False,
+    x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, states: Tensor, rows: Tensor, *, silu: bool = False
 ) -> Tensor:
     """Return :func:`packed_convolution` for segments that continue given tokens, without a graph.
 

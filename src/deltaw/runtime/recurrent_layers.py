@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,6 +34,10 @@ RECURRENT_LAYER_TYPES = frozenset({"linear_attention", "conv", "mamba", "hybrid"
 STATELESS_LAYER_TYPES = frozenset({"mlp", "moe"})
 
 
+# Attributes of recurrent layers whose product is the size of a state.
+_STATE_SIZES = (("num_v_heads", "head_k_dim", "head_v_dim"), ("num_heads", "head_dim", "ssm_state_size"))
+
+
 # Active recordings of the channels of each convolution. Every recurrent layer has one convolution.
 _RECORDERS: list[list[int]] = []
 
@@ -46,6 +51,19 @@ def counting_convolutions() -> Iterator[list[int]]:
         yield channels
     finally:
         _RECORDERS.remove(channels)
+
+
+def state_numbers(model: nn.Module) -> int:
+    """Return the numbers of the states of all recurrent layers of ``model``, per sequence."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d) and module.groups == module.in_channels:
+            total += module.in_channels * (module.kernel_size[0] - 1)
+        for names in _STATE_SIZES:
+            sizes = [getattr(module, name, 0) for name in names]
+            if all(isinstance(size, int) for size in sizes):
+                total += math.prod(sizes)
+    return total
 
 
 def use_packed_operators(model: nn.Module) -> None:
@@ -149,7 +167,9 @@ def _scan(
 
 def _recurrence(layout: Layout | ContinuedRows) -> Callable[..., Tensor]:
     """Return the recurrence over a layout."""
-    return layout.recurrence if isinstance(layout, ContinuedRows) else functools.partial(packed_recurrence, layout=layout)
+    return (
+        layout.recurrence if isinstance(layout, ContinuedRows) else functools.partial(packed_recurrence, layout=layout)
+    )
 
 
 def _only_row(tensor: Tensor) -> Tensor:
