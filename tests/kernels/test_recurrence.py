@@ -214,7 +214,7 @@ def split_rows(tensor, lengths, starts, stops):
 def test_continued_rows_equal_whole_sequences(lengths, delta, wide, random):
     layout = Layout.of_lengths(lengths)
     sizes = {"d": 32, "d_v": 64} if wide else {}
-    inputs = [t for t in random_inputs(layout, delta=delta, dtype=torch.float32, **sizes)]
+    inputs = random_inputs(layout, delta=delta, dtype=torch.float32, **sizes)
     generator = torch.Generator().manual_seed(2)
     x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((layout.length, 20), (20, 4), (20,)))
     options = {"scaling": 0.3, "unit_vectors": True}

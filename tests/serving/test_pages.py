@@ -5,10 +5,9 @@ only.
 from __future__ import annotations
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import torch
 
 from deltaw.decoding.pages import PagePool, SavedStates, SequencePages, token_keys
 

@@ -1,9 +1,11 @@
 """Build a decoder over a model's weights and verify it against the model.
 
 The roles of the blocks' layers come from ``runtime/fused_blocks``, and the computation outside the blocks from
-``probes``. If the blocks are not recognized, the decoder runs the model's own code (``model_decoder``). Verification compares logits of about forty tokens, in chunks and one by one: in fp32 with a small copy of
-the model, which checks the code, and in the model's precision with the model, which checks the weights. Transformers
-decodes a model that fails.
+``probes``. If the blocks are not recognized, the decoder runs the model's own code (``model_decoder``).
+
+Verification compares logits of about forty tokens, in chunks and one by one: in fp32 with a small copy of the model,
+which checks the code, and in the model's precision with the model, which checks the weights. Transformers decodes a
+model that fails.
 
 Weights are shared with the model. Only transposed layers (``Conv1D``) and an int8 head are copied. The decoder
 represents the model as it is when it is built, for example without a method's changes inside its ``without`` context.

@@ -367,7 +367,7 @@ def build_engine(model: Decodable, session: AdaptedModel, adapters: Adapters, ca
 
 
 def _divide_cache(model: Decodable, cache_bytes: int, running: int) -> tuple[int, BatchLimits]:
-    """Return the number of pages that fit into ``cache_bytes``, at most the number that a batch can use, and its limits.
+    """Return the limits of a batch, and the pages that fit into ``cache_bytes``, at most as many as the batch can use.
 
     States of recurrent layers get half of the memory. At most half of that is for running sequences, of which there are
     at most ``running``. The rest is for saved states.
