@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +20,10 @@ from torch import Tensor
 
 from deltaw.decoding.adapters import Adapters
 from deltaw.decoding.decodable import Decodable
-from deltaw.decoding.model_decoder import ModelAdapter
 from deltaw.decoding.pages import PagePool, SavedStates, SequencePages
 from deltaw.decoding.request import EngineLoad, FinishReason
 from deltaw.decoding.sampling import logprob
 from deltaw.decoding.sequences import SequenceScheduler, SequenceState, next_tokens
-from deltaw.kernels.decode import PackedAdapter
 
 
 class ScheduledTokens(NamedTuple):
@@ -198,9 +196,8 @@ class RunningBatch(SequenceScheduler):
             sequence.start(self.pool.start_sequence(sequence.reusable, sequence.request.owner), slot)
             assert sequence.pages is not None
             self._table[slot, : len(sequence.pages.pages)] = sequence.pages.pages
-            if self.memory.states is not None:
-                state = sequence.pages.state
-                self.memory.states[slot] = 0.0 if state is None else state
+            if self.memory.states is not None and sequence.pages.state is not None:
+                self.memory.states[slot] = sequence.pages.state
                 sequence.pages.state = None  # it may be evicted
             self.running.append(sequence)
         self.waiting.extendleft(reversed(skipped))
@@ -286,7 +283,7 @@ class RunningBatch(SequenceScheduler):
         token_positions = np.empty(total, np.int32)
         slots = np.empty(total, np.int32)
         adapter_rows = np.full(total, -1, np.int32)
-        packed: list[PackedAdapter | ModelAdapter] = []
+        packed: list[Any] = []  # in the form of the decoder
         numbers: dict[int, int] = {}
         output_rows: list[int] = []
         owners: list[tuple[SequenceState, int]] = []

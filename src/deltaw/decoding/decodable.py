@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -364,6 +365,6 @@ def _logits(
         positions = torch.arange(start, stop, dtype=torch.int32)
         zeros = torch.zeros_like(positions)
         adapter_rows = zeros if adapter is not None else zeros - 1
-        packed = [] if adapter is None else [adapter]
+        packed: list[Any] = [] if adapter is None else [adapter]
         logits = decoder.step(memory, rows[start:stop].contiguous(), positions, zeros, table, adapter_rows, packed)[1]
         yield start, stop, logits

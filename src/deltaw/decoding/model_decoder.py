@@ -106,7 +106,11 @@ class _StepRows(ContinuedRows):
         sequence = rows.sequence.numpy()
         starts = np.flatnonzero(np.diff(sequence, prepend=-1))
         lengths = np.diff(starts, append=len(sequence))
-        super().__init__(lengths.tolist(), sequence[starts].tolist(), rows.pages.states)
+        states = rows.pages.states
+        slots = sequence[starts]
+        if states is not None:
+            states[slots[rows.positions.numpy()[starts] == 0]] = 0.0
+        super().__init__(lengths.tolist(), slots.tolist(), states)
         self._rows = rows
         self._attention = iter(attention)
 
@@ -136,7 +140,8 @@ def _attend_paged(
     options = {"scaling": scale, "window": sliding_window, "softcap": softcap}
     size = value.shape[-1]
     v = F.pad(value, (0, query.shape[-1] - size))
-    out = packed_layout.attend(*(t[0].transpose(0, 1) for t in (query, key, v)), options)
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, v))
+    out = packed_layout.attend(q, k, v, options)
     return out[None, ..., :size], None
 
 
@@ -247,7 +252,8 @@ class ModelDecoder:
     @property
     def bytes_per_page(self) -> int:
         """Bytes of the keys and values of ``page_tokens`` tokens, at least one number."""
-        return max(1, self._page_numbers) * self.cache_dtype.itemsize
+        numbers: int = max(1, self._page_numbers)
+        return numbers * self.cache_dtype.itemsize
 
     @property
     def state_bytes(self) -> int:
@@ -255,10 +261,10 @@ class ModelDecoder:
         return self._numbers * 4
 
     def new_pages(self, count: int, sequences: int = 1) -> Pages:
-        """Return ``count`` uninitialized pages, and zero states of a number of sequences."""
+        """Return ``count`` uninitialized pages, and states of a number of sequences."""
         pages = Pages(count, self._page_numbers, self.cache_dtype)
         if self._numbers:
-            pages.states = empty_in_huge_pages(sequences * self._numbers, torch.float32).view(sequences, -1).zero_()
+            pages.states = empty_in_huge_pages(sequences * self._numbers, torch.float32).view(sequences, -1)
         return pages
 
     def pack_adapter(self, factors: Mapping[str, tuple[Tensor, Tensor, float]]) -> ModelAdapter:
@@ -285,7 +291,7 @@ class ModelDecoder:
     ) -> tuple[None, Tensor]:
         """Run rows of tokens through the model. Arguments are those of :meth:`deltaw.kernels.decode.Decoder.step`.
 
-        The states of a row's sequence are at its index in ``page_table``. Rows of a sequence are contiguous.
+        Rows of a sequence are contiguous. Its states are at its index in ``page_table``. At position 0 they become zero.
 
         Returns:
             None, and logits (k, V) in fp32.

@@ -116,7 +116,7 @@ def continue_recurrence(
         addresses = states.data_ptr() + rows * (states.stride(0) * states.itemsize)
         segments = layout.segments()
         tensors = [query.contiguous(), key.contiguous(), value.contiguous(), *_fp32(decay, rate)]
-        out = torch.empty_like(tensors[2])
+        out = value.new_empty(value.shape)
         loader.kernels().dw_recurrence(
             loader.dtype_code(value.dtype), segments.data_ptr(), segments.shape[1], *value.shape[:2], *key.shape[1:],
             value.shape[2], scaling, unit_vectors, *map(loader.address, tensors), addresses.ctypes.data, out.data_ptr(),
@@ -375,16 +375,17 @@ class _ChunkedRecurrence:
         """
         counts = torch.from_numpy(-(-(layout.stops - layout.starts) // self.value.shape[2]))
         ends = states.clone()
-        self.state = states
         outputs = []
-        for index, level in enumerate(self.chunks.levels):
+        for index, level in enumerate(self._levels(states)):
             outputs.append(self._run_level(level, keep=False))
+            assert self.state is not None
             is_last = counts[counts > index] == index + 1
             ends[counts == index + 1] = self.state[is_last]
         return self.chunks.scatter(torch.cat(outputs)).to(self.inputs.value.dtype), ends
 
-    def _levels(self) -> tuple[ChunkLevel, ...]:
-        self.state: Tensor | None = None
+    def _levels(self, state: Tensor | None = None) -> tuple[ChunkLevel, ...]:
+        """Return the levels, to run them from a state before the first one."""
+        self.state = state
         return self.chunks.levels
 
     def _run_level(self, level: ChunkLevel, *, keep: bool) -> Tensor:

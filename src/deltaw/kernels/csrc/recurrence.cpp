@@ -232,6 +232,43 @@ struct KeptStates {
     }
 };
 
+// Load a query or key and multiply it by `factor` and, if `unit`, by its reciprocal norm.
+template <class T>
+void load_vector(const T *from, int64_t d, bool unit, float factor, float *to) {
+    F16 squares = zero_f();
+    for (int64_t i = 0; i < d; i += 16) {
+        const F16 x = load16(from + i);
+        squares = fma(x, x, squares);
+        store16(to + i, x);
+    }
+    const F16 by = set_f(unit ? factor / __builtin_sqrtf(sum_lanes(squares) + NORM_EPS) : factor);
+    for (int64_t i = 0; i < d; i += 16) store16(to + i, load16(to + i) * by);
+}
+
+// A single token of one head, whose state (d, dv) in panels is updated in place. `query` and `key` are (d).
+template <class T>
+void run_token(const Inputs<T> &in, const Sizes &z, int64_t t, int64_t head, const float *query, const float *key, float *state, T *out) {
+    const int64_t at = t * z.heads + head;
+    const F16 decay = exp_16(set_f(in.decay[at]));
+    for (int64_t c = 0; c < z.dv; c += PANEL, state += z.d * PANEL) {
+        F16 u[2] = {load16(in.value + at * z.dv + c), load16(in.value + at * z.dv + c + 16)}, y[2] = {zero_f(), zero_f()};
+        if (in.rate) {
+            F16 recalled[2] = {zero_f(), zero_f()};
+            for (int64_t i = 0; i < z.d; i++)
+                for (int j = 0; j < 2; j++) recalled[j] = fma(load16(state + i * PANEL + 16 * j), set_f(key[i]), recalled[j]);
+            for (int j = 0; j < 2; j++) u[j] = fnma(decay, recalled[j], u[j]) * set_f(in.rate[at]);
+        }
+        for (int64_t i = 0; i < z.d; i++)
+            for (int j = 0; j < 2; j++) {
+                float *const number = state + i * PANEL + 16 * j;
+                const F16 updated = fma(set_f(key[i]), u[j], load16(number) * decay);
+                store16(number, updated);
+                y[j] = fma(updated, set_f(query[i]), y[j]);
+            }
+        for (int j = 0; j < 2; j++) store16(out + at * z.dv + c + 16 * j, y[j]);
+    }
+}
+
 // `states`: null, or (heads, d, dv) in panels for each segment. A segment without a parent starts with this state, and the
 // state after a segment replaces it.
 template <class T>
@@ -246,8 +283,17 @@ void forward(const Segments &f, const Sizes &z, const Inputs<T> &in, float *cons
             const Panels read = KeyChunk::take(scratch, CHUNK, z.dv), scaled = KeyChunk::take(scratch, CHUNK, z.dv);
             float *const current = scratch.take<float>((high - low) * z.state());
             float *const kept_states = scratch.take<float>((high - low) * kept.count * z.state());
+            float *const token = scratch.take<float>(2 * z.d);
             for (size_t i = 0; i < chunks.size(); i++) {
                 const Chunk &c = chunks[i];
+                if (states && c.count == 1 && c.previous < 0 && kept.slot[i] < 0 && (i + 1 == chunks.size() || chunks[i + 1].previous < 0)) {
+                    const int64_t at = (c.start * z.key_heads + key_head) * z.d;
+                    load_vector(in.query + at, z.d, z.unit_vectors, z.scaling, token);
+                    load_vector(in.key + at, z.d, z.unit_vectors, 1.0f, token + z.d);
+                    for (int64_t head = low; head < high; head++)
+                        run_token(in, z, c.start, head, token, token + z.d, states[c.segment] + head * z.state(), out);
+                    continue;
+                }
                 k.load(in, z, c, key_head);
                 for (int64_t head = low; head < high; head++) {
                     const Panels state{current + (head - low) * z.state(), z.d, z.dv};
@@ -614,7 +660,7 @@ int64_t group_bytes(const Sizes &z, int64_t heads, int64_t kept, bool backward) 
     const int64_t square = of(CHUNK, CHUNK), wide = of(CHUNK, z.d), columns = of(z.d, CHUNK), values = of(CHUNK, z.dv);
     int64_t numbers = 2 * wide + columns + 2 * square + 2 * CHUNK + 3 * square + 3 * values;
     if (backward) numbers += 4 * values + 2 * of(z.dv, z.d) + of(z.dv, CHUNK) + 3 * wide + 4 * square + columns + z.state() + 2 * heads * kept * z.state();
-    else numbers += 2 * values + heads * (1 + kept) * z.state();
+    else numbers += 2 * values + heads * (1 + kept) * z.state() + 2 * z.d;
     return numbers * 4;
 }
 
