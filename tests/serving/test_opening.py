@@ -10,13 +10,7 @@ import torch
 
 from deltaw.data.prompt_tokens import encode_prompt
 from deltaw.decoding.generation import GeneratedCompletion, SamplingParams, generate
-from deltaw.decoding.opening import (
-    SESSION_ADAPTER,
-    SessionGenerator,
-    SessionSampler,
-    open_engine,
-    verified_generator,
-)
+from deltaw.decoding.opening import SESSION_ADAPTER, SessionGenerator, SessionSampler, open_engine, verified_generator
 from deltaw.decoding.request import Constraint, Request, Sampling
 from deltaw.errors import UserError
 from deltaw.inference.open_run import open_run

@@ -5,7 +5,7 @@ the pass, as for packed rows in training:
 
 - attention, which writes keys and values to pages and reads those of each token's sequence
 - the functions of recurrent layers, which continue the states of each sequence
-- linear layers, which read their weights once for all tokens and add the update of each token's adapter
+- linear layers, which read their weights once for all tokens and add the update of each token's adapter, and norms
 
 Everything else is the model's code, so no list of model families is needed. A forward pass of a few tokens records the
 calls. Its attention calls have a fixed order, which identifies the layers.
@@ -28,7 +28,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from deltaw.decoding.probes import NotDecodable
 from deltaw.hub.transformers_private import attention_name, set_attention_name
 from deltaw.kernels.continued import ContinuedRows
-from deltaw.kernels.decode import PAGE_TOKENS, Decoder, PackedAdapter, Pages, adapter_table
+from deltaw.kernels.decode import PAGE_TOKENS, LinearDecoder, PackedAdapter, Pages, adapter_table
 from deltaw.kernels.decode_reference import HEAD, AttentionForm, DecoderLinear
 from deltaw.kernels.huge_pages import empty_in_huge_pages
 from deltaw.kernels.paged_attention import PagedAttention, PagedRows, page_numbers
@@ -36,6 +36,8 @@ from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, get_output_head, is_conv1d
 from deltaw.lora.layers import LoRAConv1D, LoRALinear
 from deltaw.lora.stored import stored_form, weight_shape
 from deltaw.runtime.attention_choice import use_attention
+from deltaw.runtime.block_roles import norm_form
+from deltaw.runtime.fused import FusedNorm
 from deltaw.runtime.image_tokens import ImageTokens
 from deltaw.runtime.recurrent_layers import use_packed_operators
 
@@ -157,19 +159,13 @@ class _StepLinear:
     """
 
     def __init__(self, layer: DecoderLinear, is_head: bool) -> None:
-        self.decoder = Decoder((), None, layer)
-        self._pages = self.decoder.new_pages(1)
+        self.decoder = LinearDecoder(layer)
         self.is_head = is_head
         self.rows: Tensor | None = None  # index in ``adapters`` of each row of the step
         self.adapters: list[PackedAdapter] = []
 
     def __call__(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1]).float()
-        zeros = torch.zeros(len(flat), dtype=torch.int32)
-        rows = self.rows if self.adapters else None
-        table = torch.zeros(1, 1, dtype=torch.int32)
-        _, y = self.decoder.step(self._pages, flat, zeros, zeros, table, rows, self.adapters)
-        y = y.view(*x.shape[:-1], -1)
+        y = self.decoder.product(x.reshape(-1, x.shape[-1]), self.rows, self.adapters).view(*x.shape[:-1], -1)
         return y if self.is_head else y.to(x.dtype)
 
 
@@ -226,6 +222,9 @@ class ModelDecoder:
             for form, offset in zip(traced.forms, offsets, strict=False)
         ]
         self._configs = _configs(model)
+        self._forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
+        self._forwards += [(self._modules[name], linear) for name, linear in self._linears.items()]
+        self._forwards += [(m, FusedNorm(m)) for m in model.modules() if norm_form(m) is not None]
 
     def _trace(self, hidden: Tensor) -> _TracedRows:
         """Run a few rows and record the calls."""
@@ -315,14 +314,15 @@ class ModelDecoder:
             linear.adapters = packed if any(each is not _NO_UPDATE for each in packed) else []
             if linear.adapters and adapter is not None:
                 linear.rows = adapter[output_rows] if linear.is_head else adapter
-            vars(self._modules[name])["forward"] = linear
+        for module, forward in self._forwards:
+            vars(module)["forward"] = forward
         for config in self._configs:
             set_attention_name(config, ATTENTION)
         try:
             yield
         finally:
-            for name in self._linears:
-                del vars(self._modules[name])["forward"]
+            for module, _ in self._forwards:
+                del vars(module)["forward"]
             for config, attention in previous:
                 if attention is not None:
                     set_attention_name(config, attention)
