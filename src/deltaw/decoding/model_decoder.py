@@ -290,7 +290,7 @@ class ModelDecoder:
     ) -> tuple[None, Tensor]:
         """Run rows of tokens through the model. Arguments are those of :meth:`deltaw.kernels.decode.Decoder.step`.
 
-        Rows of a sequence are contiguous. Its states are at its index in ``page_table``. At position 0 they become zero.
+        Rows of a sequence are contiguous. Its states have its index in ``page_table``. At position 0 they become zero.
 
         Returns:
             None, and logits (k, V) in fp32.
