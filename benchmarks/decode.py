@@ -1,6 +1,6 @@
 """Decoding speed of deltaw's engine, llama.cpp (through xllamacpp) and transformers' ``generate``.
 
-    python benchmarks/decode.py [--model smollm2|qwen] [--rounds 5] [--threads N] [--prompts 1 16]
+    python benchmarks/decode.py [--model smollm2|qwen|lfm2] [--rounds 5] [--threads N] [--prompts 1 16]
 
 Every side is a process that loads its model once. Rounds are interleaved: the sides generate ``--new`` tokens per
 prompt one after another. Prompts have about ten tokens and are not repeated. Terminators are ignored. Tokens per second
@@ -9,7 +9,7 @@ the rounds' ratios to llama.cpp, which depends less on other load.
 
 ``smollm2`` is SmolLM2-135M from the same file for all sides: its Q4_1 GGUF file, which llama.cpp uses directly and
 deltaw converts to int8. ``qwen`` has random weights with the sizes of Qwen2.5-0.5B: Q8_0 for llama.cpp, int8 for
-deltaw.
+deltaw. ``lfm2`` has random weights with the sizes of LFM2-350M, whose layers are mostly short convolutions.
 """
 
 from __future__ import annotations
@@ -44,12 +44,23 @@ QWEN = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
 }
+# From the config.json of LFM2-350M.
+LFM2 = {
+    "vocab_size": 65536,
+    "hidden_size": 1024,
+    "intermediate_size": 6656,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+    "max_position_embeddings": 32768,
+}
 Run = Callable[[list[list[int]], int], int]  # (prompts, new tokens per prompt) -> number of generated tokens
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("smollm2", "qwen"), default="smollm2")
+    parser.add_argument("--model", choices=("smollm2", "qwen", "lfm2"), default="smollm2")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 16])
@@ -63,7 +74,8 @@ def main() -> None:
         run_side(*options.side, options)
         return
     with tempfile.TemporaryDirectory() as folder:
-        reference = SMOLLM2 if options.model == "smollm2" else random_qwen(Path(folder))
+        models = {"qwen": random_qwen, "lfm2": random_lfm2}
+        reference = SMOLLM2 if options.model == "smollm2" else models[options.model](Path(folder))
         results = compare(options, reference)
     print_machine(options.threads)
     if options.json:
@@ -161,7 +173,7 @@ _TOKENIZERS: dict[str, object] = {}
 def prompt(reference: str, number: int) -> list[int]:
     """Return a prompt of about ten tokens that depends on the number."""
     if reference != SMOLLM2:
-        return [(number * 7919 + position * 104729) % 150000 for position in range(10)]
+        return [(number * 7919 + position * 104729) % 65000 for position in range(10)]
     if reference not in _TOKENIZERS:
         from deltaw.hub.tokenizers import load_tokenizer
 
@@ -287,6 +299,27 @@ def random_qwen(folder: Path) -> str:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return str(folder)
+
+
+def random_lfm2(folder: Path) -> str:
+    """Write a model with random weights for transformers and for llama.cpp (Q8_0), and return its folder."""
+    import torch
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    from deltaw.export.gguf_model import export_gguf
+    from deltaw.lora import LoRAConfig, attach, save_adapter
+    from tests.export.models import byte_bpe  # any tokenizer: prompts are token ids
+
+    torch.manual_seed(0)
+    model = Lfm2ForCausalLM(Lfm2Config(**LFM2)).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    byte_bpe("gpt-2").save_pretrained(folder)
+    attach(
+        model, LoRAConfig(rank=1, alpha=1, target_modules=["q_proj"])
+    )  # an export is a merge; this one has no effect
+    save_adapter(model, folder / "adapter", base_model=str(folder))
+    export_gguf(folder / "adapter", folder / "lfm2.Q8_0.gguf", kind="q8_0")
     return str(folder)
 
 

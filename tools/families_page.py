@@ -40,7 +40,8 @@ default configuration, with narrow layers and random weights. A model of a famil
 - **packed:** rows are concatenated without padding and share prefixes. Other families train on padded rows.
 - **blocks:** “fused” runs each block as one operation. “attention” runs attention (with its projections), norms and \
 dense MLPs as operations of their own, and the rest with the model's code. “parts” does so only for norms and MLPs.
-- **decoder:** deltaw's decoder generates text. transformers decodes other families.
+- **decoder:** deltaw's [decoding engine](../decoding.md) generates text, with compiled blocks (“yes”) or with the \
+model's code over pages and states (“code”). transformers decodes other families.
 - **GGUF:** merged models can be [exported](../export.md).
 
 Families that cannot be built from a reduced configuration are not listed: {missing}.
@@ -89,8 +90,7 @@ def support_of(family: str) -> Support:
         packed = can_pack(model).value
         blocks = fused_blocks(model)
         try:
-            build_decodable(model)
-            decoder = "yes"
+            decoder = "yes" if build_decodable(model).blocks else "code"
         except NotDecodable:
             decoder = ""
     forms = {"fused": blocks.choice.value, "attention": blocks.fuses_attention, "parts": blocks.separate_parts}
@@ -159,10 +159,11 @@ def listed(text: str) -> dict[str, Support]:
 
 def lost(before: Support, now: Support) -> list[str]:
     """Return the features that a family lost."""
-    names = ["packed", "decoder", "gguf"]
-    missing = [name for name in names if getattr(before, name) and not getattr(now, name)]
-    order = ["", "parts", "attention", "fused"]
-    return missing + ["blocks"] * (order.index(now.blocks) < order.index(before.blocks))
+    levels = {"packed": ["", "yes"], "decoder": ["", "code", "yes"], "gguf": ["", "yes"]}
+    levels["blocks"] = ["", "parts", "attention", "fused"]
+    return [
+        name for name, order in levels.items() if order.index(getattr(now, name)) < order.index(getattr(before, name))
+    ]
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from deltaw.kernels import loader, recurrence
 from deltaw.kernels.chunks import chunks_of
+from deltaw.kernels.continued import ContinuedRows
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.recurrence import packed_recurrence, recurrence_reference
 from deltaw.kernels.short_convolution import convolution_reference, packed_convolution, predecessors
@@ -201,3 +202,40 @@ def test_predecessors_cross_short_and_empty_segments():
     layout = Layout.of_lengths([3, 0, 1, 2], [-1, 0, 1, 2])
     assert predecessors(layout, 4)[:, 4].tolist() == [4, 3, 2, 1]
     assert predecessors(layout, 4)[:, 0].tolist() == [0, 6, 6, 6]
+
+
+def split_rows(tensor, lengths, starts, stops):
+    """Return the tokens from ``starts`` to ``stops`` of each sequence of a packed row."""
+    rows = tensor.split(lengths)
+    return torch.cat([row[start:stop] for row, start, stop in zip(rows, starts, stops, strict=True)])
+
+
+@examples(st.lists(st.integers(3, 90), min_size=1, max_size=4), st.booleans(), st.booleans(), st.randoms(), count=40)
+def test_continued_rows_equal_whole_sequences(lengths, delta, wide, random):
+    layout = Layout.of_lengths(lengths)
+    sizes = {"d": 32, "d_v": 64} if wide else {}
+    inputs = random_inputs(layout, delta=delta, dtype=torch.float32, **sizes)
+    generator = torch.Generator().manual_seed(2)
+    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((layout.length, 20), (20, 4), (20,)))
+    options = {"scaling": 0.3, "unit_vectors": True}
+    expected = packed_recurrence(*inputs, layout, **options), packed_convolution(x, weight, bias, layout, silu=True)
+    slots = random.sample(range(6), len(lengths))
+    states = torch.zeros(6, 3000 + 4 * 32 * 64)
+    others = [slot for slot in range(6) if slot not in slots]
+    states[others] = 7.0
+    starts = [0] * len(lengths)
+    parts = []
+    while any(start < length for start, length in zip(starts, lengths, strict=True)):
+        stops = [min(n, start + random.choice([1, 1, 2, 17, 64])) for start, n in zip(starts, lengths, strict=True)]
+        active = [n for n, (start, stop) in enumerate(zip(starts, stops, strict=True)) if stop > start]
+        rows = ContinuedRows([stops[n] - starts[n] for n in active], [slots[n] for n in active], states)
+        now = [None if t is None else split_rows(t, lengths, starts, stops) for t in inputs]
+        y = rows.recurrence(*now, **options)
+        z = rows.convolution(split_rows(x, lengths, starts, stops), weight, bias, silu=True)
+        assert rows.numbers <= states.shape[1] and rows.numbers % 16 == 0
+        parts.append((y, z, starts, stops))
+        starts = stops
+    for index, reference in enumerate(expected):
+        for *computed, low, high in parts:
+            torch.testing.assert_close(computed[index], split_rows(reference, lengths, low, high), rtol=2e-5, atol=2e-5)
+    assert bool((states[others] == 7.0).all())

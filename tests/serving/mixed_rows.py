@@ -54,7 +54,7 @@ class Rows:
         self._adapters = list(adapters)
         self._adapter_indices = torch.tensor(adapter_indices, dtype=torch.int32)
         pages_per_sequence = -(-max_tokens // model.decoder.page_tokens)
-        self._pages = model.decoder.new_pages(pages_per_sequence * len(adapter_indices))
+        self._pages = model.decoder.new_pages(pages_per_sequence * len(adapter_indices), len(adapter_indices))
         pages = torch.arange(pages_per_sequence * len(adapter_indices), dtype=torch.int32)
         self._table = pages.view(len(adapter_indices), pages_per_sequence)
         self._lengths = [0] * len(adapter_indices)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from deltaw.data.prompt_tokens import encode_prompt
-from deltaw.decoding.generation import GeneratedCompletion, generate
-from deltaw.decoding.opening import SESSION_ADAPTER, SessionGenerator, open_engine, verified_generator
+from deltaw.decoding.generation import GeneratedCompletion, SamplingParams, generate
+from deltaw.decoding.opening import SESSION_ADAPTER, SessionGenerator, SessionSampler, open_engine, verified_generator
 from deltaw.decoding.request import Constraint, Request, Sampling
 from deltaw.errors import UserError
 from deltaw.inference.open_run import open_run
@@ -20,6 +20,7 @@ from deltaw.methods.files import choose_method
 from deltaw.methods.lora import LoRA
 from deltaw.settings.config import RunConfig
 from tests.byte_models import save_model
+from tests.runtime.recurrent_families import recurrent_model
 from tests.tiny_models import causal_model
 
 # Methods that train the base's parameters share one code path, so most of them are slow tests. "bias" adds parameters.
@@ -155,6 +156,50 @@ def test_transformers_engine_streams_stops_and_constrains(bloom):
     long.cancel()
     assert long.result().finish == "cancelled"
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def hybrid_folder(tmp_path_factory) -> Path:
+    """Folder of a model with recurrent layers."""
+    model = recurrent_model("lfm2", vocab_size=259)
+    model.get_output_embeddings().weight.data.normal_(0, 1.0)
+    model.config.eos_token_id = model.generation_config.eos_token_id = 0
+    return save_model(model, tmp_path_factory.mktemp("base") / "lfm2")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_of_a_hybrid_model_matches_transformers(method, hybrid_folder, tmp_path):
+    session = make_run(hybrid_folder, tmp_path / "run", method)
+    assert_matches_transformers(session)
+    assert "runs the model's own code" in open_engine(session, cache_bytes=1 << 22, log=discard_log).why
+
+
+def test_activated_adapter_of_a_hybrid_model_applies_after_its_invocation(hybrid_folder, tmp_path):
+    config = LoRAConfig(rank=4, alpha=16, active="completion", invocation_tokens=INVOCATION)
+    session = make_run(hybrid_folder, tmp_path / "run", LoRA(config))
+    prompt = np.concatenate([np.arange(40, 110), INVOCATION, [50]])
+    engine = open_engine(session, cache_bytes=1 << 22, log=discard_log)
+    base, adapted = (engine_texts(engine, [prompt], name) for name in (None, SESSION_ADAPTER))
+    assert adapted == transformers_texts(session, [prompt]) != base
+    chunk = next(iter(engine.submit(Request(prompt, adapter=SESSION_ADAPTER, max_new_tokens=2))))
+    assert chunk.reused == 64
+    engine.close()
+
+
+def test_rollouts_of_a_hybrid_model_use_the_current_adapter(hybrid_folder, tmp_path):
+    session = make_run(hybrid_folder, tmp_path / "run", "lora")
+    sampler = SessionSampler(session)
+    params = SamplingParams(16, logprobs=True)
+    texts = []
+    for _ in range(2):
+        completions = sampler(PROMPTS, params)
+        texts.append([completion.tokens.tolist() for completion in completions])
+        assert texts[-1] == transformers_texts(session, PROMPTS)
+        assert all(len(c.logprobs) == len(c.tokens) for c in completions)
+        with torch.no_grad():
+            for _, parameter in session.method.parameters(session.model):
+                parameter += 0.3
+    assert texts[0] != texts[1] and "transformers" not in sampler.why
 
 
 @pytest.mark.parametrize("method", ["lora", "full", pytest.param("prompt", marks=pytest.mark.slow)])

@@ -5,10 +5,11 @@ only.
 from __future__ import annotations
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.decoding.pages import PagePool, SequencePages, token_keys
+from deltaw.decoding.pages import PagePool, SavedStates, SequencePages, token_keys
 
 SIZE = 8
 
@@ -122,3 +123,39 @@ def test_random_histories_never_lose_or_overwrite_pages(data):
     filler = memory.pool.start_sequence(token_keys(np.empty(0, np.int64)))
     assert memory.pool.reserve(filler, 12 * SIZE)
     assert sorted(filler.pages) == list(range(12))
+
+
+def test_saved_states_are_limited_and_removed_with_their_pages():
+    pool = PagePool(6, SIZE, lambda source, target: None, SavedStates(2 * 16))
+
+    def write(seed: int, pages: int, in_completion: bool = False) -> np.ndarray:
+        keys = token_keys(np.random.default_rng(seed).integers(0, 99, pages * SIZE))
+        sequence = pool.start_sequence(keys)
+        for stop in range(sequence.length + SIZE, len(keys) + 1, SIZE):
+            assert pool.reserve(sequence, stop)
+            pool.commit(sequence, keys, stop)
+            if in_completion or stop == len(keys):
+                pool.save_state(sequence, torch.full((4,), float(10 * seed + stop // SIZE)), in_completion)
+        pool.release(sequence)
+        return keys
+
+    def state_at(keys: np.ndarray) -> tuple[int, float | None]:
+        sequence = pool.start_sequence(keys)
+        pool.release(sequence)
+        return sequence.reused, None if sequence.state is None else float(sequence.state[0])
+
+    first, second = write(1, 2), write(2, 1)
+    assert state_at(first) == (2 * SIZE, 12.0) and state_at(first[:SIZE]) == (0, None)
+    third = write(3, 2, in_completion=True)
+    assert state_at(third) == (0, None), "a completion evicts no other state"
+    assert state_at(second) == (SIZE, 21.0)
+    fourth = write(4, 1)
+    assert state_at(first) == (0, None), "the state that was used least recently is evicted"
+    assert state_at(fourth) == (SIZE, 41.0) and state_at(second) == (SIZE, 21.0)
+    write(5, 6)
+    assert state_at(fourth) == state_at(second) == (0, None), "their pages were evicted"
+    sequence = pool.start_sequence(write(5, 6))
+    pool.states.drop(sequence.nodes[-1])
+    pool.release(sequence)
+    last = write(6, 3, in_completion=True)
+    assert state_at(last) == (3 * SIZE, 63.0) and state_at(last[: 2 * SIZE]) == (0, None)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data.chat_template import read_chat_template
+from deltaw.decoding.model_decoder import ModelAdapter
 from deltaw.decoding.request import UnknownAdapterError
 from deltaw.errors import UserError, did_you_mean
 from deltaw.hub.terminators import terminators
@@ -82,7 +83,7 @@ class ActiveAdapter:
 
     number: int
     info: AdapterInfo
-    packed: PackedAdapter | None = None
+    packed: PackedAdapter | ModelAdapter | None = None
     soft_prompt: Tensor | None = field(default=None, repr=False)
 
     @property

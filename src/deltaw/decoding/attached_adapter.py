@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 
 from deltaw.decoding.decodable import Decodable
+from deltaw.decoding.model_decoder import ModelAdapter, ModelDecoder
 from deltaw.errors import UserError
 from deltaw.kernels.decode import PackedAdapter
 from deltaw.lora.attachment import get_attachment, unwrap_model
@@ -32,11 +34,14 @@ class Packer:
     """
 
     def __init__(self, model: nn.Module, decodable: Decodable) -> None:
-        self._pack = decodable.decoder.pack_adapter
+        self._pack: Callable[[Any], PackedAdapter | ModelAdapter] = decodable.decoder.pack_adapter
+        self._locations: dict[str, tuple[int, str] | str] = {}
+        if isinstance(decodable.decoder, ModelDecoder):
+            self._locations.update(decodable.decoder.names)
+            return
         names: dict[int, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             names.setdefault(id(module), []).append(name)
-        self._locations: dict[str, tuple[int, str]] = {}
         for index, (block, roles) in enumerate(zip(decodable.blocks, decodable.roles, strict=True)):
             attention = roles.attention
             mlp = roles.mlp
@@ -49,7 +54,7 @@ class Packer:
                 self._locations |= dict.fromkeys(names[id(module_at(block, path))], (index, role))
         self._locations |= dict.fromkeys(names.get(id(get_output_head(model)), ()), HEAD)
 
-    def __call__(self, layers: Mapping[str, Factors]) -> PackedAdapter:
+    def __call__(self, layers: Mapping[str, Factors]) -> PackedAdapter | ModelAdapter:
         """Pack factors for the decoder.
 
         Args:
@@ -67,7 +72,7 @@ class Packer:
         return self._pack(by_location)
 
 
-def pack_attached_adapter(model: nn.Module, packer: Packer) -> PackedAdapter | str | None:
+def pack_attached_adapter(model: nn.Module, packer: Packer) -> PackedAdapter | ModelAdapter | str | None:
     """Pack the adapter that is attached to a model, for a decoder of the model's weights.
 
     Returns:

@@ -30,6 +30,7 @@ from deltaw.decoding.adapters import (
     require_adapter_files,
     unknown_adapter_error,
 )
+from deltaw.decoding.model_decoder import ModelAdapter
 from deltaw.errors import UserError
 from deltaw.kernels.decode import PackedAdapter
 from deltaw.lora.files import Factors
@@ -115,7 +116,7 @@ class AdapterBank:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
-        pack: Callable[[Mapping[str, Factors]], PackedAdapter],
+        pack: Callable[[Mapping[str, Factors]], PackedAdapter | ModelAdapter],
         *,
         budget_bytes: int,
     ) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +20,10 @@ from torch import Tensor
 
 from deltaw.decoding.adapters import Adapters
 from deltaw.decoding.decodable import Decodable
-from deltaw.decoding.pages import PagePool
+from deltaw.decoding.pages import PagePool, SavedStates, SequencePages
 from deltaw.decoding.request import EngineLoad, FinishReason
 from deltaw.decoding.sampling import logprob
 from deltaw.decoding.sequences import SequenceScheduler, SequenceState, next_tokens
-from deltaw.kernels.decode import PackedAdapter
 
 
 class ScheduledTokens(NamedTuple):
@@ -64,12 +63,14 @@ class BatchLimits:
             two tokens of a completion.
         prefill_rows: Maximum number of prompt tokens in a step without completions.
         min_rows: Minimum number of tokens per prompt if several prompts share a step.
+        saved_state_bytes: Maximum size of saved states of recurrent layers.
     """
 
     running: int = 64
     prompt_rows: int = 64
     prefill_rows: int = 256
     min_rows: int = 16
+    saved_state_bytes: int = 0
 
 
 class RunningBatch(SequenceScheduler):
@@ -89,8 +90,9 @@ class RunningBatch(SequenceScheduler):
         self.adapters = adapters
         self.limits = limits
         self.images = model.entry.images
-        self.memory = decoder.new_pages(pages)
-        self.pool = PagePool(pages, decoder.page_tokens, self.memory.copy)
+        self.memory = decoder.new_pages(pages, limits.running)
+        saved = SavedStates(limits.saved_state_bytes) if decoder.state_bytes else None
+        self.pool = PagePool(pages, decoder.page_tokens, self.memory.copy, saved)
         self._table = np.zeros((limits.running, -(-self.max_length // decoder.page_tokens)), np.int32)
         self._page_table = torch.from_numpy(self._table)  # the same memory
         self._slots = list(range(limits.running))
@@ -122,6 +124,8 @@ class RunningBatch(SequenceScheduler):
                 assert sequence.pages is not None
                 if self.pool.commit(sequence.pages, sequence.keys, stop):
                     self._table[sequence.slot, : len(sequence.pages.pages)] = sequence.pages.pages
+                if self.memory.states is not None and stop % self.pool.page_tokens == 0:
+                    self._save_state(sequence, sequence.pages)
             self._sample(logits, owners)
         except Exception as error:  # any error leaves the sequences of this step without a valid result
             for sequence, _, _ in scheduled:
@@ -192,6 +196,9 @@ class RunningBatch(SequenceScheduler):
             sequence.start(self.pool.start_sequence(sequence.reusable, sequence.request.owner), slot)
             assert sequence.pages is not None
             self._table[slot, : len(sequence.pages.pages)] = sequence.pages.pages
+            if self.memory.states is not None and sequence.pages.state is not None:
+                self.memory.states[slot] = sequence.pages.state
+                sequence.pages.state = None  # it may be evicted
             self.running.append(sequence)
         self.waiting.extendleft(reversed(skipped))
 
@@ -227,9 +234,23 @@ class RunningBatch(SequenceScheduler):
                 continue  # preempted by an earlier sequence
             start = sequence.pages.length
             stop = start + rows.get(sequence, 1)
+            if self.memory.states is not None:
+                stop = min([stop, *(end for end in self._saved_ends(sequence, sequence.pages) if end > start)])
             if stop > start and self._reserve(sequence, stop):
                 scheduled.append(ScheduledTokens(sequence, start, stop))
         return scheduled
+
+    def _saved_ends(self, sequence: SequenceState, pages: SequencePages) -> tuple[int, int]:
+        """Return the positions after whose tokens a prompt's state is saved for other requests."""
+        prompt = sequence.length - sequence.num_generated
+        return pages.matched, (prompt - 1) // self.pool.page_tokens * self.pool.page_tokens
+
+    def _save_state(self, sequence: SequenceState, pages: SequencePages) -> None:
+        """Save the state after the tokens of a sequence if other sequences may continue it."""
+        assert self.memory.states is not None
+        in_completion = pages.length > sequence.length - sequence.num_generated
+        if in_completion or pages.length in self._saved_ends(sequence, pages):
+            self.pool.save_state(pages, self.memory.states[sequence.slot], in_completion)
 
     def _reserve(self, sequence: SequenceState, stop: int) -> bool:
         """Reserve pages for the tokens up to ``stop``. Preempts the sequences that started last if necessary.
@@ -262,7 +283,7 @@ class RunningBatch(SequenceScheduler):
         token_positions = np.empty(total, np.int32)
         slots = np.empty(total, np.int32)
         adapter_rows = np.full(total, -1, np.int32)
-        packed: list[PackedAdapter] = []
+        packed: list[Any] = []  # in the form of the decoder
         numbers: dict[int, int] = {}
         output_rows: list[int] = []
         owners: list[tuple[SequenceState, int]] = []

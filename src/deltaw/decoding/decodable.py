@@ -1,9 +1,11 @@
 """Build a decoder over a model's weights and verify it against the model.
 
 The roles of the blocks' layers come from ``runtime/fused_blocks``, and the computation outside the blocks from
-``probes``. Verification compares logits of about forty tokens, in chunks and one by one: in fp32 with a small copy of
-the model, which checks the code, and in the model's precision with the model, which checks the weights. Transformers
-decodes a model that fails.
+``probes``. If the blocks are not recognized, the decoder runs the model's own code (``model_decoder``).
+
+Verification compares logits of about forty tokens, in chunks and one by one: in fp32 with a small copy of the model,
+which checks the code, and in the model's precision with the model, which checks the weights. Transformers decodes a
+model that fails.
 
 Weights are shared with the model. Only transposed layers (``Conv1D``) and an int8 head are copied. The decoder
 represents the model as it is when it is built, for example without a method's changes inside its ``without`` context.
@@ -13,15 +15,19 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaw.decoding.adapters import ActiveAdapter
-from deltaw.decoding.probes import InputProbe, NotDecodable, Prober
+from deltaw.decoding.generation import position_limit
+from deltaw.decoding.model_decoder import ModelAdapter, ModelDecoder, ModelInputs
+from deltaw.decoding.probes import DEFAULT_POSITIONS, InputProbe, NotDecodable, Prober
 from deltaw.hub.loading import default_attention, use_attention
 from deltaw.kernels.decode import Decoder, PackedAdapter
 from deltaw.kernels.decode_reference import DecoderBlock, DecoderLinear
@@ -29,6 +35,7 @@ from deltaw.kernels.quantize import quantize_rows
 from deltaw.kernels.rows import HalfNorms, Norm
 from deltaw.kernels.torch_modules import direct_parameters
 from deltaw.lora.kinds import get_output_head
+from deltaw.lora.stored import weight_shape
 from deltaw.runtime.block_roles import BlockRoles, Norms, module_at, norm_form
 from deltaw.runtime.fused import FusedBlock
 from deltaw.runtime.fused_blocks import final_norm, recognize
@@ -37,6 +44,7 @@ from deltaw.runtime.padded import PADDED
 from deltaw.runtime.projections import Projection
 from deltaw.runtime.recognition import blocks_of
 from deltaw.runtime.small_copy import small_copy
+from deltaw.runtime.virtual_tokens import input_embedding
 
 # Number of compared tokens, size of the first chunk, and number of single tokens after it.
 SAMPLE = 40
@@ -57,14 +65,14 @@ class Decodable:
     Attributes:
         decoder: Decoder over the model's weights.
         entry: Computes the input rows of tokens.
-        blocks: Blocks of the model, in order.
+        blocks: Blocks of the model, in order. Empty if the decoder runs the model's code.
         roles: Roles of the layers of each block.
         vocabulary: Number of logits.
         why: Result of the verification, as text.
     """
 
-    decoder: Decoder
-    entry: InputProbe
+    decoder: Decoder | ModelDecoder
+    entry: InputProbe | ModelInputs
     blocks: tuple[nn.Module, ...]
     roles: tuple[BlockRoles, ...]
     vocabulary: int
@@ -103,11 +111,31 @@ def build_decodable(
             tiny = small_copy(model)
         except Exception as error:  # model code may raise anything for a small configuration
             raise NotDecodable(f"{type(error).__name__}: {str(error)[:100]}") from error
-        tiny_error = logit_difference(_build(tiny, recognized_blocks(tiny), None, max(positions, SAMPLE)), tiny)
-        if not tiny_error < TOLERANCE:
-            raise NotDecodable(f"the decoder's logits of a small copy of the model differ by {tiny_error:.1e}")
-        result = _build(model, fused or recognized_blocks(model), cache_bytes, positions)
-        model_error = logit_difference(result, model)
+
+        def build(blocks_model: PreTrainedModel, limit: int) -> Decodable:
+            of_model = fused if blocks_model is model else None
+            budget = cache_bytes if blocks_model is model else None
+            return _build(blocks_model, of_model or recognized_blocks(blocks_model), budget, limit)
+
+        try:
+            return _verified(build, model, tiny, positions)
+        except NotDecodable as reason:
+            try:
+                result = _verified(partial(_build_from_code, cache_bytes=cache_bytes), model, tiny, positions)
+            except NotDecodable as other:
+                raise NotDecodable(f"{reason}; in the model's own code: {other}") from reason
+            return replace(result, why=f"runs the model's own code, because {reason}; {result.why}")
+
+
+def _verified(
+    build: Callable[[PreTrainedModel, int], Decodable], model: PreTrainedModel, tiny: PreTrainedModel, positions: int
+) -> Decodable:
+    """Return the decoder that ``build`` returns for a model and a number of positions, after its verification."""
+    tiny_error = logit_difference(build(tiny, max(positions, SAMPLE)), tiny)
+    if not tiny_error < TOLERANCE:
+        raise NotDecodable(f"the decoder's logits of a small copy of the model differ by {tiny_error:.1e}")
+    result = build(model, positions)
+    model_error = logit_difference(result, model)
     if not model_error < tolerance(model):
         raise NotDecodable(f"the decoder's logits differ from the model's by {model_error:.1e}")
     description = f"logits equal the model's own (relative difference {model_error:.1e}, in fp32 {tiny_error:.1e})"
@@ -167,6 +195,30 @@ def _build(model: PreTrainedModel, fused: Sequence[FusedBlock], cache_bytes: int
     except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise NotDecodable(f"{type(error).__name__}: {str(error)[:120]}") from error
     return Decodable(decoder, entry, blocks, roles, linear.outputs)
+
+
+def _build_from_code(model: PreTrainedModel, positions: int, cache_bytes: int | None) -> Decodable:
+    """Build a decoder that runs the model's code, without verification."""
+    head = get_output_head(model)
+    types = {p.dtype for p in model.parameters()}
+    cache_dtype = torch.float32 if types == {torch.float32} else torch.bfloat16
+
+    def linear(module: nn.Module) -> DecoderLinear:
+        return _linear(module, quantize=module is head and torch.int8 in types)
+
+    try:
+        embedding = input_embedding(model)
+        decoder = ModelDecoder(model, embedding, linear, cache_dtype)
+    except Exception as error:  # model code may raise anything
+        raise NotDecodable(f"{type(error).__name__}: {str(error)[:120]}") from error
+    if head is None:
+        raise NotDecodable("it has no output head")
+    if cache_bytes is not None:
+        positions = min(positions, cache_bytes // decoder.bytes_per_page * decoder.page_tokens)
+    entry = ModelInputs(embedding, min(position_limit(model) or DEFAULT_POSITIONS, positions))
+    if entry.images is not None and entry.images.has_grid_positions:
+        raise NotDecodable("its image tokens have three-dimensional positions")
+    return Decodable(decoder, entry, (), (), weight_shape(head)[0])
 
 
 def recognized_blocks(model: PreTrainedModel) -> list[FusedBlock]:
@@ -292,7 +344,9 @@ def logit_difference(
     return float((error / total.clamp_min(1e-60)).sqrt())
 
 
-def _logits(decodable: Decodable, rows: Tensor, adapter: PackedAdapter | None) -> Iterator[tuple[int, int, Tensor]]:
+def _logits(
+    decodable: Decodable, rows: Tensor, adapter: PackedAdapter | ModelAdapter | None
+) -> Iterator[tuple[int, int, Tensor]]:
     """Yield the decoder's logits for rows (n, D) without positions: a chunk, single tokens, then the rest.
 
     Yields:
@@ -310,6 +364,6 @@ def _logits(decodable: Decodable, rows: Tensor, adapter: PackedAdapter | None) -
         positions = torch.arange(start, stop, dtype=torch.int32)
         zeros = torch.zeros_like(positions)
         adapter_rows = zeros if adapter is not None else zeros - 1
-        packed = [] if adapter is None else [adapter]
+        packed: list[Any] = [] if adapter is None else [adapter]
         logits = decoder.step(memory, rows[start:stop].contiguous(), positions, zeros, table, adapter_rows, packed)[1]
         yield start, stop, logits

@@ -226,7 +226,7 @@ def open_engine(session: AdaptedModel, *, cache_bytes: int | None = None, log: L
             decodable, adapter = _decoder(session, cache_bytes=cache_size)
     except NotDecodable as reason:
         return fallback_engine(session, session_adapter, reason, log)
-    engine = _session_engine(decodable, session, adapter, _count_pages(decodable, cache_size, _MAX_RUNNING))
+    engine = _session_engine(decodable, session, adapter, *_divide_cache(decodable, cache_size, _MAX_RUNNING))
     engine.has_base = adapter is not None or session_adapter is None
     return engine
 
@@ -309,7 +309,7 @@ def verified_generator(session: AdaptedModel) -> TextGenerator:
         except NotDecodable:
             return None
         pages = max(batch_tokens, length) // decodable.decoder.page_tokens + 1
-        engine = _session_engine(decodable, session, adapter, pages)
+        engine = _session_engine(decodable, session, adapter, pages, BatchLimits(min(pages, _MAX_RUNNING)))
         try:
             return _greedy_completions(engine, engine.session_adapter, prompts, max_new_tokens, on_progress)
         finally:
@@ -361,24 +361,37 @@ def build_engine(model: Decodable, session: AdaptedModel, adapters: Adapters, ca
         cache_bytes: Memory for keys and values.
         running: Maximum number of running sequences.
     """
-    scheduler = RunningBatch(model, _count_pages(model, cache_bytes, running), adapters, BatchLimits(running))
+    pages, limits = _divide_cache(model, cache_bytes, running)
+    scheduler = RunningBatch(model, pages, adapters, limits)
     return Engine(scheduler, session.tokenizer, session_terminator_ids(session), adapters, why=model.why)
 
 
-def _count_pages(model: Decodable, cache_bytes: int, running: int) -> int:
-    """Return the number of pages that fit into ``cache_bytes``, at most the number that a batch can use."""
+def _divide_cache(model: Decodable, cache_bytes: int, running: int) -> tuple[int, BatchLimits]:
+    """Return the limits of a batch, and the pages that fit into ``cache_bytes``, at most as many as the batch can use.
+
+    States of recurrent layers get half of the memory. At most half of that is for running sequences, of which there are
+    at most ``running``. The rest is for saved states.
+    """
+    state_bytes = model.decoder.state_bytes
+    saved_bytes = 0
+    if state_bytes:
+        saved_bytes = cache_bytes // 2
+        running = max(1, min(running, saved_bytes // 2 // state_bytes))
+        saved_bytes = max(0, saved_bytes - running * state_bytes)
+        cache_bytes = cache_bytes // 2
     max_pages = running * -(-model.positions // model.decoder.page_tokens)
-    return max(1, min(max_pages, cache_bytes // model.decoder.bytes_per_page))
+    pages = max(1, min(max_pages, cache_bytes // model.decoder.bytes_per_page))
+    return pages, BatchLimits(running, saved_state_bytes=saved_bytes)
 
 
 def _session_engine(
-    model: Decodable, session: AdaptedModel, adapter: ActiveAdapter | None, pages: int, running: int = _MAX_RUNNING
+    model: Decodable, session: AdaptedModel, adapter: ActiveAdapter | None, pages: int, limits: BatchLimits
 ) -> Engine:
     """Build an engine over a decoder with the adapter of the session."""
     name = None if adapter is None else SESSION_ADAPTER
     ids = session_terminator_ids(session)
     adapters = FixedAdapters({} if adapter is None else {SESSION_ADAPTER: adapter})
-    scheduler = RunningBatch(model, pages, adapters, BatchLimits(running))
+    scheduler = RunningBatch(model, pages, adapters, limits)
     return Engine(scheduler, session.tokenizer, ids, adapters, session_adapter=name, why=model.why)
 
 
@@ -546,9 +559,9 @@ def _decoder(
     if session.method is None or session.is_base:
         return build(), None
     if session.method.name not in _SEPARATE_METHODS:
-        with session.base():  # recognition does not support added biases
-            fused = recognized_blocks(session.model)
-        return build(fused=fused), None
+        with session.base(), contextlib.suppress(NotDecodable):  # recognition does not support added biases
+            build = partial(build, fused=recognized_blocks(session.model))
+        return build(), None
     with session.base():
         result = build()
     return result, _pack_adapter(session, result)
@@ -641,7 +654,7 @@ class SessionSampler:
             return engine
         running = min(count, MAX_CONCURRENT_SAMPLES)
         pages = running * -(-max_length // decodable.decoder.page_tokens) + running
-        return _session_engine(decodable, session, adapter, pages, running)
+        return _session_engine(decodable, session, adapter, pages, BatchLimits(running))
 
     def _vllm_engine(self) -> Engine:
         """Return an engine that samples with vLLM and the current adapter.

@@ -7,6 +7,10 @@ copied, because pages in the tree are never written again. Each owner has a sepa
 observe the prompts of another.
 
 Unused pages stay cached until they are needed. They are evicted in least-recently-used order, children before parents.
+
+Recurrent layers have one state per sequence instead of keys and values per token. A sequence can only continue from a
+position whose state is saved. States are large, so only few are saved, at ends of pages (:class:`SavedStates`): where
+a prompt ends, where a prompt leaves the path of another, and the last one of a completion.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
 # Minimum fraction of a page that must match for a copy to be worthwhile.
 MIN_COPIED = 1 / 8
@@ -87,6 +92,10 @@ class SequencePages:
         length: Number of tokens whose keys and values are computed.
         reused: Number of tokens that were cached when the sequence started.
         nodes: Tree nodes of the first pages.
+        matched: Number of tokens in full cached pages when the sequence started. Larger than ``reused`` if no state is
+            saved at their end.
+        state: State after the reused tokens, or None for the state before a sequence.
+        completion_state: Node with the last saved state of the completion.
     """
 
     root: _Node = field(repr=False)
@@ -94,6 +103,56 @@ class SequencePages:
     length: int = 0
     reused: int = 0
     nodes: list[_Node] = field(default_factory=list, repr=False)
+    matched: int = 0
+    state: Tensor | None = field(default=None, repr=False)
+    completion_state: _Node | None = field(default=None, repr=False)
+
+
+class SavedStates:
+    """States after pages of the prefix tree, evicted in least-recently-used order.
+
+    Args:
+        limit: Maximum size of all states, in bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._free = limit
+        self._states: dict[_Node, Tensor] = {}  # least recently used first
+
+    def __contains__(self, node: _Node) -> bool:
+        return node in self._states
+
+    def use(self, node: _Node) -> Tensor:
+        """Return the state after a page."""
+        state = self._states[node] = self._states.pop(node)
+        return state
+
+    def save(self, node: _Node, state: Tensor, evict: bool) -> bool:
+        """Save a copy of the state after a page, if it fits into the limit.
+
+        Args:
+            node: The page.
+            state: The state.
+            evict: True to evict other states.
+
+        Returns:
+            True if the state is saved.
+        """
+        if node in self._states:
+            self.use(node)
+            return True
+        while evict and state.nbytes > self._free and self._states:
+            self.drop(next(iter(self._states)))
+        if state.nbytes > self._free:
+            return False
+        self._states[node] = state.clone()
+        self._free -= state.nbytes
+        return True
+
+    def drop(self, node: _Node) -> None:
+        """Delete the state after a page, if it is saved."""
+        state = self._states.pop(node, None)
+        self._free += 0 if state is None else state.nbytes
 
 
 class PagePool:
@@ -103,15 +162,19 @@ class PagePool:
         count: Number of pages.
         page_tokens: Tokens per page.
         copy: Copies the contents of a page to another page.
+        states: Saved states if the model has recurrent layers, else None.
 
     Attributes:
         reused: Number of tokens served from the cache since the start.
     """
 
-    def __init__(self, count: int, page_tokens: int, copy: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, count: int, page_tokens: int, copy: Callable[[int, int], None], states: SavedStates | None = None
+    ) -> None:
         self.count = count
         self.page_tokens = page_tokens
         self.reused = 0
+        self.states = states
         self._copy = copy
         self._free = list(range(count - 1, -1, -1))
         self._roots: dict[int, _Node] = {}
@@ -134,19 +197,25 @@ class PagePool:
         """
         root = self._roots.setdefault(owner, _Node(-1, np.empty(0, np.int64), None))
         sequence = SequencePages(root)
-        node = root
         size = self.page_tokens
-        position = 0
-        while position < len(keys):
-            child = node.child(keys[position : position + size]) if len(keys) - position >= size else None
+        path: list[_Node] = []
+        while (len(path) + 1) * size <= len(keys):
+            child = (path[-1] if path else root).child(keys[len(path) * size : (len(path) + 1) * size])
             if child is None:
-                position += self._copy_partial(sequence, node, keys[position:])
                 break
-            self._ref(child)
-            sequence.nodes.append(child)
-            sequence.pages.append(child.page)
-            node = child
-            position = position + size
+            path.append(child)
+        sequence.matched = len(path) * size
+        if self.states is not None:
+            while path and path[-1] not in self.states:
+                path.pop()
+            sequence.state = self.states.use(path[-1]) if path else None
+        for node in path:
+            self._ref(node)
+        sequence.nodes = path
+        sequence.pages = [node.page for node in path]
+        position = len(path) * size
+        if self.states is None and position < len(keys):
+            position += self._copy_partial(sequence, path[-1] if path else root, keys[position:])
         sequence.length = sequence.reused = position
         self.reused += position
         return sequence
@@ -206,6 +275,23 @@ class PagePool:
             sequence.nodes.append(node)
         return changed
 
+    def save_state(self, sequence: SequencePages, state: Tensor, in_completion: bool) -> None:
+        """Save the state of a sequence whose tokens fill its pages.
+
+        Args:
+            sequence: The sequence. All of its pages are in the tree.
+            state: State after its tokens.
+            in_completion: True to replace the previous state in the completion, without evicting other states.
+        """
+        assert self.states is not None
+        node = sequence.nodes[-1]
+        is_new = node not in self.states
+        is_saved = self.states.save(node, state, evict=not in_completion)
+        if in_completion and is_saved and is_new:
+            if sequence.completion_state is not None:
+                self.states.drop(sequence.completion_state)
+            sequence.completion_state = node
+
     def release(self, sequence: SequencePages, keys: np.ndarray | None = None) -> None:
         """Release all pages of a sequence.
 
@@ -215,7 +301,7 @@ class PagePool:
         """
         index = len(sequence.nodes)
         rest = sequence.pages[index:]
-        if keys is not None and rest:
+        if keys is not None and rest and self.states is None:
             tail_keys = keys[index * self.page_tokens : sequence.length]
             parent = sequence.nodes[-1] if sequence.nodes else sequence.root
             if len(tail_keys) and self._cache_partial(parent, tail_keys, rest[0]):
@@ -278,6 +364,8 @@ class PagePool:
         if not siblings:
             del parent.children[int(node.keys[0])]
         self._num_unused -= 1
+        if self.states is not None:
+            self.states.drop(node)
         self._free.append(node.page)
         node.page = -1
         if parent.parent is not None:

@@ -10,6 +10,7 @@ A step is one call of the compiled kernels. Without them, :mod:`deltaw.kernels.d
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -64,7 +65,10 @@ class Pages:
         count: Number of pages.
         data: (count, numbers per page). One allocation, whose memory the system provides on first write. The order of
             numbers within a page depends on the implementation that writes it.
+        states: (sequences, numbers) fp32 states of recurrent layers, or None if the model has none.
     """
+
+    states: Tensor | None = None
 
     def __init__(self, count: int, numbers: int, dtype: torch.dtype) -> None:
         self.count = count
@@ -112,6 +116,7 @@ class Decoder:
     """
 
     page_tokens = PAGE_TOKENS
+    state_bytes = 0  # of recurrent layers, per sequence
 
     def __init__(
         self,
@@ -212,8 +217,8 @@ class Decoder:
         """Bytes of the keys and values of ``page_tokens`` tokens."""
         return self.offsets[-1] * self.cache_dtype.itemsize
 
-    def new_pages(self, count: int) -> Pages:
-        """Return ``count`` uninitialized pages."""
+    def new_pages(self, count: int, sequences: int = 1) -> Pages:
+        """Return ``count`` uninitialized pages for a number of sequences."""
         return Pages(count, self.offsets[-1], self.cache_dtype)
 
     def pack_adapter(self, factors: Mapping[tuple[int, str], tuple[Tensor, Tensor, float]]) -> PackedAdapter:
@@ -311,6 +316,52 @@ class Decoder:
         )
         loader.kernels().dw_decode(ctypes.addressof(self._model), ctypes.addressof(step))
         return out, logits
+
+
+class LinearDecoder(Decoder):
+    """A linear layer as a decoder without blocks, with a short path for its calls.
+
+    Args:
+        layer: The layer, without low-rank factors.
+    """
+
+    def __init__(self, layer: DecoderLinear) -> None:
+        super().__init__((), None, layer)
+        self._pages = self.new_pages(1)
+
+    def product(self, x: Tensor, adapter: Tensor | None, adapters: Sequence[PackedAdapter]) -> Tensor:
+        """Return the outputs (n, out) of rows x (n, in) in fp32. Other arguments are those of :meth:`Decoder.step`.
+
+        Raises:
+            ValueError: if the number of rows differs from that of ``adapter``.
+        """
+        zeros, minus_ones, rows = _row_numbers(len(x))
+        if adapter is None or not adapters:
+            adapter = minus_ones
+            adapters = ()
+        check_shape("the adapters", adapter, len(x))
+        x = x.float().contiguous()
+        if loader.library() is None:
+            return self.step(self._pages, x, zeros, zeros, zeros[:1, None], adapter, adapters, rows)[1]
+        out = torch.empty(len(x), self.hidden)
+        outputs = torch.empty(len(x), self.head.outputs)
+        tables = (ctypes.c_void_p * len(adapters))(*(ctypes.addressof(packed.table) for packed in adapters))
+        zero = zeros.data_ptr()
+        step = DecodeStep(
+            *(x.data_ptr(), zero, zero, adapter.data_ptr(), zero, rows.data_ptr()),
+            ctypes.addressof(tables),
+            *(self._pages.data.data_ptr(), out.data_ptr(), outputs.data_ptr()),
+            *(len(x), 1, 1, len(x), len(adapters), 1),
+        )
+        loader.kernels().dw_decode(ctypes.addressof(self._model), ctypes.addressof(step))
+        return outputs
+
+
+@functools.lru_cache(maxsize=64)
+def _row_numbers(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return int32 tensors of ``count`` rows: zeros, -1, and the index of each row."""
+    zeros = torch.zeros(count, dtype=torch.int32)
+    return zeros, zeros - 1, torch.arange(count, dtype=torch.int32)
 
 
 # Phase of a block, or after all blocks, that reads the factors of a layer.

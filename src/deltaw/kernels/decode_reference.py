@@ -191,6 +191,18 @@ class DecoderBlock:
                 yield name, layer
 
 
+@dataclass(frozen=True)
+class AttentionForm:
+    """Attention of a layer over pages. The attributes are those of :class:`DecoderBlock`."""
+
+    heads: int
+    key_heads: int
+    head_size: int
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+
+
 def check_norm(norm: Norm | None, size: int) -> None:
     """Check a norm's tensors for ``size`` numbers. None is accepted.
 
@@ -272,7 +284,9 @@ def cache_numbers_per_token(size: int, dtype: torch.dtype) -> int:
     return 2 * size + (size % 2 if dtype == torch.bfloat16 else 0)
 
 
-def cache_views(data: Tensor, block: DecoderBlock, offset: int, page_tokens: int) -> tuple[Tensor, Tensor]:
+def cache_views(
+    data: Tensor, block: DecoderBlock | AttentionForm, offset: int, page_tokens: int
+) -> tuple[Tensor, Tensor]:
     """Return views of a block's keys (pages, key heads, d, tokens) and values (pages, key heads, tokens, d).
 
     Only the reference implementation uses this order.
@@ -301,7 +315,7 @@ def block_reference(
     if block.rotary_dims and table is not None:
         angles = [t[tokens.positions.long()].to(x.dtype) for t in table]
         q, k = (rotate_reference(t, *angles).to(x.dtype) for t in (q, k))
-    attended = _attention(q, k, v, block, cache, tokens).flatten(1)
+    attended = attention_reference(q, k, v, block, cache, tokens).flatten(1)
     y = linear_reference(attended, block.output, tokens, (number, "output"))
     summed = _add_residual(y, x, block.first)
     n = _norm(x if block.parallel else summed, block.second.before)
@@ -359,7 +373,9 @@ def _queries_keys_values(n: Tensor, number: int, block: DecoderBlock, tokens: To
     return of_key_head[:, :, :group].flatten(1, 2), of_key_head[:, :, group], of_key_head[:, :, group + 1]
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, block: DecoderBlock, cache: FactorPair, tokens: Tokens) -> Tensor:
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, block: DecoderBlock | AttentionForm, cache: FactorPair, tokens: Tokens
+) -> Tensor:
     """Write keys and values to the cache, and compute causal attention of rows (n, heads, d) within sequences."""
     keys, values = cache
     pages = tokens.page_table.long()

@@ -148,7 +148,7 @@ def mismatched_struct(library: ctypes.CDLL) -> str | None:
 
 
 # Expected result of dw_abi(). Increment it in csrc/kernels.h too when functions or structs change.
-ABI = 10
+ABI = 11
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
 
 # Result and argument types of functions that do not return a status, then the argument types of all functions. See
@@ -189,7 +189,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "dw_cross_entropy": [_I, _L, _L, _P, _P, _P, _F, _F, _I, _P],
     "dw_attention": [_I, _P, _L, _L, _L, _I, _L, _L, _L, _L, _F, _F, _P, _L, *[_P] * 6],
     "dw_attention_backward": [_I, _P, _L, _L, _L, _I, _L, _L, _L, _L, _F, _F, _P, _L, *[_P] * 10],
-    "dw_recurrence": [_I, _P, *[_L] * 6, _F, _I, *[_P] * 6],
+    "dw_recurrence": [_I, _P, *[_L] * 6, _F, _I, *[_P] * 7],
     "dw_recurrence_backward": [_I, _P, *[_L] * 6, _F, _I, *[_P] * 11],
     "dw_convolution": [_I, _L, _L, _L, _I, *[_P] * 5],
     "dw_convolution_backward": [_I, _L, _L, _L, _I, *[_P] * 8],
@@ -197,6 +197,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "dw_block": [_P, _L, _P, _P, _L, _P, _L, *[_P] * 5],
     "dw_block_backward": [_P, _L, _P, _P, _L, _P, _L, *[_P] * 7],
     "dw_decode": [_P, _P],
+    "dw_decode_attention": [*[_P] * 6],
 }
 
 

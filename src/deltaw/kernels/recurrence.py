@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,6 +87,48 @@ def packed_recurrence(
     """
     _check_shapes(query, key, value, decay, rate, layout)
     return _Recurrence.apply(query, key, value, decay, rate, layout, RecurrenceOptions(scaling, unit_vectors))
+
+
+def continue_recurrence(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    rate: Tensor | None,
+    layout: Layout,
+    states: Tensor,
+    rows: np.ndarray,
+    *,
+    scaling: float = 1.0,
+    unit_vectors: bool = False,
+) -> Tensor:
+    """Return the outputs of :func:`packed_recurrence` for segments that continue given states, without a graph.
+
+    Args:
+        query, key, value, decay, rate, scaling, unit_vectors: See :func:`packed_recurrence`.
+        layout: Layout of the T tokens, S segments without parents.
+        states: (slots, heads·d·d_v) fp32. The states after the segments replace those before them. The order of the
+            numbers depends on the implementation. Zeros are the state before a sequence.
+        rows: (S,) int64 row of ``states`` of each segment.
+    """
+    _check_shapes(query, key, value, decay, rate, layout)
+    if is_compiled(query, key, value):
+        addresses = states.data_ptr() + rows * (states.stride(0) * states.itemsize)
+        segments = layout.segments()
+        tensors = [query.contiguous(), key.contiguous(), value.contiguous(), *_fp32(decay, rate)]
+        out = value.new_empty(value.shape)
+        loader.kernels().dw_recurrence(
+            loader.dtype_code(value.dtype), segments.data_ptr(), segments.shape[1], *value.shape[:2], *key.shape[1:],
+            value.shape[2], scaling, unit_vectors, *map(loader.address, tensors), addresses.ctypes.data, out.data_ptr(),
+        )  # fmt: skip
+        return out
+    inputs = _Inputs(query, key, value, decay, rate)
+    run = _of_chunks(inputs, layout, RecurrenceOptions(scaling, unit_vectors))
+    indices = torch.from_numpy(rows)
+    shape = (value.shape[1], key.shape[2], value.shape[2])
+    outputs, ends = run.continued(states.index_select(0, indices).unflatten(1, shape), layout)
+    states.index_copy_(0, indices, ends.flatten(1).to(states.dtype))
+    return outputs
 
 
 def recurrence_reference(
@@ -185,7 +228,7 @@ def _recurrence(query, key, value, decay, rate, segments, scaling, unit_vectors)
     out = torch.empty_like(tensors[2])
     loader.kernels().dw_recurrence(
         loader.dtype_code(value.dtype), segments.data_ptr(), segments.shape[1], *value.shape[:2], *key.shape[1:],
-        value.shape[2], scaling, unit_vectors, *map(loader.address, tensors), out.data_ptr(),
+        value.shape[2], scaling, unit_vectors, *map(loader.address, tensors), None, out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -323,14 +366,32 @@ class _ChunkedRecurrence:
         outputs = torch.cat([self._run_level(level, keep=False) for level in self._levels()])
         return self.chunks.scatter(outputs).to(self.inputs.value.dtype)
 
-    def _levels(self) -> tuple[ChunkLevel, ...]:
-        self.state: Tensor | None = None
+    def continued(self, states: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Return the outputs (T, heads, d_v), and the states (S, heads, d, d_v) after the segments.
+
+        Args:
+            states: States before the segments, none of which has a parent.
+            layout: Layout of the chunks.
+        """
+        counts = torch.from_numpy(-(-(layout.stops - layout.starts) // self.value.shape[2]))
+        ends = states.clone()
+        outputs = []
+        for index, level in enumerate(self._levels(states)):
+            outputs.append(self._run_level(level, keep=False))
+            assert self.state is not None
+            is_last = counts[counts > index] == index + 1
+            ends[counts == index + 1] = self.state[is_last]
+        return self.chunks.scatter(torch.cat(outputs)).to(self.inputs.value.dtype), ends
+
+    def _levels(self, state: Tensor | None = None) -> tuple[ChunkLevel, ...]:
+        """Return the levels, to run them from a state before the first one."""
+        self.state = state
         return self.chunks.levels
 
     def _run_level(self, level: ChunkLevel, *, keep: bool) -> Tensor:
         """Compute the outputs (n, heads, C, d_v) of a level, and the states after it."""
         part = slice(level.start, level.stop)
-        state = None if level.parents is None or self.state is None else self.state[level.parents]
+        state = self.state if level.parents is None or self.state is None else self.state[level.parents]
         key = self._per_head(self.key[part])
         values = self.value[part]
         recalled = None

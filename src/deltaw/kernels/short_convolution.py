@@ -49,6 +49,58 @@ def convolution_reference(
     return (F.silu(y) if silu else y).to(x.dtype)
 
 
+def continue_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, states: Tensor, rows: Tensor, *, silu: bool = False
+) -> Tensor:
+    """Return :func:`packed_convolution` for segments that continue given tokens, without a graph.
+
+    Args:
+        x, weight, bias, silu: See :func:`packed_convolution`.
+        layout: Layout of the T tokens, S segments without parents.
+        states: (slots, (W - 1)·channels) fp32: the tokens before each segment. The last ones after it replace them.
+        rows: (S,) row of ``states`` of each segment.
+    """
+    width = weight.shape[1]
+    key = ("continued", width)
+    if key not in layout.masks:
+        layout.masks[key] = tuple(map(torch.from_numpy, _continued(layout, width)))
+    indices, last = layout.masks[key]
+    before = states.index_select(0, rows).view(-1, x.shape[1]).to(x.dtype)
+    extended = torch.cat([x, before])
+    states.index_copy_(0, rows, extended[last].flatten(1).to(states.dtype))
+    if loader.supports(extended):
+        return _convolution(extended, weight, bias, indices, silu)[: len(x)]
+    dtype = accumulation_dtype(x)
+    taps = weight.to(dtype).t().flip(0)
+    y = (extended[indices[:, : len(x)]].to(dtype) * taps[:, None]).sum(0)
+    y = y if bias is None else y + bias.to(dtype)
+    return (F.silu(y) if silu else y).to(x.dtype)
+
+
+def _continued(layout: Layout, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return positions in the tokens (T) followed by the ``width - 1`` tokens before each segment.
+
+    Returns:
+        Positions as of :func:`predecessors`, and (S, ``width - 1``) positions of the last tokens after each segment.
+    """
+    count = len(layout.starts)
+    length = layout.length
+    kept = width - 1
+    total = length + count * kept
+    segment = np.repeat(np.arange(count), layout.stops - layout.starts)
+    token = np.arange(length)
+
+    def at(segments: np.ndarray, positions: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        earlier = length + segments * kept + kept + positions - starts
+        return np.where(positions >= starts, positions, earlier)
+
+    indices = np.full((width, total), total)
+    for step in range(width):
+        indices[step, :length] = at(segment, token - step, layout.starts[segment])
+    last = layout.stops[:, None] - np.arange(kept, 0, -1)
+    return indices, at(np.arange(count)[:, None], last, layout.starts[:, None])
+
+
 def predecessors(layout: Layout, width: int) -> Tensor:
     """Return the positions (width, T) of the tokens 0, 1, … ``width - 1`` steps before each token.
 

@@ -2,13 +2,15 @@
 
 transformers' models call module-level functions for the parts that carry a state from token to token. They pass their
 keyword arguments on, including the layout of a packed row. A call with a layout runs the operators of
-:mod:`deltaw.kernels` instead, so rows do not mix and shared prefixes are computed once. Other calls are unchanged.
+:mod:`deltaw.kernels` instead, so rows do not mix and shared prefixes are computed once. In decoding, the layout
+contains the states that the rows continue. Other calls are unchanged.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +23,7 @@ from deltaw.hub.transformers_private import (
     STATE_SPACE_FUNCTION,
     replace_functions,
 )
+from deltaw.kernels.continued import ContinuedRows
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.recurrence import packed_recurrence
 from deltaw.kernels.short_convolution import packed_convolution
@@ -29,6 +32,10 @@ from deltaw.kernels.short_convolution import packed_convolution
 RECURRENT_LAYER_TYPES = frozenset({"linear_attention", "conv", "mamba", "hybrid"})
 # Layer types without attention or a state.
 STATELESS_LAYER_TYPES = frozenset({"mlp", "moe"})
+
+
+# Attributes of recurrent layers whose product is the size of a state.
+_STATE_SIZES = (("num_v_heads", "head_k_dim", "head_v_dim"), ("num_heads", "head_dim", "ssm_state_size"))
 
 
 # Active recordings of the channels of each convolution. Every recurrent layer has one convolution.
@@ -46,6 +53,19 @@ def counting_convolutions() -> Iterator[list[int]]:
         _RECORDERS.remove(channels)
 
 
+def state_numbers(model: nn.Module) -> int:
+    """Return the numbers of the states of all recurrent layers of ``model``, per sequence."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d) and module.groups == module.in_channels:
+            total += module.in_channels * (module.kernel_size[0] - 1)
+        for names in _STATE_SIZES:
+            sizes = [getattr(module, name, 0) for name in names]
+            if all(isinstance(size, int) for size in sizes):
+                total += math.prod(sizes)
+    return total
+
+
 def use_packed_operators(model: nn.Module) -> None:
     """Let the recurrent layers of ``model`` accept packed rows. Has no effect on other layers and other rows."""
     for name, operator in _OPERATORS.items():
@@ -56,7 +76,7 @@ def _dispatch(operator: Callable[..., Any], original: Callable[..., Any], *args:
     layout = kwargs.get("packed_layout")
     if layout is None:
         return original(*args, **kwargs)
-    if not isinstance(layout, Layout):
+    if not isinstance(layout, Layout | ContinuedRows):
         raise RuntimeError("a recurrent layer needs all tokens of a row")
     return operator(*args, **kwargs)
 
@@ -67,7 +87,7 @@ def _convolve(
     bias: Tensor | None = None,
     activation: str | None = None,
     *,
-    packed_layout: Layout,
+    packed_layout: Layout | ContinuedRows,
     **unused: object,
 ) -> Tensor:
     """Causal convolution of (1, channels, T)."""
@@ -76,7 +96,11 @@ def _convolve(
     rows = _only_row(hidden_states).transpose(0, 1)
     for channels in _RECORDERS:
         channels.append(rows.shape[1])
-    y = packed_convolution(rows, weight, bias, packed_layout, silu=activation is not None)
+    silu = activation is not None
+    if isinstance(packed_layout, ContinuedRows):
+        y = packed_layout.convolution(rows, weight, bias, silu=silu)
+    else:
+        y = packed_convolution(rows, weight, bias, packed_layout, silu=silu)
     return y.transpose(0, 1)[None]
 
 
@@ -87,7 +111,7 @@ def _apply_delta_rule(
     g: Tensor,
     beta: Tensor,
     *,
-    packed_layout: Layout,
+    packed_layout: Layout | ContinuedRows,
     use_qk_l2norm_in_kernel: bool = False,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
@@ -96,13 +120,12 @@ def _apply_delta_rule(
     """Gated delta rule of (1, T, heads, d)."""
     if initial_state is not None or output_final_state:
         raise RuntimeError("a cache cannot run on packed rows")
-    y = packed_recurrence(
+    y = _recurrence(packed_layout)(
         _only_row(query),
         _only_row(key),
         _only_row(value),
         _only_row(g),
         _only_row(beta),
-        packed_layout,
         scaling=query.shape[-1] ** -0.5,
         unit_vectors=use_qk_l2norm_in_kernel,
     )
@@ -119,7 +142,7 @@ def _scan(
     D: Tensor | None = None,
     dt_bias: Tensor | None = None,
     *,
-    packed_layout: Layout,
+    packed_layout: Layout | ContinuedRows,
     initial_states: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
@@ -138,8 +161,15 @@ def _scan(
     x = _only_row(hidden_states).float()
     decay = A.float() * steps.float()
     values = x * steps[..., None].float()
-    y = packed_recurrence(_only_row(C).float(), _only_row(B).float(), values, decay, None, packed_layout)
+    y = _recurrence(packed_layout)(_only_row(C).float(), _only_row(B).float(), values, decay, None)
     return (y if D is None else y + D[..., None] * x)[None]
+
+
+def _recurrence(layout: Layout | ContinuedRows) -> Callable[..., Tensor]:
+    """Return the recurrence over a layout."""
+    return (
+        layout.recurrence if isinstance(layout, ContinuedRows) else functools.partial(packed_recurrence, layout=layout)
+    )
 
 
 def _only_row(tensor: Tensor) -> Tensor:

@@ -293,6 +293,34 @@ struct MaxSizes {  // in numbers per row
     }
 };
 
+// True if contexts are split into ranges, because there are fewer work units than threads need.
+bool splits_contexts(const StepState &w, const MaxSizes &sizes) {
+    const int64_t threads = thread_count();
+    int64_t longest = 0;
+    for (int64_t m = 0; m < w.step.rows; m++) longest = std::max<int64_t>(longest, w.step.positions[m]);
+    return threads > 1 && longest >= STRETCH && (int64_t)w.queries.size() * sizes.units < 2 * threads;
+}
+int64_t partial_numbers(int64_t rows, const MaxSizes &sizes) { return rows * sizes.heads * (MAX_RANGES + 1) * (2 + sizes.head_size); }
+
+// Call body(worker, scratch of the thread) on all threads.
+template <class Body>
+void on_workers(std::vector<ParallelLoop> &loops, float *scratch, int64_t scratch_per_thread, const Body &body) {
+    struct Job {
+        const Body *body;
+        ParallelLoop *loops;
+        int threads;
+        float *scratch;
+        int64_t scratch_per_thread;
+    } job{&body, loops.data(), (int)thread_count(), scratch, scratch_per_thread};
+    auto part = [](void *data, int thread) {
+        const Job *const job = static_cast<Job *>(data);
+        Worker worker(job->loops, job->threads);
+        (*job->body)(worker, job->scratch + thread * job->scratch_per_thread);
+    };
+    if (job.threads == 1) part(&job, 0);
+    else run_on_threads(part, &job, job.threads);
+}
+
 }  // namespace
 
 // Run a step; see decode.h. Writes the rows' keys and values to their pages.
@@ -301,7 +329,7 @@ int dw_decode(const DecodeModel *model, const DecodeStep *step) {
         if (model->page_tokens != PAGE_TOKENS) throw Failure{FAILED};
         check_step(*model, *step);
         if (!step->rows) return;
-        const int64_t rows = step->rows, threads = thread_count();
+        const int64_t rows = step->rows;
         const MaxSizes max_sizes(*model);
         const RowsByAdapter row_adapters(*step, rows, [&](int64_t m) { return step->adapter[m]; });
         const RowsByAdapter output_adapters(*step, step->output_count, [&](int64_t m) { return step->adapter[step->output_rows[m]]; });
@@ -317,29 +345,45 @@ int dw_decode(const DecodeModel *model, const DecodeStep *step) {
         w.h = scratch.take(MAX_LAYERS * std::max(rows, step->output_count) * rank * 4);
         w.first_inputs = scratch.take(Inputs::bytes(std::max(rows, step->output_count), max_sizes.inputs));
         w.second_inputs = scratch.take(Inputs::bytes(rows, max_sizes.inputs));
-        int64_t longest = 0;
-        for (int64_t m = 0; m < rows; m++) longest = std::max<int64_t>(longest, step->positions[m]);
-        // With fewer work units than threads need, contexts are split into ranges.
-        const bool split = threads > 1 && longest >= STRETCH && (int64_t)w.queries.size() * max_sizes.units < 2 * threads;
-        w.partial = split ? scratch.take<float>(rows * max_sizes.heads * (MAX_RANGES + 1) * (2 + max_sizes.head_size)) : nullptr;
+        w.partial = splits_contexts(w, max_sizes) ? scratch.take<float>(partial_numbers(rows, max_sizes)) : nullptr;
         w.scratch_per_thread = (std::max({product_scratch_size(*model), attention_scratch_size(*model), model->hidden}) + 15) / 16 * 16;
-        w.thread_scratch = scratch.take<float>(threads * w.scratch_per_thread);
+        w.thread_scratch = scratch.take<float>(thread_count() * w.scratch_per_thread);
         memcpy(w.x, step->hidden, rows * model->hidden * sizeof(float));
-        struct Job {
-            StepState *w;
-            Updates head_updates;
-            ParallelLoop *loops;
-            int threads;
-        } job{&w, output_adapters.updates(rank), loops.data(), (int)threads};
-        auto part = [](void *data, int thread) {
-            const Job *const job = static_cast<Job *>(data);
-            StepState &w = *job->w;
-            Worker worker(job->loops, job->threads);
-            float *const thread_scratch = w.thread_scratch + thread * w.scratch_per_thread;
+        const Updates head_updates = output_adapters.updates(rank);
+        on_workers(loops, w.thread_scratch, w.scratch_per_thread, [&](Worker &worker, float *thread_scratch) {
             for (int64_t b = 0; b < w.model.count; b++) run_block(w, worker, b, thread_scratch);
-            run_head(w, job->head_updates, worker, thread_scratch);
-        };
-        if (threads == 1) part(&job, 0);
-        else run_on_threads(part, &job, (int)threads);
+            run_head(w, head_updates, worker, thread_scratch);
+        });
+    });
+}
+
+// Write the keys and values (rows, key heads, head size) of a step to their pages, and attend with queries (rows, heads,
+// head size) that are multiplied by the scaling. `out` has the shape of the queries. The model has one block, of which
+// the layers are unused.
+int dw_decode_attention(const DecodeModel *model, const DecodeStep *step, const float *query, const float *key, const float *value, float *out) {
+    return guarded([&] {
+        if (model->page_tokens != PAGE_TOKENS || model->count != 1) throw Failure{FAILED};
+        check_step(*model, *step);
+        if (!step->rows) return;
+        const DecodeBlock &b = model->blocks[0];
+        const MaxSizes sizes(*model);
+        std::vector<ParallelLoop> loops(3);
+        Scratch scratch;
+        StepState w(*model, *step);
+        w.queries = plan_queries(*step, sizes.max_group_rows_limit);
+        float *const partial = splits_contexts(w, sizes) ? scratch.take<float>(partial_numbers(step->rows, sizes)) : nullptr;
+        const int64_t scratch_per_thread = (attention_scratch_size(*model) + 15) / 16 * 16;
+        float *const thread_scratch = scratch.take<float>(thread_count() * scratch_per_thread);
+        const Attention a{model, &b, step, w.queries.data(), (int64_t)w.queries.size(), query, out, partial};
+        on_workers(loops, thread_scratch, scratch_per_thread, [&](Worker &worker, float *own) {
+            for_each_row(worker, step->rows, [&](int64_t m) {
+                for (int64_t head = 0; head < b.key_heads; head++) {
+                    const int64_t at = (m * b.key_heads + head) * b.head_size;
+                    write_cache(*model, b, *step, m, head, key + at, value + at);
+                }
+            });
+            attend(worker, a, own);
+            if (partial) for_each_row(worker, step->rows, [&](int64_t m) { merge_ranges(a, m); });
+        });
     });
 }

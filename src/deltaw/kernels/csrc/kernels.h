@@ -7,7 +7,7 @@
 
 // Increment if a function's arguments, its supported types, or a struct in block.h, blocks.h or decode.h changes. The
 // loader compares it with its expected value.
-const int DW_ABI = 10;
+const int DW_ABI = 11;
 
 #ifdef _WIN32
 #define DW_EXPORT __declspec(dllexport)
@@ -99,7 +99,7 @@ DW_EXPORT int dw_attention_backward(int type, const int64_t *segments, int64_t c
 
 DW_EXPORT int dw_recurrence(int type, const int64_t *segments, int64_t count, int64_t length, int64_t heads, int64_t key_heads, int64_t d,
                             int64_t dv, float scaling, int unit_vectors, const void *query, const void *key, const void *value, const float *decay,
-                            const float *rate, void *out);
+                            const float *rate, float *const *states, void *out);
 DW_EXPORT int dw_recurrence_backward(int type, const int64_t *segments, int64_t count, int64_t length, int64_t heads, int64_t key_heads, int64_t d,
                                      int64_t dv, float scaling, int unit_vectors, const void *query, const void *key, const void *value,
                                      const float *decay, const float *rate, const void *grad, void *d_query, void *d_key, void *d_value,
@@ -117,4 +117,6 @@ DW_EXPORT int dw_block_backward(const BlockParts *block, int64_t T, void *in, co
                                 void *grad_memory, void *dx_memory, float *const *factors);
 
 DW_EXPORT int dw_decode(const DecodeModel *model, const DecodeStep *step);
+DW_EXPORT int dw_decode_attention(const DecodeModel *model, const DecodeStep *step, const float *query, const float *key, const float *value,
+                                  float *out);
 }

@@ -28,6 +28,8 @@ struct Sizes {
 struct Chunk {
     int64_t start, count;
     int64_t previous;  // index of the chunk whose state it continues, or -1
+    int64_t segment;
+    bool is_last;  // the last chunk of its segment
 };
 
 std::vector<Chunk> cut(const Segments &f) {
@@ -36,7 +38,7 @@ std::vector<Chunk> cut(const Segments &f) {
     for (int64_t s = 0; s < f.count; s++) {
         int64_t previous = f.parents[s] < 0 ? -1 : last[f.parents[s]];
         for (int64_t t = f.starts[s]; t < f.stops[s]; t += CHUNK) {
-            chunks.push_back({t, std::min(CHUNK, f.stops[s] - t), previous});
+            chunks.push_back({t, std::min(CHUNK, f.stops[s] - t), previous, s, t + CHUNK >= f.stops[s]});
             previous = (int64_t)chunks.size() - 1;
         }
         last[s] = previous;
@@ -230,8 +232,47 @@ struct KeptStates {
     }
 };
 
+// Load a query or key and multiply it by `factor` and, if `unit`, by its reciprocal norm.
 template <class T>
-void forward(const Segments &f, const Sizes &z, const Inputs<T> &in, T *out) {
+void load_vector(const T *from, int64_t d, bool unit, float factor, float *to) {
+    F16 squares = zero_f();
+    for (int64_t i = 0; i < d; i += 16) {
+        const F16 x = load16(from + i);
+        squares = fma(x, x, squares);
+        store16(to + i, x);
+    }
+    const F16 by = set_f(unit ? factor / __builtin_sqrtf(sum_lanes(squares) + NORM_EPS) : factor);
+    for (int64_t i = 0; i < d; i += 16) store16(to + i, load16(to + i) * by);
+}
+
+// A single token of one head, whose state (d, dv) in panels is updated in place. `query` and `key` are (d).
+template <class T>
+void run_token(const Inputs<T> &in, const Sizes &z, int64_t t, int64_t head, const float *query, const float *key, float *state, T *out) {
+    const int64_t at = t * z.heads + head;
+    const F16 decay = exp_16(set_f(in.decay[at]));
+    for (int64_t c = 0; c < z.dv; c += PANEL, state += z.d * PANEL) {
+        F16 u[2] = {load16(in.value + at * z.dv + c), load16(in.value + at * z.dv + c + 16)}, y[2] = {zero_f(), zero_f()};
+        if (in.rate) {
+            F16 recalled[2] = {zero_f(), zero_f()};
+            for (int64_t i = 0; i < z.d; i++)
+                for (int j = 0; j < 2; j++) recalled[j] = fma(load16(state + i * PANEL + 16 * j), set_f(key[i]), recalled[j]);
+            for (int j = 0; j < 2; j++) u[j] = fnma(decay, recalled[j], u[j]) * set_f(in.rate[at]);
+        }
+        for (int64_t i = 0; i < z.d; i++)
+            for (int j = 0; j < 2; j++) {
+                float *const number = state + i * PANEL + 16 * j;
+                const F16 updated = fma(set_f(key[i]), u[j], load16(number) * decay);
+                store16(number, updated);
+                y[j] = fma(updated, set_f(query[i]), y[j]);
+            }
+        for (int j = 0; j < 2; j++) store16(out + at * z.dv + c + 16 * j, y[j]);
+    }
+}
+
+// `states`: null, or (heads, d, dv) in panels for each segment. A segment without a parent starts with this state, and the
+// state after a segment replaces it.
+template <class T>
+void forward(const Segments &f, const Sizes &z, const Inputs<T> &in, float *const *states, T *out) {
     const std::vector<Chunk> chunks = cut(f);
     const KeptStates kept(chunks);
     in_parallel([&](int thread, int threads) {
@@ -242,15 +283,26 @@ void forward(const Segments &f, const Sizes &z, const Inputs<T> &in, T *out) {
             const Panels read = KeyChunk::take(scratch, CHUNK, z.dv), scaled = KeyChunk::take(scratch, CHUNK, z.dv);
             float *const current = scratch.take<float>((high - low) * z.state());
             float *const kept_states = scratch.take<float>((high - low) * kept.count * z.state());
+            float *const token = scratch.take<float>(2 * z.d);
             for (size_t i = 0; i < chunks.size(); i++) {
                 const Chunk &c = chunks[i];
+                if (states && c.count == 1 && c.previous < 0 && kept.slot[i] < 0 && (i + 1 == chunks.size() || chunks[i + 1].previous < 0)) {
+                    const int64_t at = (c.start * z.key_heads + key_head) * z.d;
+                    load_vector(in.query + at, z.d, z.unit_vectors, z.scaling, token);
+                    load_vector(in.key + at, z.d, z.unit_vectors, 1.0f, token + z.d);
+                    for (int64_t head = low; head < high; head++)
+                        run_token(in, z, c.start, head, token, token + z.d, states[c.segment] + head * z.state(), out);
+                    continue;
+                }
                 k.load(in, z, c, key_head);
                 for (int64_t head = low; head < high; head++) {
                     const Panels state{current + (head - low) * z.state(), z.d, z.dv};
                     float *const slots = kept_states + (head - low) * kept.count * z.state();
                     if (c.previous >= 0 && c.previous + 1 != (int64_t)i)
                         memcpy(state.at, slots + kept.slot[c.previous] * z.state(), z.state() * sizeof(float));
-                    const bool is_root = c.previous < 0;
+                    float *const given = states ? states[c.segment] + head * z.state() : nullptr;
+                    const bool is_root = c.previous < 0 && !given;
+                    if (c.previous < 0 && given) memcpy(state.at, given, z.state() * sizeof(float));
                     h.load(in, z, c, head, k, is_root ? nullptr : state.at);
                     const Panels y = read.with_rows(c.count);
                     if (is_root) y.clear();
@@ -261,6 +313,7 @@ void forward(const Segments &f, const Sizes &z, const Inputs<T> &in, T *out) {
                     multiply_onto(h.weights, h.corrected, y);
                     store_rows(y, out + c.start * z.heads * z.dv + head * z.dv, z.heads * z.dv);
                     h.update(k, scaled, state, is_root);
+                    if (c.is_last && given) memcpy(given, state.at, z.state() * sizeof(float));
                     if (kept.slot[i] >= 0) memcpy(slots + kept.slot[i] * z.state(), state.at, z.state() * sizeof(float));
                 }
             }
@@ -607,14 +660,14 @@ int64_t group_bytes(const Sizes &z, int64_t heads, int64_t kept, bool backward) 
     const int64_t square = of(CHUNK, CHUNK), wide = of(CHUNK, z.d), columns = of(z.d, CHUNK), values = of(CHUNK, z.dv);
     int64_t numbers = 2 * wide + columns + 2 * square + 2 * CHUNK + 3 * square + 3 * values;
     if (backward) numbers += 4 * values + 2 * of(z.dv, z.d) + of(z.dv, CHUNK) + 3 * wide + 4 * square + columns + z.state() + 2 * heads * kept * z.state();
-    else numbers += 2 * values + heads * (1 + kept) * z.state();
+    else numbers += 2 * values + heads * (1 + kept) * z.state() + 2 * z.d;
     return numbers * 4;
 }
 
 template <class T>
 void run_forward(const Segments &f, const Sizes &z, const void *query, const void *key, const void *value, const float *decay, const float *rate,
-                 void *out) {
-    forward(f, z, Inputs<T>{(const T *)query, (const T *)key, (const T *)value, decay, rate}, (T *)out);
+                 float *const *states, void *out) {
+    forward(f, z, Inputs<T>{(const T *)query, (const T *)key, (const T *)value, decay, rate}, states, (T *)out);
 }
 template <class T>
 void run_backward(const Segments &f, const Sizes &z, const void *query, const void *key, const void *value, const float *decay, const float *rate,
@@ -657,16 +710,17 @@ int64_t dw_recurrence_scratch_size(int backward, const int64_t *segments, int64_
 
 // Outputs (length, heads, dv) of a recurrence. `segments` is a table of Segments (4, count). Queries and keys are
 // (length, key heads, d), values (length, heads, dv), decay and rate (length, heads). rate is null for a state-space
-// scan. d and dv are multiples of 32.
+// scan. d and dv are multiples of 32. states is null, or contains a state (heads, dv / 32, d, 32) per segment: the state
+// before a segment without a parent, which the state after the segment replaces.
 int dw_recurrence(int type, const int64_t *segments, int64_t count, int64_t length, int64_t heads, int64_t key_heads, int64_t d, int64_t dv,
                   float scaling, int unit_vectors, const void *query, const void *key, const void *value, const float *decay, const float *rate,
-                  void *out) {
+                  float *const *states, void *out) {
     return guarded([&] {
         require_in_bounds(key_heads > 0 && heads % key_heads == 0 && d % PANEL == 0 && dv % PANEL == 0);
         const Segments f(segments, count, length, 0, 1, nullptr, 0);
         const Sizes z{length, heads, key_heads, d, dv, scaling, unit_vectors};
-        if (type == F32) run_forward<float>(f, z, query, key, value, decay, rate, out);
-        else run_forward<bf16>(f, z, query, key, value, decay, rate, out);
+        if (type == F32) run_forward<float>(f, z, query, key, value, decay, rate, states, out);
+        else run_forward<bf16>(f, z, query, key, value, decay, rate, states, out);
     });
 }
 

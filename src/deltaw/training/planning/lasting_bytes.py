@@ -10,6 +10,7 @@ import torch
 
 from deltaw.decoding.generation import MAX_CONCURRENT_SAMPLES
 from deltaw.kernels.decode import PAGE_TOKENS
+from deltaw.runtime.recurrent_layers import state_numbers
 from deltaw.training.evaluation.general import MAX_ANSWER_TOKENS
 from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
 from deltaw.training.monitoring.generation import MAX_DATA_ANSWER_TOKENS, PROMPTS, is_checked
@@ -37,7 +38,7 @@ def decoding_bytes(session: Session, texts: int, max_length: int, batch_tokens: 
         batch_tokens: Maximum number of tokens of all running texts. None for no limit.
 
     Returns:
-        Bytes of weights that the decoder copies, and bytes of keys, values and logits.
+        Bytes of weights that the decoder copies, and bytes of keys, values, states of recurrent layers, and logits.
     """
     if not texts:
         return 0, 0
@@ -53,9 +54,10 @@ def decoding_bytes(session: Session, texts: int, max_length: int, batch_tokens: 
     running = min(running, pages)
     number = 4 if session.model.dtype == torch.float32 else 2
     cache = pages * PAGE_TOKENS * 2 * key_heads * size * config.num_hidden_layers * number
+    states = 4 * running * state_numbers(session.model)
     logits = max(LOGIT_COPIES * running, (number + 4) * COMPARED_TOKENS) * config.vocab_size
     has_int8 = any(parameter.dtype == torch.int8 for parameter in session.model.parameters())
-    return config.vocab_size * width if has_int8 else 0, cache + logits
+    return config.vocab_size * width if has_int8 else 0, cache + states + logits
 
 
 def num_answers(session: Session) -> int:
