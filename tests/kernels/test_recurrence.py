@@ -12,6 +12,7 @@ from deltaw.kernels.continued import ContinuedRows
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.recurrence import packed_recurrence, recurrence_reference
 from deltaw.kernels.short_convolution import convolution_reference, packed_convolution, predecessors
+from deltaw.memory.scratch import arena_bytes
 from tests.kernels.conftest import compiled_only, examples, relative_error
 
 
@@ -91,11 +92,14 @@ def test_compiled_kernels_do_not_depend_on_the_number_of_threads(arithmetic):
 
 
 @compiled_only
-def test_planned_scratch_memory_equals_the_arenas(arithmetic):
-    from deltaw.memory.scratch import arena_bytes
-
+@pytest.mark.parametrize(
+    ("lengths", "parents"),
+    [([700, 200, 300], [-1, 0, 0]), ([70, *[1] * 90, 65, 3], [-1, *[0] * 90, 7, 91])],
+    ids=["long rows", "many branches"],
+)
+def test_planned_scratch_memory_equals_the_arenas(lengths, parents, arithmetic):
     torch.set_num_threads(1)
-    layout = Layout.of_lengths([700, 200, 300], [-1, 0, 0])
+    layout = Layout.of_lengths(lengths, parents)
     inputs = random_inputs(layout, delta=True, key_heads=1, heads=6, d=64, d_v=64, dtype=torch.float32)
     operators = torch.ops.deltaw
     arguments = (*inputs, layout.segments(), 1.0, True)
@@ -108,6 +112,52 @@ def test_planned_scratch_memory_equals_the_arenas(arithmetic):
         measured = loader.kernels().dw_scratch_bytes(1) - others
         planned = arena_bytes(operator.default, args)
         assert planned <= measured <= 1.02 * planned + 2**12
+
+
+@compiled_only
+def test_scratch_memory_is_independent_of_the_number_of_branches():
+    torch.set_num_threads(1)
+    planned = []
+    for branches in (2, 200):
+        layout = Layout.of_lengths([64] + [1] * branches, [-1] + [0] * branches)
+        inputs = random_inputs(layout, delta=True, key_heads=2, heads=2, d=64, d_v=64, dtype=torch.float32)
+        arguments = (inputs[2], *inputs, layout.segments(), 1.0, True)
+        planned.append(arena_bytes(torch.ops.deltaw.recurrence_backward.default, arguments))
+    assert planned[0] == planned[1]
+
+
+@pytest.mark.parametrize("decay", [-1e5, float("-inf")])
+@pytest.mark.parametrize("delta", [True, False], ids=["delta", "scan"])
+def test_weak_decays_after_a_strong_decay_are_exact(delta, decay, kernels):
+    layout = Layout.of_lengths([100, 90], [-1, 0])
+    inputs = random_inputs(layout, delta=delta, key_heads=2, heads=2, d=32, d_v=32, dtype=torch.float32)
+    inputs[3] = inputs[3] * 0.01
+    strong = torch.tensor([30, 31, 70, 99, 100, 130])
+    inputs[3][strong] = decay
+    options = {"scaling": 0.3, "unit_vectors": True}
+    expected = gradients(recurrence_reference, [t if t is None else t.double() for t in inputs], layout, **options)
+    computed = gradients(packed_recurrence, inputs, layout, **options)
+    for actual, reference in zip(computed, expected, strict=True):
+        assert relative_error(actual, reference) < 3e-6
+    assert not computed[4][strong].any()
+
+
+@pytest.mark.parametrize("tensor", range(5))
+def test_nan_does_not_reach_other_rows(tensor, kernels):
+    layout = Layout.of_lengths([30, 40, 50])
+    inputs = random_inputs(layout, delta=True, key_heads=2, heads=2, d=32, d_v=32, dtype=torch.float32)
+    expected = gradients(packed_recurrence, inputs, layout)
+    inputs[tensor][:30] = float("nan")
+    for actual, reference in zip(gradients(packed_recurrence, inputs, layout), expected, strict=True):
+        assert torch.equal(actual[30:], reference[30:])
+
+
+def test_empty_rows_have_empty_outputs_and_gradients(kernels):
+    layout = Layout.of_lengths([0, 0], [-1, 0])
+    inputs = random_inputs(layout, delta=True, key_heads=2, heads=2, d=32, d_v=32, dtype=torch.float32)
+    out, *grads = gradients(packed_recurrence, inputs, layout)
+    assert out.shape == inputs[2].shape == recurrence_reference(*inputs, layout).shape
+    assert [grad.shape for grad in grads] == [t.shape for t in inputs]
 
 
 @pytest.mark.parametrize("delta", [True, False])
@@ -173,6 +223,15 @@ def test_shapes_that_do_not_fit_are_rejected(change):
         inputs[4] = inputs[4][:, :1]
     with pytest.raises(ValueError, match=r"tokens|share|shape"):
         packed_recurrence(*inputs, layout)
+
+
+@pytest.mark.parametrize(
+    "change", [{"x": (4,)}, {"x": (5, 6)}, {"weight": (5, 3)}, {"weight": (6, 0)}, {"bias": (3,)}, {"bias": (6, 1)}]
+)
+def test_convolution_rejects_shapes_that_do_not_fit(change):
+    shapes = {"x": (4, 6), "weight": (6, 3), "bias": (6,), **change}
+    with pytest.raises(ValueError, match=r"tokens|channels|bias"):
+        packed_convolution(*(torch.zeros(shape) for shape in shapes.values()), Layout.of_lengths([4]))
 
 
 @examples(trees(), st.booleans(), st.sampled_from([1, 3, 4]), count=40)

@@ -46,8 +46,9 @@ class Chunks:
     levels: tuple[ChunkLevel, ...]
 
     def gather(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return (T, heads, d) as (N, heads, C, d) in ``dtype``. Padding contains values of the first token."""
-        return tokens[self.positions].to(dtype).transpose(1, 2).contiguous()
+        """Return (T, heads, d) as (N, heads, C, d) in ``dtype``. Padding is 0."""
+        is_padding = ~self.used[..., None, None]
+        return tokens[self.positions].to(dtype).masked_fill_(is_padding, 0).transpose(1, 2).contiguous()
 
     def scatter(self, values: Tensor) -> Tensor:
         """Return (N, heads, C, d) as (T, heads, d)."""

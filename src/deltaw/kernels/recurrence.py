@@ -156,7 +156,7 @@ def recurrence_reference(
     g = decay.to(dtype).exp()[..., None, None]
     beta = None if rate is None else rate.to(dtype)[..., None]
     ends: list[Tensor] = []
-    outputs: list[Tensor] = []
+    outputs = [v[:0]]
     for start, stop, parent in zip(layout.starts.tolist(), layout.stops.tolist(), layout.parents.tolist(), strict=True):
         state = ends[parent] if parent >= 0 else v.new_zeros(v.shape[1], k.shape[2], v.shape[2])
         for t in range(start, stop):
@@ -165,9 +165,9 @@ def recurrence_reference(
             if beta is not None:
                 new = beta[t] * (new - (state * k[t][..., None]).sum(1))
             state = state + k[t][..., None] * new[:, None]
-            outputs.append((state * q[t][..., None]).sum(1))
+            outputs.append((state * q[t][..., None]).sum(1)[None])
         ends.append(state)
-    return torch.stack(outputs).to(value.dtype)
+    return torch.cat(outputs).to(value.dtype)
 
 
 class _Recurrence(torch.autograd.Function):
@@ -176,6 +176,8 @@ class _Recurrence(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, decay, rate)
         ctx.layout = layout
         ctx.options = options
+        if not layout.length:
+            return torch.empty_like(value)
         if is_compiled(query, key, value):
             return _recurrence(query, key, value, decay, rate, layout.segments(), options.scaling, options.unit_vectors)
         inputs = _Inputs(query, key, value, decay, rate)
@@ -185,6 +187,8 @@ class _Recurrence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
         options = ctx.options
+        if not ctx.layout.length:
+            return *(None if tensor is None else torch.empty_like(tensor) for tensor in ctx.saved_tensors), None, None
         if is_compiled(*ctx.saved_tensors[:3]):
             arguments = (ctx.layout.segments(), options.scaling, options.unit_vectors)
             *tensors, grad_rate = _recurrence_backward(grad, *ctx.saved_tensors, *arguments)
@@ -327,9 +331,8 @@ class _ChunkedRecurrence:
         self.inputs = inputs
         self.chunks = chunks
         self.options = options
-        used = chunks.used[:, None]
         self.query = chunks.gather(inputs.query, dtype)
-        self.key = chunks.gather(inputs.key, dtype) * used[..., None]
+        self.key = chunks.gather(inputs.key, dtype)
         if options.unit_vectors:
             self.query, self.query_rnorm = _unit(self.query)
             self.key, self.key_rnorm = _unit(self.key)
@@ -337,13 +340,13 @@ class _ChunkedRecurrence:
         self.value = chunks.gather(inputs.value, dtype)
         self.rate = None if inputs.rate is None else chunks.gather(inputs.rate[..., None], dtype)
         self.shared = self.value.shape[1] // self.key.shape[1]
-        decay = chunks.gather(inputs.decay[..., None], dtype)[..., 0] * used
-        cumulative = decay.cumsum(-1)
-        future = torch.ones(decay.shape[-1], decay.shape[-1], dtype=torch.bool, device=decay.device).triu(1)
-        pairs = cumulative[..., :, None] - cumulative[..., None, :]
-        self.pair_decay = pairs.masked_fill_(future, float("-inf")).exp_()
-        self.decay_before = cumulative.exp()[..., None]
-        self.decay_after = (cumulative[..., -1:] - cumulative).exp()[..., None]
+        decay = chunks.gather(inputs.decay[..., None], dtype)
+        # The logarithm of D_ij is the sum of g from token j + 1 to i. A difference of cumulative sums would be inaccurate
+        # after a strong decay and NaN after an infinite one.
+        steps = decay.expand(*decay.shape[:-1], decay.shape[-2]).tril(-1)
+        self.pair_decay = steps.cumsum(-2).exp_().tril_()
+        self.decay_before = decay.cumsum(-2).exp_()
+        self.decay_after = self.pair_decay[..., -1, :, None]
         self.chunk_decay = self.decay_before[..., -1:, :]
         self.scores = self._per_head(self.query @ self.key.mT) * self.pair_decay
         self.states: list[Tensor | None] = []
@@ -416,7 +419,7 @@ class _ChunkedRecurrence:
         """Return the gradients of the inputs from the gradient (T, heads, d_v) of the outputs."""
         for level in self._levels():
             self._run_level(level, keep=True)
-        grad_output = self.chunks.gather(grad, self.value.dtype) * self.chunks.used[:, None, :, None]
+        grad_output = self.chunks.gather(grad, self.value.dtype)
         sums = _Gradients(self)
         grad_state: Tensor | None = None
         for index in reversed(range(len(self.chunks.levels))):
@@ -528,12 +531,17 @@ class _Gradients:
     def _decay(self, pair_log: Tensor) -> Tensor:
         """Return the gradients (N, heads, C) of g from those of the decay factors."""
         run = self.run
-        cumulative = pair_log.sum(-1) - pair_log.sum(-2)
-        cumulative += (self.decay_before * run.decay_before)[..., 0]
         after = (self.decay_after * run.decay_after)[..., 0]
-        cumulative -= after
-        cumulative[..., -1] += after.sum(-1) + (self.chunk_decay * run.chunk_decay)[..., 0, 0]
-        return cumulative.flip(-1).cumsum(-1).flip(-1)
+        from_before = _reverse_cumsum(self.decay_before * run.decay_before)[..., 0]
+        from_after = after.cumsum(-1) - after
+        # A decay g_t affects the pairs from a token before t to a token from t on.
+        from_pairs = _reverse_cumsum(pair_log).tril_(-1).sum(-1)
+        return from_pairs + from_before + from_after + (self.chunk_decay * run.chunk_decay)[..., 0]
+
+
+def _reverse_cumsum(values: Tensor) -> Tensor:
+    """Return the sum of each row and all later rows."""
+    return values.flip(-2).cumsum(-2).flip(-2)
 
 
 def _solve(system: Tensor, values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from deltaw.kernels import loader
 from deltaw.kernels.layout import Layout, to_device
-from deltaw.kernels.operators import accumulation_dtype, define
+from deltaw.kernels.operators import accumulation_dtype, check_shape, define
 
 
 def packed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, *, silu: bool = False) -> Tensor:
@@ -34,8 +34,9 @@ def packed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, layout: L
     """
     if x.dim() != 2 or x.shape[0] != layout.length:
         raise ValueError(f"the layout has {layout.length} tokens, but x is {tuple(x.shape)}")
-    if weight.dim() != 2 or weight.shape[0] != x.shape[1]:
+    if weight.dim() != 2 or weight.shape[0] != x.shape[1] or not weight.shape[1]:
         raise ValueError(f"the weights {tuple(weight.shape)} do not fit {x.shape[1]} channels")
+    check_shape("the bias", bias, x.shape[1])
     return _Convolution.apply(x, weight, bias, layout, silu)
 
 

@@ -96,7 +96,7 @@ struct KeyChunk {
 struct HeadChunk {
     Panels pair_decay, weights, system;  // (n, n): D; scores ∘ D; -β·similarity ∘ D below the diagonal
     Panels value, recalled, corrected;  // (n, dv): V; K S; U
-    float cumulative[CHUNK], before[CHUNK], after[CHUNK], rate[CHUNK];
+    float before[CHUNK], after[CHUNK], rate[CHUNK];  // exp of the sums of g up to each token, and after it; β
     float chunk_decay;
 
     HeadChunk(Scratch &scratch, const Sizes &z)
@@ -110,19 +110,24 @@ struct HeadChunk {
         const int64_t n = c.count;
         for (Panels *m : {&pair_decay, &weights, &system}) m->rows = m->columns = n;
         for (Panels *m : {&value, &recalled, &corrected}) m->rows = n;
-        float sum = 0;
+        float decay[CHUNK], sum = 0;
         for (int64_t i = 0; i < n; i++) {
-            sum += in.decay[(c.start + i) * z.heads + head];
-            cumulative[i] = sum;
+            decay[i] = in.decay[(c.start + i) * z.heads + head];
+            before[i] = sum += decay[i];
             rate[i] = in.rate ? in.rate[(c.start + i) * z.heads + head] : 1.0f;
+        }
+        sum = 0;
+        for (int64_t i = n - 1; i >= 0; i--) {
+            after[i] = sum;
+            sum += decay[i];
         }
         for (int64_t i = 0; i < n; i += 16) {
             const First m = first(n - i);
-            store16(before + i, exp_16(load16(cumulative + i, m)), m);
-            store16(after + i, exp_16(set_f(sum) - load16(cumulative + i, m)), m);
+            store16(before + i, exp_16(load16(before + i, m)), m);
+            store16(after + i, exp_16(load16(after + i, m)), m);
         }
         chunk_decay = before[n - 1];
-        compute_weights(k, in.rate != nullptr);
+        compute_weights(k, decay, in.rate != nullptr);
         load_rows(in.value + c.start * z.heads * z.dv + head * z.dv, z.heads * z.dv, value);
         memcpy(corrected.at, value.at, value.size() * sizeof(float));
         if (!in.rate) return;
@@ -172,20 +177,24 @@ struct HeadChunk {
   private:
     static constexpr int64_t BLOCK = 16;
 
-    void compute_weights(const KeyChunk &k, bool delta) const {
+    // The logarithm of D_ij is the sum of g from token j + 1 to i, not a difference of cumulative sums, which would be
+    // inaccurate after a strong decay and NaN after an infinite one.
+    void compute_weights(const KeyChunk &k, const float *decay, bool delta) const {
         const int64_t n = pair_decay.rows;
         for (int64_t p = 0; p < pair_decay.panels(); p++)
-            for (int64_t i = 0; i < n; i++)
-                for (int64_t c = 0; c < PANEL; c += 16) {
-                    const int64_t j = p * PANEL + c;
-                    // Columns up to i are visible. exp is computed only there, since its argument is not positive.
-                    const First seen = first(std::min<int64_t>(n, i + 1) - j), below = first(std::min<int64_t>(n, i) - j);
-                    const F16 d = select_first(seen, exp_16(select_first(seen, set_f(cumulative[i]) - load16(cumulative + j, first(n - j)))));
+            for (int64_t c = 0; c < PANEL; c += 16) {
+                const int64_t j = p * PANEL + c;
+                F16 sum = zero_f();
+                for (int64_t i = 0; i < n; i++) {
+                    const First seen = first(i + 1 - j), below = first(i - j);
+                    sum = select_first(below, sum + set_f(decay[i]));
+                    const F16 d = select_first(seen, exp_16(sum));
                     store16(pair_decay.row(p, i) + c, d);
                     store16(weights.row(p, i) + c, select_first(seen, d * load16(k.scores.row(p, i) + c)));
                     if (delta)
                         store16(system.row(p, i) + c, select_first(below, set_f(-rate[i]) * d * load16(k.similarity.row(p, i) + c)));
                 }
+            }
     }
     // x[low … high - 1] += m[low … high - 1, from … to - 1] · x[from … to - 1].
     static void add_products(const Panels &m, int64_t low, int64_t high, int64_t from, int64_t to, const Panels &x) {
@@ -219,15 +228,16 @@ void for_heads_of(const Sizes &z, int thread, int threads, Body &&body) {
     }
 }
 
-// Slots for the states after chunks that a chunk other than the next one continues. -1 for other chunks.
+// Slots for the states after chunks that another chunk continues, for the forward pass one that is not the next. -1 for
+// other chunks.
 struct KeptStates {
     std::vector<int64_t> slot;
     int64_t count = 0;
 
-    explicit KeptStates(const std::vector<Chunk> &chunks) : slot(chunks.size(), -1) {
+    KeptStates(const std::vector<Chunk> &chunks, bool backward) : slot(chunks.size(), -1) {
         for (size_t i = 0; i < chunks.size(); i++) {
             const int64_t previous = chunks[i].previous;
-            if (previous >= 0 && previous + 1 != (int64_t)i && slot[previous] < 0) slot[previous] = count++;
+            if (previous >= 0 && (backward || previous + 1 != (int64_t)i) && slot[previous] < 0) slot[previous] = count++;
         }
     }
 };
@@ -274,7 +284,7 @@ void run_token(const Inputs<T> &in, const Sizes &z, int64_t t, int64_t head, con
 template <class T>
 void forward(const Segments &f, const Sizes &z, const Inputs<T> &in, float *const *states, T *out) {
     const std::vector<Chunk> chunks = cut(f);
-    const KeptStates kept(chunks);
+    const KeptStates kept(chunks, false);
     in_parallel([&](int thread, int threads) {
         for_heads_of(z, thread, threads, [&](int64_t key_head, int64_t low, int64_t high) {
             Scratch scratch;
@@ -378,7 +388,7 @@ class Backward {
     const Gradients<T> to;
     const std::vector<Chunk> chunks = cut(f);
     const bool delta = in.rate != nullptr;
-    std::vector<std::vector<int64_t>> next;  // chunks that continue each chunk
+    const KeptStates kept{chunks, true};
     std::vector<int64_t> key_groups;  // number of groups of heads of each key head
 
   public:
@@ -386,9 +396,6 @@ class Backward {
         : f(f), z(z), in(in), grad(grad), to(to) {}
 
     void run() {
-        next.resize(chunks.size());
-        for (size_t i = 0; i < chunks.size(); i++)
-            if (chunks[i].previous >= 0) next[chunks[i].previous].push_back((int64_t)i);
         const int count = thread_count();
         key_groups.assign(z.key_heads, 0);
         for (int thread = 0; thread < count; thread++)
@@ -430,22 +437,22 @@ class Backward {
         BackwardBuffers b(scratch, z);
         KeyGradients sums(scratch, z);
         const int64_t num_heads = high - low, count = (int64_t)chunks.size(), size = z.state();
-        // The state before each chunk, and the gradient of the state after it.
-        float *const states = scratch.take<float>(num_heads * count * size), *const slopes = scratch.take<float>(num_heads * count * size);
+        // The states after the chunks that are continued, and their gradients.
+        float *const states = scratch.take<float>(num_heads * kept.count * size), *const slopes = scratch.take<float>(num_heads * kept.count * size);
         std::vector<char> has_slope(count, 0);
-        auto at = [&](float *from, int64_t head, int64_t i) { return Panels{from + ((head - low) * count + i) * size, z.d, z.dv}; };
-        const Panels after = KeyChunk::take(scratch, z.d, z.dv);
+        auto at = [&](float *from, int64_t head, int64_t i) {
+            return kept.slot[i] < 0 ? nullptr : from + ((head - low) * kept.count + kept.slot[i]) * size;
+        };
         for (int64_t i = 0; i < count; i++) {
             const Chunk &c = chunks[i];
-            if (next[i].empty()) continue;
+            if (kept.slot[i] < 0) continue;
             k.load(in, z, c, key_head);
             for (int64_t head = low; head < high; head++) {
                 const bool is_root = c.previous < 0;
-                const Panels before = at(states, head, i);
-                h.load(in, z, c, head, k, is_root ? nullptr : before.at);
-                if (!is_root) memcpy(after.at, before.at, size * sizeof(float));
+                const Panels after{at(states, head, i), z.d, z.dv};
+                if (!is_root) memcpy(after.at, at(states, head, c.previous), size * sizeof(float));
+                h.load(in, z, c, head, k, is_root ? nullptr : after.at);
                 h.update(k, b.scaled, after, is_root);
-                for (const int64_t following : next[i]) memcpy(at(states, head, following).at, after.at, size * sizeof(float));
             }
         }
         for (int64_t i = count - 1; i >= 0; i--) {
@@ -453,11 +460,11 @@ class Backward {
             k.load(in, z, c, key_head);
             sums.clear(k);
             for (int64_t head = low; head < high; head++) {
-                const Panels state = at(states, head, i), slope = at(slopes, head, i);
                 const bool is_root = c.previous < 0;
-                h.load(in, z, c, head, k, is_root ? nullptr : state.at);
-                run_chunk(c, head, k, h, b, sums, is_root ? nullptr : state.at, has_slope[i] ? slope.at : nullptr,
-                          is_root ? nullptr : at(slopes, head, c.previous).at, !is_root && has_slope[c.previous]);
+                const float *const state = is_root ? nullptr : at(states, head, c.previous);
+                h.load(in, z, c, head, k, state);
+                run_chunk(c, head, k, h, b, sums, state, at(slopes, head, i), is_root ? nullptr : at(slopes, head, c.previous),
+                          !is_root && has_slope[c.previous]);
             }
             if (c.previous >= 0) has_slope[c.previous] = 1;
             sums.finish(k, delta, b.pairs);
@@ -527,24 +534,24 @@ class Backward {
         return sum_lanes(sum);
     }
 
-    // Add b.pairs, the gradient of `weights`: to the logarithms of D, and through `factor` · D (· rates) to `products`.
+    // Add b.pairs, the gradient of `weights`: to the gradients of g, and through `factor` · D (· rates) to `products`.
+    // A decay g_t affects the pairs from a column before t to a row from t on.
     static void add_pairs(BackwardBuffers &b, const Panels &weights, const Panels &pair_decay, float factor, const float *rates,
                           const Panels &products) {
-        const int64_t n = weights.rows;
-        for (int64_t i = 0; i < n; i++) {
-            F16 row = zero_f();
+        float column_sums[CHUNK] = {0};  // of the rows from i on
+        for (int64_t i = weights.rows - 1; i >= 0; i--) {
+            F16 sum = zero_f();
             const F16 by = set_f(rates ? factor * rates[i] : factor);
-            for (int64_t j = 0; j < n; j += 16) {
+            for (int64_t j = 0; j <= i; j += 16) {
                 const int64_t p = j / PANEL, c = j % PANEL;
-                const First m = first(n - j);
-                const F16 g = select_first(m, load16(b.pairs.row(p, i) + c));
-                const F16 w = g * load16(weights.row(p, i) + c);
-                row = row + w;
-                store16(b.decay + j, load16(b.decay + j, m) - w, m);
+                const F16 g = select_first(first(i + 1 - j), load16(b.pairs.row(p, i) + c));
+                const F16 column = fma(g, load16(weights.row(p, i) + c), load16(column_sums + j));
+                store16(column_sums + j, column);
+                sum = sum + select_first(first(i - j), column);
                 float *const product = products.row(p, i) + c;
                 store16(product, fma(g * by, load16(pair_decay.row(p, i) + c), load16(product)));
             }
-            b.decay[i] += sum_lanes(row);
+            b.decay[i] += sum_lanes(sum);
         }
     }
 
@@ -577,17 +584,15 @@ class Backward {
     void write_head(const Chunk &c, int64_t head, const HeadChunk &h, BackwardBuffers &b, float last) const {
         const int64_t n = c.count;
         store_rows(b.values, to.value + c.start * z.heads * z.dv + head * z.dv, z.heads * z.dv);
-        float total = last * h.chunk_decay;
-        for (int64_t i = 0; i < n; i++) {
-            const float after = b.after[i] * h.after[i];
-            b.decay[i] += b.before[i] * h.before[i] - after;
-            total += after;
-        }
-        b.decay[n - 1] += total;
-        float sum = 0;
+        float sum = last * h.chunk_decay;
         for (int64_t i = n - 1; i >= 0; i--) {
-            sum += b.decay[i];
-            to.decay[(c.start + i) * z.heads + head] = sum;
+            sum += b.before[i] * h.before[i];
+            b.decay[i] += sum;
+        }
+        sum = 0;
+        for (int64_t i = 0; i < n; i++) {
+            to.decay[(c.start + i) * z.heads + head] = b.decay[i] + sum;
+            sum += b.after[i] * h.after[i];
             if (delta) to.rate[(c.start + i) * z.heads + head] = b.rate[i];
         }
     }
@@ -659,7 +664,7 @@ int64_t group_bytes(const Sizes &z, int64_t heads, int64_t kept, bool backward) 
     auto of = [](int64_t rows, int64_t columns) { return Panels::numbers(rows, columns); };
     const int64_t square = of(CHUNK, CHUNK), wide = of(CHUNK, z.d), columns = of(z.d, CHUNK), values = of(CHUNK, z.dv);
     int64_t numbers = 2 * wide + columns + 2 * square + 2 * CHUNK + 3 * square + 3 * values;
-    if (backward) numbers += 4 * values + 2 * of(z.dv, z.d) + of(z.dv, CHUNK) + 3 * wide + 4 * square + columns + z.state() + 2 * heads * kept * z.state();
+    if (backward) numbers += 4 * values + 2 * of(z.dv, z.d) + of(z.dv, CHUNK) + 3 * wide + 4 * square + columns + 2 * heads * kept * z.state();
     else numbers += 2 * values + heads * (1 + kept) * z.state() + 2 * z.d;
     return numbers * 4;
 }
@@ -685,8 +690,7 @@ int64_t dw_recurrence_scratch_size(int backward, const int64_t *segments, int64_
     guarded([&] {
         const Segments f(segments, count, length, 0, 1, nullptr, 0);
         const Sizes z{length, heads, key_heads, d, dv, 1.0f, 0};
-        const std::vector<Chunk> chunks = cut(f);
-        const int64_t kept = backward ? (int64_t)chunks.size() : KeptStates(chunks).count;
+        const int64_t kept = KeptStates(cut(f), backward).count;
         const int threads = thread_count();
         std::vector<int64_t> groups(key_heads, 0);
         for (int thread = 0; thread < threads; thread++) {
