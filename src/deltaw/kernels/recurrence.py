@@ -142,11 +142,12 @@ class _Recurrence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
         options = ctx.options
-        if is_compiled(*ctx.saved_tensors[:3]):
+        inputs = _Inputs(*ctx.saved_tensors)  # read once: checkpointing recomputes them
+        if is_compiled(inputs.query, inputs.key, inputs.value):
+            tensors = (inputs.query, inputs.key, inputs.value, inputs.decay, inputs.rate)
             arguments = (ctx.layout.segments(), options.scaling, options.unit_vectors)
-            *tensors, grad_rate = _recurrence_backward(grad, *ctx.saved_tensors, *arguments)
-            return *tensors, grad_rate if ctx.saved_tensors[4] is not None else None, None, None
-        inputs = _Inputs(*ctx.saved_tensors)
+            *grads, grad_rate = _recurrence_backward(grad, *tensors, *arguments)
+            return *grads, None if inputs.rate is None else grad_rate, None, None
         grads = []
         first = 0
         for part in _head_groups(inputs):
