@@ -136,6 +136,16 @@ def _qwen3_vl() -> transformers.PretrainedConfig:
     return _qwen_vl(transformers.Qwen3VLConfig, **sizes, deepstack_visual_indexes=[0])
 
 
+def _qwen3_5() -> transformers.PretrainedConfig:
+    vision = {"depth": 2, "num_heads": 2, "patch_size": 4, "hidden_size": 16, "out_hidden_size": 32}
+    vision |= {"intermediate_size": 32, "num_position_embeddings": 16}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+    text = {**TEXT, "head_dim": 16, "rope_parameters": rope, "layer_types": ["linear_attention", "full_attention"]}
+    text |= {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
+    text |= {"linear_value_head_dim": 16}
+    return transformers.Qwen3_5Config(vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN)
+
+
 def _patches() -> dict[str, Tensor]:
     """Return an image of 4 x 6 patches, which are merged to 2 x 3 tokens."""
     return {**_pixels(24, 3 * 2 * 4 * 4), "image_grid_thw": torch.tensor([[1, 4, 6]])}
@@ -145,6 +155,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_vl": Family(_qwen2_vl, _patches, 6),
     "qwen2_5_vl": Family(_qwen2_5_vl, _patches, 6),
     "qwen3_vl": Family(_qwen3_vl, _patches, 6),
+    "qwen3_5": Family(_qwen3_5, _patches, 6),
     "llava": Family(
         lambda: transformers.LlavaConfig(
             vision_config=_clip(), text_config=_llama(), image_token_index=IMAGE_TOKEN, vision_feature_layer=-1

@@ -35,13 +35,21 @@ FAMILIES = {
 }
 
 
-def recurrent_model(family: str, dtype: torch.dtype = torch.float32, **changes: object) -> nn.Module:
-    """Create a frozen, deterministic causal model. Matrices are large enough that the states have an effect."""
+def recurrent_model(
+    family: str, dtype: torch.dtype = torch.float32, *, std: float = 0.15, **changes: object
+) -> nn.Module:
+    """Create a frozen, deterministic causal model. Matrices are large enough that the states have an effect.
+
+    Args:
+        family: Key of :data:`FAMILIES`.
+        std: Standard deviation of the matrices.
+        changes: Other values of the configuration.
+    """
     torch.manual_seed(0)
     config = AutoConfig.for_model(family.partition(",")[0], **{**SIZES, **FAMILIES[family], **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0, 0.15)
+                parameter.normal_(0, std)
     return model.to(dtype).eval().requires_grad_(False)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PretrainedConfig, Qwen2ForCausalLM
+from transformers import AutoModel, PretrainedConfig, Qwen2ForCausalLM, Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM
 
 from deltaw.kernels.layout import Layout, PositionShifts
 from deltaw.kernels.torch_modules import cast_module
@@ -42,27 +42,33 @@ class GridRotary(nn.Module):
         return decoded
 
 
-class MRoPEForCausalLM(Qwen2ForCausalLM):
-    """Causal model over a language model with three rotary positions."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.model = AutoModel.from_config(config)
-        self.post_init()
+class GridGeneration:
+    """Mixin that lets a causal model generate text after image tokens with encoded positions."""
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, position_ids: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         if position_ids is not None:
             position_ids = position_ids + _shifts(self, input_ids)
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, *args, position_ids=position_ids, **kwargs
         )
         return inputs
 
 
-# Causal classes by type of the language model's configuration, for which transformers has none.
-CAUSAL_MODELS = {"qwen2_vl_text": MRoPEForCausalLM, "qwen2_5_vl_text": MRoPEForCausalLM}
+class MRoPEForCausalLM(GridGeneration, Qwen2ForCausalLM):
+    """Causal model over a language model of Qwen2-VL, for which transformers has none."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model = AutoModel.from_config(config)
+        self.post_init()
+
+
+# Causal classes by type of the language model's configuration.
+CAUSAL_MODELS: dict[str, type[Any]] = {"qwen2_vl_text": MRoPEForCausalLM, "qwen2_5_vl_text": MRoPEForCausalLM}
+for _kind in (Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM):
+    CAUSAL_MODELS[_kind.config_class.model_type] = type(f"Grid{_kind.__name__}", (GridGeneration, _kind), {})
 
 
 def read_encoded_positions(language: Any) -> None:

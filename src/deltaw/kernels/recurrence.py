@@ -187,13 +187,14 @@ class _Recurrence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
         options = ctx.options
+        inputs = _Inputs(*ctx.saved_tensors)  # read once: checkpointing recomputes them
+        tensors = (inputs.query, inputs.key, inputs.value, inputs.decay, inputs.rate)
         if not ctx.layout.length:
-            return *(None if tensor is None else torch.empty_like(tensor) for tensor in ctx.saved_tensors), None, None
-        if is_compiled(*ctx.saved_tensors[:3]):
+            return *(None if tensor is None else torch.empty_like(tensor) for tensor in tensors), None, None
+        if is_compiled(inputs.query, inputs.key, inputs.value):
             arguments = (ctx.layout.segments(), options.scaling, options.unit_vectors)
-            *tensors, grad_rate = _recurrence_backward(grad, *ctx.saved_tensors, *arguments)
-            return *tensors, grad_rate if ctx.saved_tensors[4] is not None else None, None, None
-        inputs = _Inputs(*ctx.saved_tensors)
+            *grads, grad_rate = _recurrence_backward(grad, *tensors, *arguments)
+            return *grads, None if inputs.rate is None else grad_rate, None, None
         grads = []
         first = 0
         for part in _head_groups(inputs):
