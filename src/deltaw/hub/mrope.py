@@ -67,7 +67,8 @@ class MRoPEForCausalLM(GridGeneration, Qwen2ForCausalLM):
 
 # Causal classes by type of the language model's configuration.
 CAUSAL_MODELS: dict[str, type[Any]] = {"qwen2_vl_text": MRoPEForCausalLM, "qwen2_5_vl_text": MRoPEForCausalLM}
-for _kind in (Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM):
+_HYBRID_MODELS: tuple[Any, ...] = (Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM)
+for _kind in _HYBRID_MODELS:
     CAUSAL_MODELS[_kind.config_class.model_type] = type(f"Grid{_kind.__name__}", (GridGeneration, _kind), {})
 
 

@@ -342,8 +342,8 @@ class _ChunkedRecurrence:
         self.rate = None if inputs.rate is None else chunks.gather(inputs.rate[..., None], dtype)
         self.shared = self.value.shape[1] // self.key.shape[1]
         decay = chunks.gather(inputs.decay[..., None], dtype)
-        # The logarithm of D_ij is the sum of g from token j + 1 to i. A difference of cumulative sums would be inaccurate
-        # after a strong decay and NaN after an infinite one.
+        # The logarithm of D_ij is the sum of g from token j + 1 to i. A difference of cumulative sums would be
+        # inaccurate after a strong decay and NaN after an infinite one.
         steps = decay.expand(*decay.shape[:-1], decay.shape[-2]).tril(-1)
         self.pair_decay = steps.cumsum(-2).exp_().tril_()
         self.decay_before = decay.cumsum(-2).exp_()
