@@ -36,7 +36,7 @@ from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, get_output_head, is_conv1d
 from deltaw.lora.layers import LoRAConv1D, LoRALinear
 from deltaw.lora.stored import stored_form, weight_shape
 from deltaw.runtime.attention_choice import use_attention
-from deltaw.runtime.block_roles import norm_form
+from deltaw.runtime.block_roles import forward_replaced, norm_form
 from deltaw.runtime.fused import FusedNorm
 from deltaw.runtime.image_tokens import ImageTokens
 from deltaw.runtime.recurrent_layers import use_packed_operators
@@ -314,18 +314,19 @@ class ModelDecoder:
             linear.adapters = packed if any(each is not _NO_UPDATE for each in packed) else []
             if linear.adapters and adapter is not None:
                 linear.rows = adapter[output_rows] if linear.is_head else adapter
-        for module, forward in self._forwards:
-            vars(module)["forward"] = forward
-        for config in self._configs:
-            set_attention_name(config, ATTENTION)
-        try:
+        with contextlib.ExitStack() as stack:
+            for module, forward in self._forwards:
+                stack.enter_context(forward_replaced(module, forward))
+            stack.callback(self._restore_attention, previous)
+            for config in self._configs:
+                set_attention_name(config, ATTENTION)
             yield
-        finally:
-            for module, _ in self._forwards:
-                del vars(module)["forward"]
-            for config, attention in previous:
-                if attention is not None:
-                    set_attention_name(config, attention)
+
+    @staticmethod
+    def _restore_attention(previous: Sequence[tuple[PretrainedConfig, str | None]]) -> None:
+        for config, attention in previous:
+            if attention is not None:
+                set_attention_name(config, attention)
 
 
 _NO_UPDATE = PackedAdapter({}, adapter_table({}, 0))
