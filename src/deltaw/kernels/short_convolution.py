@@ -32,11 +32,7 @@ def packed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, layout: L
     Raises:
         ValueError: if the shapes do not fit.
     """
-    if x.dim() != 2 or x.shape[0] != layout.length:
-        raise ValueError(f"the layout has {layout.length} tokens, but x is {tuple(x.shape)}")
-    if weight.dim() != 2 or weight.shape[0] != x.shape[1] or not weight.shape[1]:
-        raise ValueError(f"the weights {tuple(weight.shape)} do not fit {x.shape[1]} channels")
-    check_shape("the bias", bias, x.shape[1])
+    _check_shapes(x, weight, bias, layout)
     return _Convolution.apply(x, weight, bias, layout, silu)
 
 
@@ -61,6 +57,7 @@ def continue_convolution(
         states: (slots, (W - 1)·channels) fp32: the tokens before each segment. The last ones after it replace them.
         rows: (S,) row of ``states`` of each segment.
     """
+    _check_shapes(x, weight, bias, layout)
     width = weight.shape[1]
     key = ("continued", width)
     if key not in layout.masks:
@@ -131,6 +128,14 @@ def _predecessors(layout: Layout, width: int) -> np.ndarray:
         indices[step] = current
         current = previous[current]
     return indices
+
+
+def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> None:
+    if x.dim() != 2 or x.shape[0] != layout.length:
+        raise ValueError(f"the layout has {layout.length} tokens, but x is {tuple(x.shape)}")
+    if weight.dim() != 2 or weight.shape[0] != x.shape[1] or not weight.shape[1]:
+        raise ValueError(f"the weights {tuple(weight.shape)} do not fit {x.shape[1]} channels")
+    check_shape("the bias", bias, x.shape[1])
 
 
 def _weighted_sum(padded: Tensor, weight: Tensor, layout: Layout) -> Tensor:

@@ -147,3 +147,26 @@ inline Numbers transposed(const Numbers &a, int64_t M, int64_t N) {
         for (int64_t n = 0; n < N; n++) t[n * M + m] = a[m * N + n];
     return t;
 }
+
+inline double dot(const Numbers &a, const Numbers &b) {
+    double sum = 0;
+    for (size_t i = 0; i < a.size(); i++) sum += a[i] * b[i];
+    return sum;
+}
+
+// Checks gradients against differences of outputs(inputs), along the gradients. grad: gradient of the outputs.
+template <class F>
+void expect_gradients(F &&outputs, const std::vector<Numbers> &inputs, const std::vector<Numbers> &gradients, const Numbers &grad, double tolerance,
+                      const std::string &what) {
+    for (size_t i = 0; i < inputs.size(); i++) {
+        if (inputs[i].empty()) continue;
+        const double square = dot(gradients[i], gradients[i]), step = 1e-4 / std::sqrt(square + 1e-30);
+        double sums[2];
+        for (int side = 0; side < 2; side++) {
+            std::vector<Numbers> moved = inputs;
+            for (size_t n = 0; n < moved[i].size(); n++) moved[i][n] += (side ? step : -step) * gradients[i][n];
+            sums[side] = dot(outputs(moved), grad);
+        }
+        expect_close({square}, {(sums[1] - sums[0]) / (2 * step)}, tolerance, what + " gradient " + std::to_string(i));
+    }
+}

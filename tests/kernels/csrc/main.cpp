@@ -1,6 +1,6 @@
 // C++ kernel tests with one, two and three threads and each arithmetic of the variant. They run under sanitizers
 // (make sanitize) and in an emulator of another CPU (make kernels-arm). Arguments select tests by name: products,
-// threads, blocks, attention, block, decode, rows.
+// threads, blocks, attention, block, decode, rows, recurrence, convolution.
 #include <algorithm>
 #include <string>
 #include <vector>
@@ -47,7 +47,7 @@ const Suite SUITES[] = {
     {"products", test_products}, {"threads", test_threads}, {"blocks", test_blocks}, {"attention", test_attention},
     {"block", test_block},       {"decode", test_decode}};
 // Tests that do not depend on the arithmetic.
-const Suite OTHERS[] = {{"rows", test_rows}};
+const Suite OTHERS[] = {{"rows", test_rows}, {"recurrence", test_recurrence}, {"convolution", test_convolution}};
 
 template <size_t COUNT>
 bool is_one_of(const std::string &name, const Suite (&suites)[COUNT]) {

@@ -3,6 +3,8 @@
 void test_vector();
 void test_products();
 void test_rows();
+void test_recurrence();
+void test_convolution();
 void test_attention();
 void test_block();
 void test_blocks();
