@@ -7,7 +7,8 @@ the module runs, the attribute is therefore W + ΔW instead of W:
     weight (experts, out, in):         the same for each expert      A (experts, in, r), B (experts, r, out)
     weight (experts, in, out):         W + scaling · A·B for each expert
 
-W + ΔW is one product added to W (``addmm``), so ΔW is never stored separately. The sum lives until the backward if the
+A replaced forward of the module can compute with A and B itself (:mod:`deltaw.runtime.experts`). Otherwise W + ΔW is
+one product added to W (``addmm``), so ΔW is never stored separately. The sum lives until the backward if the
 module saves its weight for it. Gradients of A and B are computed from the gradient of the sum. Adapter dropout is not
 supported, because the inputs of the update are not known.
 
@@ -122,6 +123,11 @@ class LoRAParameter(LoRALayer):
         vars(self).update(_runner=None, _hooks=())
 
     def _pre_hook(self, module: nn.Module, inputs: object) -> None:
+        if not getattr(vars(module).get("forward"), "applies_updates", False):
+            self.apply_to_weight()
+
+    def apply_to_weight(self) -> None:
+        """Let the module compute with W + ΔW until the end of its forward."""
         # An instance attribute takes precedence over the registered parameter with the same name.
         if self.adapting:
             vars(self._owner)[self.attribute] = self.effective_weight()

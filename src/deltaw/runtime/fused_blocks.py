@@ -30,7 +30,7 @@ from deltaw.kernels.torch_modules import direct_modules
 from deltaw.machine.choices import Choice
 from deltaw.runtime.block_roles import AttentionRoles, BlockRoles, norm_form
 from deltaw.runtime.fused import FusedBlock, FusedNorm, Layouts
-from deltaw.runtime.fused_parts import FusedMLP, fused_parts
+from deltaw.runtime.fused_parts import FusedPart, fused_parts
 from deltaw.runtime.recognition import (
     AttentionConfig,
     BlockCall,
@@ -161,9 +161,9 @@ class FusedBlocks:
                 if isinstance(fused, FusedBlock):
                     fused.reset()
 
-    def _parts(self) -> list[tuple[nn.Module, FusedBlock | FusedNorm | FusedMLP]]:
+    def _parts(self) -> list[tuple[nn.Module, FusedBlock | FusedPart]]:
         """Return modules with their fused forward functions."""
-        parts: list[tuple[nn.Module, FusedBlock | FusedNorm | FusedMLP]] = [(b.block, b) for b in self.blocks]
+        parts: list[tuple[nn.Module, FusedBlock | FusedPart]] = [(b.block, b) for b in self.blocks]
         if self.separate_parts and self.backbone is not None:
             attention = self._attention_parts(self.backbone)
             parts += [(fused.block, fused) for fused in attention]

@@ -1,13 +1,14 @@
-"""Fused norms and MLPs inside blocks that are not recognized as a whole.
+"""Fused norms, MLPs and experts inside blocks that are not recognized as a whole.
 
-A block with a recurrent layer, experts or an unusual attention runs the model's code. Its norms and its dense MLPs are
-replaced one by one. The form of an MLP is verified against the module's own code in fp32, with small random layers in
+A block with a recurrent layer, experts or an unusual attention runs the model's code. Its norms, dense MLPs and routed
+experts are replaced one by one. The form of an MLP is verified against the module's own code in fp32, with small random layers in
 place of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from deltaw.kernels.rows import HalfNorms
 from deltaw.kernels.torch_modules import are_hooked, direct_modules
 from deltaw.lora.layers import LoRALayer
 from deltaw.runtime.block_roles import norm_form
+from deltaw.runtime.experts import FusedExperts, experts_form
 from deltaw.runtime.fused import FusedNorm, has_dropout, is_on_supported_device
 from deltaw.runtime.halves import MLPHalf, run_mlp
 from deltaw.runtime.mlp_forms import MLPForm, mlp_form
@@ -60,15 +62,21 @@ class FusedMLP:
         )
 
 
-def fused_parts(block: nn.Module, fused: Collection[nn.Module] = ()) -> Iterator[FusedNorm | FusedMLP]:
-    """Yield the norms and MLPs inside ``block`` that can run fused, except those inside of ``fused`` modules."""
+FusedPart: TypeAlias = FusedNorm | FusedMLP | FusedExperts
+
+
+def fused_parts(block: nn.Module, fused: Collection[nn.Module] = ()) -> Iterator[FusedPart]:
+    """Yield the parts inside ``block`` that can run fused, except those inside of ``fused`` modules."""
     covered = {id(inner) for module in fused for inner in module.modules()}
     for module in block.modules():
         if module is block or id(module) in covered or isinstance(module, nn.Linear):
             continue
         form = mlp_form(module)
+        experts = experts_form(module)
         if form is not None:
             yield FusedMLP(module, form)
+        elif experts is not None:
+            yield FusedExperts(module, experts)
         elif norm_form(module) is not None:
             yield FusedNorm(module)
 
