@@ -8,11 +8,13 @@ import torch
 from deltaw.kernels import head_gradient, loader
 from deltaw.kernels.arithmetic import Arithmetic
 from deltaw.kernels.block_linear import quantize_nf4
+from deltaw.kernels.experts import ExpertActivation, ExpertProducts
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.linear import LinearProduct
 from deltaw.kernels.processor import second_level_cache
 from deltaw.kernels.quantize import quantize_rows
 from deltaw.memory.scratch import arena_bytes, scratch_bytes
+from deltaw.memory.simulation import fake_tensors
 from tests.kernels.conftest import compiled_only, threads  # noqa: F401
 from tests.peak_memory import peak_tensor_bytes
 
@@ -191,3 +193,27 @@ def test_cross_entropy_reference_matches_plan(dtype, softcap, with_gradient, mon
     args = (logits, targets, weights, 1.0, softcap, with_gradient)
     measured = peak_tensor_bytes(lambda: ops.cross_entropy_(*args), alive=args[:3]) - bytes_of(*args[:3])
     assert scratch_bytes(ops.cross_entropy_.default, args) == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.each_value
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize(("tokens", "count"), [(600, 16), (900, 4)])
+def test_experts_scratch_matches_plan(dtype, rank, tokens, count):
+    def products(inputs, outputs):
+        factors = [random(count, inputs, rank, dtype=torch.float32), random(count, rank, outputs, dtype=torch.float32)]
+        return ExpertProducts(random(count, outputs, inputs, dtype=dtype), True, None, *(factors if rank else (None, None)))
+
+    x = random(tokens, 256, dtype=dtype)
+    index = torch.stack([torch.randperm(count)[:3] for _ in range(tokens)])
+    weights = random(tokens, 3, dtype=dtype)
+    layers = (*products(256, 384), *products(192, 256), *ExpertActivation())
+    _, *saved = ops.experts(x, index, weights, *layers)
+    backward = (x, x, index, weights, *saved, True, *layers)
+    for operator, args in ((ops.experts, (x, index, weights, *layers)), (ops.experts_backward, backward)):
+        check_plan(operator, *args)
+        with fake_tensors():
+            results = operator(*args)
+        planned = bytes_of(*results) + scratch_bytes(operator.default, args)
+        measured = peak_tensor_bytes(lambda: operator(*args))
+        assert measured == pytest.approx(planned, rel=0.1), (operator, planned, measured)

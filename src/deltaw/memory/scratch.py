@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from deltaw.kernels import attention, head_gradient, loader, quantize, recurrence, rows, short_convolution
+from deltaw.kernels import attention, experts, head_gradient, loader, quantize, recurrence, rows, short_convolution
 from deltaw.kernels.linear import LinearProduct, reference_chunk_rows, split_arguments
 from deltaw.kernels.quantize import INT8_BLOCK
 from deltaw.kernels.torch_private import FLASH_BACKWARD, FLASH_FORWARD
@@ -25,7 +25,7 @@ from deltaw.kernels.torch_private import FLASH_BACKWARD, FLASH_FORWARD
 
 
 # Importing these modules registers the operators.
-assert attention and head_gradient and recurrence and rows and short_convolution
+assert attention and experts and head_gradient and recurrence and rows and short_convolution
 
 _ops = torch.ops.deltaw
 Arguments: TypeAlias = tuple[Any, ...]
@@ -82,6 +82,30 @@ def _cross_entropy_arena(args: Arguments) -> int:
     logits = args[0]
     with_gradient = args[5]
     return torch.get_num_threads() * -(-logits.shape[1] // 16) * 16 * 4 if with_gradient else 0
+
+
+def _rows_per_expert(x: Tensor, index: Tensor, count: int) -> int:
+    """Return the rows of the products of a group, if no expert gets more than twice its share of the tokens."""
+    return min(experts.MAX_ROWS, x.shape[0], -(-2 * index.numel() // count))
+
+
+def _experts_arena(args: Arguments, backward: bool) -> int:
+    x, index = args[backward : backward + 2]
+    *both, _ = experts.split_arguments(args)
+    rows = x.new_empty(_rows_per_expert(x, index, len(both[0].weight)), 0)
+    return max(_linear_arena_bytes((rows, *products.product(0)), False, backward, True, False) for products in both)
+
+
+def _experts_tensors(args: Arguments, backward: bool) -> int:
+    """Return the bytes of the fp32 sum over experts, and of the tensors of one group."""
+    x, index = args[backward : backward + 2]
+    first, second, _ = experts.split_arguments(args)
+    size = x.dtype.itemsize
+    width, outputs = first.sizes
+    inner = second.sizes[0]
+    copies = 4 * (size == 2)  # of 16-bit sums in fp32
+    columns = size * (2 * (outputs + inner + width) if backward else outputs + inner + width) + copies * width
+    return copies * x.numel() + columns * _rows_per_expert(x, index, len(first.weight))
 
 
 def _attention_size(function: str, query: Tensor, value: Tensor) -> int:
@@ -201,6 +225,8 @@ ARENAS: dict[object, Rule] = {
         (_ops.cross_entropy_, _cross_entropy_arena),
         (_ops.recurrence, lambda args: _recurrence_size(False, args[1], args[2], args[5])),
         (_ops.recurrence_backward, lambda args: _recurrence_size(True, args[2], args[3], args[6])),
+        (_ops.experts, lambda args: _experts_arena(args, False)),
+        (_ops.experts_backward, lambda args: _experts_arena(args, True)),
         (_ops.convolution_backward, _convolution_backward_arena),
         (_ops.attention, lambda args: _attention_size("dw_attention_scratch_size", args[0], args[2])),
         (_ops.attention_backward, lambda args: _attention_size("dw_attention_backward_scratch_size", args[1], args[3])),
@@ -212,6 +238,8 @@ TENSORS: dict[object, Rule] = {
     _ops.linear.default: _linear_tensors,
     _ops.linear_backward.default: _linear_backward_tensors,
     _ops.class_gradient_.default: _if_compiled(_class_scales),
+    _ops.experts.default: lambda args: _experts_tensors(args, False),
+    _ops.experts_backward.default: lambda args: _experts_tensors(args, True),
 }
 
 
