@@ -67,7 +67,8 @@ def router_of(model):
 @contextlib.contextmanager
 def fused_experts(model, fallback=False):
     """Context in which only the experts are replaced. Without ``fallback``, running the model's code is an error."""
-    parts = [part for part in fused_parts(blocks_of(model.base_model)[1]) if isinstance(part, FusedExperts)]
+    blocks = blocks_of(model.base_model)[1]
+    parts = [part for block in blocks for part in fused_parts(block) if isinstance(part, FusedExperts)]
     assert parts
     for part in parts:
         part.module.forward = part
