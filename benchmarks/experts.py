@@ -89,7 +89,8 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     hidden, inner, count, chosen = MODELS[job["model"]]
     dtype = torch.bfloat16 if job["type"] == "bf16" else torch.float32
-    config = Qwen3MoeConfig(hidden_size=hidden, moe_intermediate_size=inner, num_experts=count, num_experts_per_tok=chosen)
+    config = Qwen3MoeConfig(hidden_size=hidden, moe_intermediate_size=inner, num_experts=count)
+    config.num_experts_per_tok = chosen
     config._experts_implementation = "grouped_mm" if job["side"] == "deltaw" else job["side"]
     with torch.device("meta"):
         experts = Qwen3MoeExperts(config).to(dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -26,7 +28,8 @@ def sample(form, tokens, by_column=True, bias=False, rank=0, *, experts=5, chose
     def products(inputs, outputs):
         shape = (outputs, inputs) if by_column else (inputs, outputs)
         factors = (random(experts, inputs, rank), random(experts, rank, outputs)) if rank else (None, None)
-        return ExpertProducts(random(experts, *shape), by_column, random(experts, outputs) if bias else None, *factors, 0.5)
+        biases = random(experts, outputs) if bias else None
+        return ExpertProducts(random(experts, *shape), by_column, biases, *factors, 0.5)
 
     index = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :chosen]
     weights = torch.rand(tokens, chosen, generator=generator, dtype=torch.float64)
@@ -71,11 +74,15 @@ def assert_close(actual, expected, tolerance):
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-@pytest.mark.parametrize(("by_column", "bias", "rank"), [(True, False, 0), (False, True, 0), (True, False, 4), (False, True, 4)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize(("by_column", "bias"), [(True, False), (False, True)])
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-2)]
+)
 def test_results_equal_autograd(form, by_column, bias, rank, dtype, tolerance):
     arguments = sample(form, 37, by_column, bias, rank)
-    if dtype == torch.bfloat16:  # compare with the rounded weights
+    if dtype == torch.bfloat16:  # compare with the rounded weights, without the jump of the gradient at the limit
+        form = form._replace(limit=math.inf)
         arguments = [converted(converted(argument, dtype), torch.float64) for argument in arguments]
     grad = torch.randn(37, 12, dtype=torch.float64)
     assert_close(closed_form(arguments, form, grad, dtype), gradients(arguments, form, grad), tolerance)

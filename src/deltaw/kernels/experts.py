@@ -294,7 +294,8 @@ def _experts(x: Tensor, index: Tensor, weights: Tensor, *args: Any) -> tuple[Ten
     wide = accumulation_dtype(x)
     total = torch.zeros(x.shape, dtype=wide, device=x.device)
     router = weights.reshape(-1, 1).to(wide)
-    for expert, rows, indices in _groups(index, len(first.weight)):
+
+    def add_group(expert: int, rows: slice, indices: Tensor) -> None:
         tokens = indices // index.shape[1]
         outputs, h = linear(x[tokens], first.product(expert))
         inner[rows] = outputs
@@ -308,6 +309,9 @@ def _experts(x: Tensor, index: Tensor, weights: Tensor, *args: Any) -> tuple[Ten
         if second.bias is not None:
             y.addcmul_(router[indices], second.bias[expert].to(wide))
         total.index_add_(0, tokens, y)
+
+    for group in _groups(index, len(first.weight)):
+        add_group(*group)
     return total.to(x.dtype), inner, first_h, second_h
 
 
@@ -325,7 +329,8 @@ def _experts_backward(grad: Tensor, x: Tensor, index: Tensor, weights: Tensor, *
     router = weights.reshape(-1, 1).to(wide)
     d_router = torch.zeros_like(router)
     d_first_A, d_first_B, d_second_A, d_second_B = factor_grads = _factor_gradients(first, second)
-    for expert, rows, indices in _groups(index, len(first.weight)):
+
+    def add_group(expert: int, rows: slice, indices: Tensor) -> None:
         tokens = indices // index.shape[1]
         factor = router[indices]
         g = grad[tokens]
@@ -347,4 +352,7 @@ def _experts_backward(grad: Tensor, x: Tensor, index: Tensor, weights: Tensor, *
             grads = factors_backward(x[tokens], first_h[rows], d_inner, narrow, first.scaling)
             d_first_A[expert] += grads[0]
             d_first_B[expert] += grads[1]
+
+    for group in _groups(index, len(first.weight)):
+        add_group(*group)
     return total.to(x.dtype), d_router.view(weights.shape).to(weights.dtype), *factor_grads

@@ -8,8 +8,8 @@ the module runs, the attribute is therefore W + ΔW instead of W:
     weight (experts, in, out):         W + scaling · A·B for each expert
 
 A replaced forward of the module can compute with A and B itself (:mod:`deltaw.runtime.experts`). Otherwise W + ΔW is
-one product added to W (``addmm``), so ΔW is never stored separately. The sum lives until the backward if the
-module saves its weight for it. Gradients of A and B are computed from the gradient of the sum. Adapter dropout is not
+one product added to W (``addmm``), so ΔW is never stored separately. The sum lives until the backward if the module
+saves its weight for it. Gradients of A and B are computed from the gradient of the sum. Adapter dropout is not
 supported, because the inputs of the update are not known.
 
 **Token rows** of a frozen embedding, and of an output head tied to it, are trained as ``trained_tokens`` (k, dim) in

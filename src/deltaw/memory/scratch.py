@@ -97,15 +97,16 @@ def _experts_arena(args: Arguments, backward: bool) -> int:
 
 
 def _experts_tensors(args: Arguments, backward: bool) -> int:
-    """Return the bytes of the fp32 sum over experts, and of the tensors of one group."""
+    """Return the bytes of the fp32 sum over experts, and of the tensors of a group, which are free before the result."""
     x, index = args[backward : backward + 2]
     first, second, _ = experts.split_arguments(args)
     size = x.dtype.itemsize
     width, outputs = first.sizes
     inner = second.sizes[0]
-    copies = 4 * (size == 2)  # of 16-bit sums in fp32
+    copies = 4 if size == 2 else 0  # of 16-bit sums in fp32
     columns = size * (2 * (outputs + inner + width) if backward else outputs + inner + width) + copies * width
-    return copies * x.numel() + columns * _rows_per_expert(x, index, len(first.weight))
+    group = columns * _rows_per_expert(x, index, len(first.weight))
+    return copies * x.numel() + max(0, group - x.nbytes if copies else group)
 
 
 def _attention_size(function: str, query: Tensor, value: Tensor) -> int:

@@ -1,8 +1,9 @@
 """Fused routed experts: modules of transformers with the weights of all experts in stacked parameters.
 
-A :class:`FusedExperts` replaces the forward of such a module by products grouped by expert (:mod:`deltaw.kernels.experts`)
-while only low-rank updates of its weights are trained. The updates run inside the products, so W + ΔW is not stored. The
-formula of a module is verified against its own code in fp32, with small random weights in place of its own.
+A :class:`FusedExperts` replaces the forward of such a module by products grouped by expert
+(:mod:`deltaw.kernels.experts`) while only low-rank updates of its weights are trained. The updates run inside the
+products, so W + ΔW is not stored. The formula of a module is verified against its own code in fp32, with small random
+weights in place of its own.
 """
 
 from __future__ import annotations
@@ -107,8 +108,10 @@ class FusedExperts:
         parameters = [p for p in direct_parameters(self.module).values() if p is not None]
         if any(p.requires_grad or p.dtype != x.dtype for p in parameters):
             return False
+        if getattr(self.module, "_is_expert_parallel", False):
+            return False
         names = weight_names(self.module)
-        if getattr(self.module, "_is_expert_parallel", False) or any(update.attribute not in names for update in updates):
+        if any(update.attribute not in names for update in updates):
             return False
         return index.dim() == 2 and index.dtype == torch.int64
 
@@ -124,7 +127,7 @@ _FORMS: dict[tuple[Signature, float], ExpertActivation | None] = {}
 
 
 def experts_form(module: nn.Module) -> ExpertActivation | None:
-    """Return the formula of a module with routed experts, or None for other modules. Verified once per kind of module."""
+    """Return the formula of a module with routed experts, verified once per kind, or None for other modules."""
     if not isinstance(getattr(module, "is_transposed", None), bool) or not weight_names(module):
         return None
     key = (signature(module), _limit(module))
@@ -174,7 +177,8 @@ def _verified_form(module: nn.Module) -> ExpertActivation | None:
     except Exception:  # code that needs other arguments or sizes has another form
         return None
     for form in _candidates(module, gated):
-        results = _with_gradients(lambda x, weights, form=form: _Experts.apply(x, weights, index, *products, form), *inputs)
+        arguments = (index, *products, form)
+        results = _with_gradients(lambda x, weights, last=arguments: _Experts.apply(x, weights, *last), *inputs)
         if all(torch.allclose(*pair, TOLERANCE, TOLERANCE) for pair in zip(results, expected, strict=True)):
             return form
     return None

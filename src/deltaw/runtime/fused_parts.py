@@ -1,8 +1,8 @@
 """Fused norms, MLPs and experts inside blocks that are not recognized as a whole.
 
 A block with a recurrent layer, experts or an unusual attention runs the model's code. Its norms, dense MLPs and routed
-experts are replaced one by one. The form of an MLP is verified against the module's own code in fp32, with small random layers in
-place of its own.
+experts are replaced one by one. The form of an MLP is verified against the module's own code in fp32, with small random
+layers in place of its own.
 """
 
 from __future__ import annotations
