@@ -97,7 +97,7 @@ def _experts_arena(args: Arguments, backward: bool) -> int:
 
 
 def _experts_tensors(args: Arguments, backward: bool) -> int:
-    """Return the bytes of the fp32 sum over experts, and of the tensors of a group, which are free before the result."""
+    """Return the bytes of the fp32 sum over experts, and of a group's tensors, which are free before the result."""
     x, index = args[backward : backward + 2]
     first, second, _ = experts.split_arguments(args)
     size = x.dtype.itemsize

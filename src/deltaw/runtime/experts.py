@@ -157,7 +157,7 @@ def _verified_form(module: nn.Module) -> ExpertActivation | None:
     by_column = not module.is_transposed
     widths = ((SAMPLE_SIZE, SAMPLE_INNER * (2 if gated else 1)), (SAMPLE_INNER, SAMPLE_SIZE))
     products = []
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, width in zip(weight_names(module), widths, strict=True):
         weight = torch.randn(SAMPLE_EXPERTS, *(reversed(width) if by_column else width))
         has_bias = direct_parameters(module).get(f"{name}_bias") is not None
@@ -177,8 +177,11 @@ def _verified_form(module: nn.Module) -> ExpertActivation | None:
     except Exception:  # code that needs other arguments or sizes has another form
         return None
     for form in _candidates(module, gated):
-        arguments = (index, *products, form)
-        results = _with_gradients(lambda x, weights, last=arguments: _Experts.apply(x, weights, *last), *inputs)
+
+        def run(x: Tensor, weights: Tensor, form: ExpertActivation = form) -> Tensor:
+            return _Experts.apply(x, weights, index, *products, form)
+
+        results = _with_gradients(run, *inputs)
         if all(torch.allclose(*pair, TOLERANCE, TOLERANCE) for pair in zip(results, expected, strict=True)):
             return form
     return None
