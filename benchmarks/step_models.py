@@ -159,22 +159,13 @@ def _write(name: str, model_folder: Path) -> None:
 
 
 def linear_shapes(config: Any) -> Counter[tuple[int, int]]:
-    """Count the linear layers of a Llama-like model's blocks by (inputs, outputs)."""
-    hidden = config.hidden_size
-    mlp = config.intermediate_size
-    head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    query_size = config.num_attention_heads * head_size
-    key_size = config.num_key_value_heads * head_size
-    shapes: Counter[tuple[int, int]] = Counter()
-    for shape, count in (
-        ((hidden, query_size), 1),
-        ((hidden, key_size), 2),
-        ((query_size, hidden), 1),
-        ((hidden, mlp), 2),
-        ((mlp, hidden), 1),
-    ):
-        shapes[shape] += count * config.num_hidden_layers
-    return shapes
+    """Count the linear layers of a model's blocks by (inputs, outputs)."""
+    import torch
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        blocks = AutoModel.from_config(config)
+    return Counter((m.in_features, m.out_features) for m in blocks.modules() if isinstance(m, torch.nn.Linear))
 
 
 def parameter_count(config: Any) -> int:

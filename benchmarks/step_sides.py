@@ -7,6 +7,7 @@ child process.
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -135,6 +136,12 @@ def main() -> None:
     print("RESULT " + json.dumps(result), flush=True)
 
 
+def shape_of_step(job: dict[str, Any]) -> tuple[int, int]:
+    """Return the rows of a step and the tokens of a row."""
+    size = MODELS[job["model"]]
+    return job.get("rows") or size.rows, job.get("length") or size.length
+
+
 def tokens_of_step(job: dict[str, Any]) -> Any:
     """Return the tokens of a step: text for pretrained weights, random tokens for random weights."""
     import argparse
@@ -142,14 +149,13 @@ def tokens_of_step(job: dict[str, Any]) -> Any:
     import torch
     from transformers import AutoTokenizer
 
-    size = MODELS[job["model"]]
-    if size.kind is None:
+    shape = shape_of_step(job)
+    if MODELS[job["model"]].kind is None:
         text = Path(argparse.__file__).read_text(encoding="utf-8")
         tokenizer = AutoTokenizer.from_pretrained(prepare_model(job["model"], Path())[1])
-        tokens = torch.tensor(tokenizer(text)["input_ids"][: size.rows * size.length])
-        return tokens.view(size.rows, size.length)
+        return torch.tensor(tokenizer(text)["input_ids"][: math.prod(shape)]).view(shape)
     vocabulary = config_of(job["model"]).vocab_size
-    return torch.randint(0, vocabulary, (size.rows, size.length), generator=torch.Generator().manual_seed(0))
+    return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0))
 
 
 def deltaw_side(job: dict[str, Any]) -> dict[str, Any]:
@@ -267,8 +273,8 @@ def floor_side(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     config = config_of(job["model"])
-    size = MODELS[job["model"]]
-    rows = size.rows * size.length
+    row_count, length = shape_of_step(job)
+    rows = row_count * length
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job["precision"]]
 
     def median_of(product: Callable[[], object], times: int) -> float:
@@ -300,8 +306,9 @@ def floor_side(job: dict[str, Any]) -> dict[str, Any]:
     query_size = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
-    pairs = size.rows * size.length * (size.length + 1) / 2
-    attention = 2 * 2 * pairs * query_size * config.num_hidden_layers * 3.5
+    pairs = rows * (length + 1) / 2
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    attention = 2 * 2 * pairs * query_size * types.count("full_attention") * 3.5
     update = 6 * rows * RANK * sum(c * (i + o) for (i, o), c in shapes.items())
     total = seconds + (attention + update) / rate
     return {
