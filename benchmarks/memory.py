@@ -1,9 +1,10 @@
 """Planned and measured memory of training runs.
 
-There are three sets of runs. ``tasks``: 32 runs over all tasks, fifteen architectures, precisions and row lengths, for
+There are four sets of runs. ``tasks``: 32 runs over all tasks, fifteen architectures, precisions and row lengths, for
 which only the memory of the process is measured. ``families``: fourteen architectures with the vocabulary and tokenizer
 sizes of published models. ``methods``: methods, ranks, lengths, batch sizes, precisions and activation checkpointing on
-a small number of models. Each run is executed twice in new processes: with ``deltaw train``, whose peak resident memory
+a small number of models. ``recurrent``: models with recurrent layers or routed experts, for which only the memory of
+the process is measured. Each run is executed twice in new processes: with ``deltaw train``, whose peak resident memory
 is compared with its plan, and under torch's profiler, whose allocator events give the peak of all tensors.
 
     python benchmarks/memory.py                     # all sets, about 60 minutes on 2 cores
@@ -119,6 +120,23 @@ FAMILIES: list[tuple[str, str, dict]] = [
 ]
 
 
+# Recurrent layers and routed experts.
+RECURRENT: list[tuple[str, str, dict]] = [
+    ("qwen3.5", "lora", {"train.batch_size": 8}),
+    ("qwen3.5", "lora", {"train.batch_size": 8, "data": "sql", "precision": "int8"}),
+    ("qwen3.5", "lora", {"train.batch_size": 4, "task": "preference", "data": "pairs"}),
+    ("lfm2", "lora", {"train.batch_size": 8}),
+    ("lfm2", "lora", {"train.batch_size": 8, "data": "sql", "train.checkpointing": True}),
+    ("lfm2", "lora", {"train.batch_size": 16, "precision": "nf4"}),
+    ("granite-h", "lora", {"train.batch_size": 8}),
+    ("granite-h", "lora", {"train.batch_size": 8, "data": "sql"}),
+    ("granite-h", "lora", {"train.batch_size": 8, "precision": "fp32"}),
+    ("falcon-h1", "lora", {"train.batch_size": 8, "data": "sql"}),
+    ("qwen3-moe", "lora", {"train.batch_size": 8}),
+    ("qwen3-moe", "lora", {"train.batch_size": 8, "data": "sql", "train.checkpointing": True}),
+]
+
+
 DPO = {"task": "preference", "data": "pairs"}
 REWARD = {"task": "rl", "data": "prompts", "reward.functions": ["lower-case"], "reward.group": 4}
 REWARD |= {"reward.max_new_tokens": 24}
@@ -169,7 +187,7 @@ def main() -> None:
     parser.add_argument(
         "--append", type=Path, default=None, help="append each run to this file and skip the runs that it contains"
     )
-    parser.add_argument("--set", default="all", choices=["families", "methods", "tasks", "all"])
+    parser.add_argument("--set", default="all", choices=["families", "methods", "tasks", "recurrent", "all"])
     parser.add_argument(
         "--models", type=Path, default=None, help="create the models in this folder and do not delete them"
     )
@@ -189,8 +207,8 @@ def main() -> None:
         models = arguments.models or Path(scratch) / "models"
         print_machine()
         print(f"{'model':8} {'method':7} {'settings':52} {'tensors, MB':>22} {'process, MB':>24}")
-        sets = {"families": FAMILIES, "methods": METHODS, "tasks": TASKS}
-        for model, method, changes in sets.get(arguments.set, [*FAMILIES, *METHODS, *TASKS]):
+        sets = {"families": FAMILIES, "methods": METHODS, "tasks": TASKS, "recurrent": RECURRENT}
+        for model, method, changes in sets.get(arguments.set, [*FAMILIES, *METHODS, *TASKS, *RECURRENT]):
             label = f"{model:8} {method:7} {format_settings(changes):52}"
             if not re.search(arguments.only, label):
                 continue
@@ -200,7 +218,7 @@ def main() -> None:
                 ("phases" if arguments.phases else "resident", arguments.steps),
                 ("tensors", max(2, arguments.steps // 2)),
             ]
-            if (model, method, changes) in TASKS:
+            if (model, method, changes) in (*TASKS, *RECURRENT):
                 sides = sides[:1]
             for measurement, steps in sides if label not in stored else ():
                 reference = create_model_in_process(model, models)

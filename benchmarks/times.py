@@ -41,6 +41,10 @@ RUNS: list[tuple[str, str, dict]] = [
     ("gemma3", "lora", {"train.batch_size": 8, "data": "sql"}),
     ("olmo2", "lora", {"train.batch_size": 8, "data": "sql"}),
     ("mixtral", "lora", {"train.batch_size": 8}),
+    ("qwen3.5", "lora", {"train.batch_size": 8}),
+    ("lfm2", "lora", {"train.batch_size": 8, "data": "sql"}),
+    ("granite-h", "lora", {"train.batch_size": 16}),
+    ("qwen3-moe", "lora", {"train.batch_size": 8}),
     ("bert", "lora", {"train.batch_size": 64}),
     ("roberta", "lora", {"train.batch_size": 32, **EMBED}),
     ("minilm", "lora", {"train.batch_size": 64}),
@@ -60,6 +64,7 @@ HELD_OUT: list[tuple[str, str, dict]] = [
     ("qwen2", "lora", {"train.batch_size": 16, "precision": "fp32"}),
     ("opt", "lora", {"train.batch_size": 16}),
     ("opt", "full", {"train.batch_size": 16}),
+    ("falcon-h1", "lora", {"train.batch_size": 8, "data": "sql"}),
     ("electra", "lora", {"train.batch_size": 32}),
     ("mpnet", "lora", {"train.batch_size": 32, **EMBED}),
 ]
