@@ -230,7 +230,7 @@ def _check_shapes(
 
 
 def _groups(index: Tensor, experts: int) -> Iterator[tuple[int, slice, Tensor]]:
-    """Yield groups of rows: the expert, the positions in the sorted rows, and the indices in the flattened ``index``."""
+    """Yield groups of rows: the expert, positions in the sorted rows, and indices in the flattened ``index``."""
     chosen = index.flatten()
     order = chosen.argsort(stable=True)
     end = 0

@@ -169,7 +169,9 @@ def _verified_form(module: nn.Module) -> ExpertActivation | None:
     sizes = {"num_experts": SAMPLE_EXPERTS, "hidden_dim": SAMPLE_SIZE, "hidden_size": SAMPLE_SIZE}
     sizes |= {"intermediate_dim": SAMPLE_INNER, "intermediate_size": SAMPLE_INNER}
     vars(sample).update({name: value for name, value in sizes.items() if name in vars(sample)})
-    tokens = torch.cat([torch.randn(8, SAMPLE_SIZE) / 2, torch.randn(8, SAMPLE_SIZE) * 4])  # small values below a limit, and large ones above
+    tokens = torch.cat(
+        [torch.randn(8, SAMPLE_SIZE) / 2, torch.randn(8, SAMPLE_SIZE) * 4]
+    )  # small values below a limit, and large ones above
     index = torch.rand(len(tokens), SAMPLE_EXPERTS).argsort(1)[:, :2]
     inputs = tokens, torch.rand(index.shape)
     forward = inspect.unwrap(type(module).forward)

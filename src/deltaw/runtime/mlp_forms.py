@@ -60,8 +60,8 @@ def _verified_form(module: nn.Module, layers: dict[str, nn.Module]) -> MLPForm |
     if names is None:
         return None
     inputs, output, gated = names
-    inner_size = 2 * SAMPLE_INNER if gated and len(inputs) == 1 else SAMPLE_INNER
-    small = {name: nn.Linear(SAMPLE_SIZE, inner_size) for name in inputs} | {output: nn.Linear(SAMPLE_INNER, SAMPLE_SIZE)}
+    width = 2 * SAMPLE_INNER if gated and len(inputs) == 1 else SAMPLE_INNER
+    small = {name: nn.Linear(SAMPLE_SIZE, width) for name in inputs} | {output: nn.Linear(SAMPLE_INNER, SAMPLE_SIZE)}
     sample = with_modules(module, small)
     x = torch.randn(2, 3, SAMPLE_SIZE) * 2
     try:

@@ -120,7 +120,7 @@ def attention_candidates(root: nn.Module) -> list[AttentionRoles] | str:
     linear = _linear_layers(root)
     attention_inputs = _attention_inputs(linear)
     if attention_inputs is None:
-        return "no query, key and value projections descriptions"
+        return "no query, key and value projections found"
     inputs, parent = attention_inputs
     module = module_at(root, parent) if parent else root
     head_size = _head_size(module)
@@ -304,7 +304,7 @@ def find_roles(
     """Return the first candidate that equals the model's code, or None, and a reason for the result.
 
     Args:
-        proposed: Candidates, or the reason reason there are none.
+        proposed: Candidates, or the reason why there are none.
         run: Creates the replacement of a block from its description and attention parameters.
     """
     if isinstance(proposed, str):
