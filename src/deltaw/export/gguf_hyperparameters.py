@@ -59,7 +59,7 @@ def add_hyperparameters(out: GGUFWriter, architecture: Architecture, config: Pre
 
 
 def rope_tensors(config: PretrainedConfig) -> dict[str, np.ndarray]:
-    """Return divisors of the rotary frequencies, which Llama 3, Phi-3 with long contexts and Gemma 4 store as tensors."""
+    """Return divisors of the rotary frequencies, stored as tensors for Llama 3, long contexts of Phi-3, and Gemma 4."""
     rope = _full_attention_rope(config)
     kind = rope.get("rope_type", "default")
     if kind == "llama3":

@@ -123,7 +123,7 @@ class TensorForms:
         self._rules = rules
 
     def of_tensor(self, tensor: str) -> list[StoredForm]:
-        """Return the forms of a tensor of the model. The list is empty if llama.cpp's architecture has no such tensor."""
+        """Return the forms of a tensor of the model. The list is empty if the architecture has no such tensor."""
         forms = []
         for rule in self._rules:
             if (match := rule.match(tensor)) is None:
