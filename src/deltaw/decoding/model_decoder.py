@@ -304,8 +304,8 @@ class ModelDecoder:
     ) -> tuple[None, Tensor]:
         """Run rows of tokens through the model. Arguments are those of :meth:`deltaw.kernels.decode.Decoder.step`.
 
-        Rows of a sequence are contiguous. A sequence has the same index in the states and in ``page_table``. Its states are
-        set to zero at position 0.
+        Rows of a sequence are contiguous. A sequence has the same index in the states and in ``page_table``. Its states
+        are set to zero at position 0.
 
         Returns:
             None, and logits (k, V) in fp32.
