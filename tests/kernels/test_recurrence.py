@@ -208,7 +208,7 @@ def test_a_chunk_starts_after_the_last_chunk_of_its_parent():
     chunks = chunks_of(layout, 16)
     assert [(level.start, level.stop) for level in chunks.levels] == [(0, 1), (1, 2), (2, 3)]
     assert chunks.positions[2, :3].tolist() == [20, 21, 22]
-    assert chunks.used.sum().item() == 23
+    assert chunks.is_token.sum().item() == 23
 
 
 @pytest.mark.parametrize("change", ["length", "heads", "rate"])
@@ -291,7 +291,7 @@ def test_continued_rows_equal_whole_sequences(lengths, delta, wide, random):
         now = [None if t is None else split_rows(t, lengths, starts, stops) for t in inputs]
         y = rows.recurrence(*now, **options)
         z = rows.convolution(split_rows(x, lengths, starts, stops), weight, bias, silu=True)
-        assert rows.numbers <= states.shape[1] and rows.numbers % 16 == 0
+        assert rows.state_size <= states.shape[1] and rows.state_size % 16 == 0
         parts.append((y, z, starts, stops))
         starts = stops
     for index, reference in enumerate(expected):

@@ -21,7 +21,7 @@ from deltaw.decoding.model_decoder import ModelDecoder
 from deltaw.decoding.request import Constraint, Request, Sampling
 from deltaw.lora import load_adapter
 from deltaw.runtime.quantized_weights import quantize_int8
-from deltaw.runtime.recurrent_layers import state_numbers
+from deltaw.runtime.recurrent_layers import state_size
 from tests.runtime.recurrent_families import DELTA, FAMILIES, MAMBA, SIZES, recurrent_model
 from tests.serving.adapter_folders import write_lora
 from tests.serving.engines import SMALL_STEPS, make_engine, prompts
@@ -96,7 +96,7 @@ def assert_mixed_batch(model: nn.Module, built: Decodable, folder) -> None:
 def test_batch_with_adapters_equals_transformers(family, tmp_path):
     model, built = decodable(family)
     assert isinstance(built.decoder, ModelDecoder)
-    assert built.decoder.state_bytes == 4 * state_numbers(model)
+    assert built.decoder.state_bytes == 4 * state_size(model)
     assert_mixed_batch(model, built, tmp_path)
 
 

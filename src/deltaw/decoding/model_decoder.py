@@ -1,14 +1,15 @@
 """A decoder that runs the model's own code over pages and states, for models whose blocks have no compiled decoder.
 
-A step is one forward pass of the model over the tokens of all sequences as one row. Three parts are replaced during
-the pass, as for packed rows in training:
+A step is one forward pass of the model over the tokens of all sequences as one row. These parts are replaced during the
+pass, as for packed rows in training:
 
 - attention, which writes keys and values to pages and reads those of each token's sequence
 - the functions of recurrent layers, which continue the states of each sequence
-- linear layers, which read their weights once for all tokens and add the update of each token's adapter, and norms
+- linear layers, which read their weights once for all tokens and add the update of each token's adapter
+- norms, which run fused
 
-Everything else is the model's code, so no list of model families is needed. A forward pass of a few tokens records the
-calls. Its attention calls have a fixed order, which identifies the layers.
+Everything else is the model's code, so no list of model families is needed. When a decoder is created, a forward pass
+of a few tokens records the calls. The attention layers are called in the same order in every step.
 """
 
 from __future__ import annotations
@@ -42,19 +43,19 @@ from deltaw.runtime.image_tokens import ImageTokens
 from deltaw.runtime.recurrent_layers import use_packed_operators
 
 ATTENTION = "deltaw_paged"
-# Tokens of the recorded pass.
-_TRACED = 5
+# Number of tokens of the recorded pass.
+_TRACED_TOKENS = 5
 
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """Input rows of a model: the outputs of its embedding.
+    """Embeddings of tokens, with the interface of :class:`deltaw.decoding.probes.InputProbe`.
 
     Attributes:
         embedding: Embedding of the model, without virtual tokens.
         limit: Maximum number of positions of a sequence.
         outer: Factor applied to embeddings that are passed instead of tokens.
-        positions: None, because the model's code adds learned positions.
+        positions: Always None. The model's code adds learned positions.
     """
 
     embedding: nn.Module
@@ -93,7 +94,7 @@ class _TracedRows(ContinuedRows):
     """Rows of the recorded pass: records attention calls and returns zeros."""
 
     def __init__(self) -> None:
-        super().__init__([_TRACED], [0], None)
+        super().__init__([_TRACED_TOKENS], [0], None)
         self.forms: list[AttentionForm] = []
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
@@ -102,7 +103,12 @@ class _TracedRows(ContinuedRows):
 
 
 class _StepRows(ContinuedRows):
-    """Rows of a step, which the layers of a model receive as ``packed_layout``."""
+    """Rows of a step, which the layers of a model receive as ``packed_layout``.
+
+    Args:
+        rows: Rows of the step. Rows of a sequence are contiguous.
+        attention: Attention of each layer, in the order of the calls.
+    """
 
     def __init__(self, rows: PagedRows, attention: Sequence[PagedAttention]) -> None:
         sequence = rows.sequence.numpy()
@@ -110,7 +116,7 @@ class _StepRows(ContinuedRows):
         lengths = np.diff(starts, append=len(sequence))
         states = rows.pages.states
         slots = sequence[starts]
-        if states is not None:
+        if states is not None:  # sequences that begin at position 0
             states[slots[rows.positions.numpy()[starts] == 0]] = 0.0
         super().__init__(lengths.tolist(), slots.tolist(), states)
         self._rows = rows
@@ -161,7 +167,7 @@ class _StepLinear:
     def __init__(self, layer: DecoderLinear, is_head: bool) -> None:
         self.decoder = LinearDecoder(layer)
         self.is_head = is_head
-        self.rows: Tensor | None = None  # index in ``adapters`` of each row of the step
+        self.rows: Tensor | None = None  # index in ``adapters`` for each row of the step
         self.adapters: list[PackedAdapter] = []
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -174,12 +180,12 @@ class ModelDecoder:
 
     Args:
         model: Causal language model on the CPU, in evaluation mode.
-        embedding: Its embedding of tokens.
-        linear: Returns a linear module in the decoder's form.
+        embedding: Token embedding of the model.
+        linear: Converts a linear module to the decoder's form.
         cache_dtype: Type of keys and values, fp32 or bf16.
 
     Attributes:
-        names: Name of each linear layer that adapters may change, by its names in the model.
+        names: Names of the linear layers that adapters can change. Maps every name of a shared layer to the first one.
 
     Raises:
         NotDecodable: if the model's code does not support steps.
@@ -202,7 +208,7 @@ class ModelDecoder:
         head = get_output_head(model)
         self._modules = {name: module for name, module in model.named_modules() if _is_linear(module)}
         self._calls: dict[nn.Module, list[int]] = {module: [] for module in self._modules.values()}
-        hidden = embedding(torch.arange(_TRACED)).detach()
+        hidden = embedding(torch.arange(_TRACED_TOKENS)).detach()
         self._dtype = hidden.dtype
         traced = self._trace(hidden)
         self._linears = {
@@ -210,10 +216,13 @@ class ModelDecoder:
             for name, module in self._modules.items()
             if self._calls[module]
         }
-        adaptable = {id(m): n for n, m in self._modules.items() if self._calls[m] == [1 if m is head else _TRACED]}
-        everything = model.named_modules(remove_duplicate=False)
-        self.names = {name: adaptable[id(module)] for name, module in everything if id(module) in adaptable}
-        self._numbers = traced.numbers
+        # The adapter indices of a step fit only layers that are called once, with all rows.
+        adaptable = {
+            id(m): n for n, m in self._modules.items() if self._calls[m] == [1 if m is head else _TRACED_TOKENS]
+        }
+        all_names = model.named_modules(remove_duplicate=False)
+        self.names = {name: adaptable[id(module)] for name, module in all_names if id(module) in adaptable}
+        self._state_size = traced.state_size
         sizes = [page_numbers(form, cache_dtype) for form in traced.forms]
         offsets = np.cumsum([0, *sizes]).tolist()
         self._page_numbers = offsets[-1]
@@ -227,7 +236,7 @@ class ModelDecoder:
         self._forwards += [(m, FusedNorm(m)) for m in model.modules() if norm_form(m) is not None]
 
     def _trace(self, hidden: Tensor) -> _TracedRows:
-        """Run a few rows and record the calls."""
+        """Run a few tokens, and record the calls of attention and the number of rows in each call of a linear layer."""
         rows = _TracedRows()
 
         def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -236,34 +245,39 @@ class ModelDecoder:
         hooks = [module.register_forward_pre_hook(record) for module in self._calls]
         try:
             with torch.no_grad(), use_attention(self.model, ATTENTION):
-                self._run(hidden, torch.arange(_TRACED), rows, torch.tensor([_TRACED - 1]))
+                self._run(hidden, torch.arange(_TRACED_TOKENS), rows, torch.tensor([_TRACED_TOKENS - 1]))
         finally:
             for hook in hooks:
                 hook.remove()
         return rows
 
     def _run(self, hidden: Tensor, positions: Tensor, rows: ContinuedRows, output_rows: Tensor) -> Tensor:
-        """Return the logits (k, V) of some rows (n, D)."""
+        """Run rows ``hidden`` (n, D), and return the logits (k, V) of ``output_rows`` (k,)."""
         inputs = {"inputs_embeds": hidden[None], "position_ids": positions[None], "packed_layout": rows}
         logits: Tensor = self.model(**inputs, use_cache=False, logits_to_keep=output_rows).logits
         return logits[0]
 
     @property
     def bytes_per_page(self) -> int:
-        """Bytes of the keys and values of ``page_tokens`` tokens, at least one number."""
+        """Bytes of the keys and values of ``page_tokens`` tokens. Never 0, even if the model has no attention."""
         numbers: int = max(1, self._page_numbers)
         return numbers * self.cache_dtype.itemsize
 
     @property
     def state_bytes(self) -> int:
         """Bytes of the states of recurrent layers, per sequence."""
-        return self._numbers * 4
+        return self._state_size * 4
 
     def new_pages(self, count: int, sequences: int = 1) -> Pages:
-        """Return ``count`` uninitialized pages, and states of a number of sequences."""
+        """Return uninitialized pages and states.
+
+        Args:
+            count: Number of pages.
+            sequences: Number of sequences that have states.
+        """
         pages = Pages(count, self._page_numbers, self.cache_dtype)
-        if self._numbers:
-            pages.states = empty_in_huge_pages(sequences * self._numbers, torch.float32).view(sequences, -1)
+        if self._state_size:
+            pages.states = empty_in_huge_pages(sequences * self._state_size, torch.float32).view(sequences, -1)
         return pages
 
     def pack_adapter(self, factors: Mapping[str, tuple[Tensor, Tensor, float]]) -> ModelAdapter:
@@ -290,7 +304,8 @@ class ModelDecoder:
     ) -> tuple[None, Tensor]:
         """Run rows of tokens through the model. Arguments are those of :meth:`deltaw.kernels.decode.Decoder.step`.
 
-        Rows of a sequence are contiguous. Its states have its index in ``page_table``. At position 0 they become zero.
+        Rows of a sequence are contiguous. A sequence has the same index in the states and in ``page_table``. Its states
+        are set to zero at position 0.
 
         Returns:
             None, and logits (k, V) in fp32.
@@ -299,19 +314,19 @@ class ModelDecoder:
         rows = _StepRows(PagedRows(pages, positions, sequence, page_table.contiguous()), self._attention)
         # A model computes the logits of at least one row.
         computed = outputs if len(outputs) else outputs.new_zeros(1)
-        with self._installed(adapter, adapters, computed):
+        with self._step_context(adapter, adapters, computed):
             logits = self._run(hidden.to(self._dtype), positions.long(), rows, computed)
         return None, logits[: len(outputs)].float()
 
     @contextlib.contextmanager
-    def _installed(
+    def _step_context(
         self, adapter: Tensor | None, adapters: Sequence[ModelAdapter], output_rows: Tensor
     ) -> Iterator[None]:
-        """Context in which the model runs the rows of a step."""
+        """Context in which attention, norms and linear layers of the model are replaced for a step."""
         previous = [(config, attention_name(config)) for config in self._configs]
         for name, linear in self._linears.items():
-            packed = [each.layers.get(name, _NO_UPDATE) for each in adapters]
-            linear.adapters = packed if any(each is not _NO_UPDATE for each in packed) else []
+            updates = [model_adapter.layers.get(name, _NO_UPDATE) for model_adapter in adapters]
+            linear.adapters = updates if any(update is not _NO_UPDATE for update in updates) else []
             if linear.adapters and adapter is not None:
                 linear.rows = adapter[output_rows] if linear.is_head else adapter
         with contextlib.ExitStack() as stack:
@@ -333,7 +348,7 @@ _NO_UPDATE = PackedAdapter({}, adapter_table({}, 0))
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """True for linear layers whose weights the kernels read."""
+    """True for linear layers whose weights the kernels can read."""
     kind = type(module)
     if kind in (nn.Linear, LoRALinear, LoRAConv1D) or kind.__name__ in PLAIN_LINEAR_CLASSES or is_conv1d(module):
         return True

@@ -71,7 +71,7 @@ class Architecture:
         rules = list(self.rules(config))
         if self.never_tied and tied:
             names = ("token_embd.weight", "output.weight")
-            rules += [TensorRule(r"embed_tokens\.weight", name, outer=True) for name in names]
+            rules += [TensorRule(r"embed_tokens\.weight", name, outside_blocks=True) for name in names]
         return TensorForms(self.arch, config.num_hidden_layers, rules)
 
 
@@ -102,19 +102,19 @@ _FAMILIES: dict[str, Architecture] = {
     ),
     "qwen3_5_text": Architecture(
         MODEL_ARCH.QWEN35,
-        rules=recurrent.delta_rules,
-        values=recurrent.delta_values,
+        rules=recurrent.qwen35_rules,
+        values=recurrent.qwen35_values,
         partial_rotary=True,
         biases="ssm_dt",
-        check=recurrent.check_delta,
+        check=recurrent.check_qwen35,
     ),
     "qwen3_5_moe_text": Architecture(
         MODEL_ARCH.QWEN35MOE,
-        rules=recurrent.delta_moe_rules,
-        values=recurrent.delta_moe_values,
+        rules=recurrent.qwen35_moe_rules,
+        values=recurrent.qwen35_moe_values,
         partial_rotary=True,
         biases="ssm_dt",
-        check=recurrent.check_delta,
+        check=recurrent.check_qwen35,
     ),
     "gemma": Architecture(MODEL_ARCH.GEMMA, (*_GELU_TANH, "gelu"), rules=attention.gemma_rules, always_tied=True),
     "gemma2": Architecture(
@@ -174,11 +174,11 @@ _FAMILIES: dict[str, Architecture] = {
     "granitemoe": replace(_GRANITE, arch=MODEL_ARCH.GRANITE_MOE),
     "granitemoeshared": replace(_GRANITE, arch=MODEL_ARCH.GRANITE_MOE),
     "granitemoehybrid": replace(_GRANITE, arch=MODEL_ARCH.GRANITE_HYBRID),
-    "lfm2": Architecture(MODEL_ARCH.LFM2, rules=recurrent.convolution_rules, values=recurrent.convolution_values),
+    "lfm2": Architecture(MODEL_ARCH.LFM2, rules=recurrent.lfm2_rules, values=recurrent.lfm2_values),
     "lfm2_moe": Architecture(
         MODEL_ARCH.LFM2MOE,
-        rules=recurrent.convolution_rules,
-        values=recurrent.convolution_values,
+        rules=recurrent.lfm2_rules,
+        values=recurrent.lfm2_values,
         biases="exp_probs_b",
         check=recurrent.check_lfm2_moe,
     ),

@@ -1,6 +1,6 @@
-"""Checks of configurations that llama.cpp does not compute as the model does.
+"""Checks that reject configurations that llama.cpp would compute differently.
 
-llama.cpp selects its computation by the name of the architecture and silently ignores other settings.
+llama.cpp selects its computation by the name of the architecture. It silently ignores settings that it does not know.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from deltaw.errors import UserError
 
 
 def refuse_if(is_unsupported: object, config: PretrainedConfig, feature: str) -> None:
-    """Raise a UserError about a feature of a model if llama.cpp does not support it."""
+    """Reject the model with a UserError if ``is_unsupported``. ``feature`` names what llama.cpp does not support."""
     if is_unsupported:
         hint = "serve it with deltaw serve, or merge it (deltaw merge) for another program"
         message = f"llama.cpp does not support this {config.model_type} model's {feature}"
@@ -21,7 +21,7 @@ def refuse_if(is_unsupported: object, config: PretrainedConfig, feature: str) ->
 
 
 def head_size(config: PretrainedConfig) -> int:
-    """Return the dimension of an attention head, or of one of full attention if layers differ."""
+    """Return the dimension of an attention head. If layers differ, return that of the full-attention layers."""
     config = _full_layer(config)
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
@@ -35,17 +35,18 @@ def _full_layer(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def key_heads(config: PretrainedConfig) -> int:
-    """Return the number of key and value heads, or of those of full attention if layers differ."""
+    """Return the number of key and value heads. If layers differ, return that of the full-attention layers."""
     config = _full_layer(config)
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def windows(config: PretrainedConfig) -> list[bool]:
-    """Return True for each layer with a sliding window."""
+    """Return one value per layer: True if it has a sliding window."""
     return [kind == "sliding_attention" for kind in config.layer_types]
 
 
 def check_windows(config: PretrainedConfig, expected: Sequence[bool]) -> None:
+    """Check that the same layers as in the published models have a sliding window."""
     differs = windows(config) != list(expected)
     refuse_if(differs, config, "order of sliding-window and full-attention layers, unlike the published models")
 

@@ -1,4 +1,4 @@
-"""Hyperparameters of a model in a GGUF file, among them those of its rotary embeddings."""
+"""Hyperparameters of a model in a GGUF file, including those of its rotary embeddings."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def add_hyperparameters(out: GGUFWriter, architecture: Architecture, config: Pre
         "value_length": size,
     }
     if architecture.arch != MODEL_ARCH.GPT2:
-        values |= _positions(architecture, config, size)
+        values |= _rotary_values(architecture, config, size)
     values |= architecture.values(config)
     for name, value in values.items():
         if value is not None:
@@ -59,8 +59,8 @@ def add_hyperparameters(out: GGUFWriter, architecture: Architecture, config: Pre
 
 
 def rope_tensors(config: PretrainedConfig) -> dict[str, np.ndarray]:
-    """Return the rotary frequency divisors that are stored as tensors, for Llama 3 and Phi-3's long contexts."""
-    rope = _rope(config)
+    """Return divisors of the rotary frequencies, stored as tensors for Llama 3, long contexts of Phi-3, and Gemma 4."""
+    rope = _full_attention_rope(config)
     kind = rope.get("rope_type", "default")
     if kind == "llama3":
         return {"rope_freqs.weight": llama3_divisors(dict(rope), head_size(config) // 2)}
@@ -72,33 +72,33 @@ def rope_tensors(config: PretrainedConfig) -> dict[str, np.ndarray]:
     return {}
 
 
-def _positions(architecture: Architecture, config: PretrainedConfig, size: int) -> Hyperparameters:
+def _rotary_values(architecture: Architecture, config: PretrainedConfig, size: int) -> Hyperparameters:
     """Return the hyperparameters of the rotary embeddings.
 
     Args:
         size: Dimension of an attention head.
     """
-    rope = _rope(config)
-    share = rope.get("partial_rotary_factor") or 1.0
-    refuse_if(share != 1 and not architecture.partial_rotary, config, f"partial_rotary_factor {share}")
-    values: Hyperparameters = {"rope_dimension_count": int(size * share), "rope_freq_base": float(rope["rope_theta"])}
+    rope = _full_attention_rope(config)
+    rotated = rope.get("partial_rotary_factor") or 1.0
+    refuse_if(rotated != 1 and not architecture.partial_rotary, config, f"partial_rotary_factor {rotated}")
+    values: Hyperparameters = {"rope_dimension_count": int(size * rotated), "rope_freq_base": float(rope["rope_theta"])}
     if (local := config.rope_parameters.get("sliding_attention")) is not None:
         if local.get("rope_type", "default") != "default":
-            raise _unknown(f"{local['rope_type']} in windowed layers")
+            raise _unsupported_rope(f"{local['rope_type']} in windowed layers")
         values["rope_freq_base_swa"] = float(local["rope_theta"])
     kind = rope.get("rope_type", "default")
     if kind not in architecture.rope_types:
-        raise _unknown(kind)
+        raise _unsupported_rope(kind)
     if kind in ("linear", "yarn"):
         values |= {"rope_scaling_type": RopeScalingType(kind), "rope_scaling_factor": rope["factor"]}
     if kind == "yarn":
         if not rope.get("truncate", True):
-            raise _unknown("yarn without truncation")
+            raise _unsupported_rope("yarn without truncation")
         layer_type = "full_attention" if "full_attention" in config.rope_parameters else None
         _, attention = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"), layer_type=layer_type)
         values |= {
             "rope_scaling_orig_ctx_len": rope["original_max_position_embeddings"],
-            # llama.cpp multiplies it by the factor that it computes from the scaling.
+            # llama.cpp multiplies this value by 0.1·ln(factor) + 1.
             "rope_scaling_attn_factors": attention / (0.1 * math.log(rope["factor"]) + 1),
             "rope_scaling_yarn_beta_fast": rope.get("beta_fast"),
             "rope_scaling_yarn_beta_slow": rope.get("beta_slow"),
@@ -112,7 +112,7 @@ def _positions(architecture: Architecture, config: PretrainedConfig, size: int) 
 
 
 def _long_attention(rope: Rope, config: PretrainedConfig) -> float:
-    """Return LongRoPE's factor of sine and cosine: √(1 + ln s / ln original context)."""
+    """Return LongRoPE's factor of sine and cosine: √(1 + ln(context / original) / ln original)."""
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
     original = rope["original_max_position_embeddings"]
@@ -120,13 +120,13 @@ def _long_attention(rope: Rope, config: PretrainedConfig) -> float:
     return math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
 
 
-def _rope(config: PretrainedConfig) -> Rope:
+def _full_attention_rope(config: PretrainedConfig) -> Rope:
     """Return the rotary settings of full-attention layers."""
     nested: Rope = getattr(config, "rope_parameters", None) or {}
     settings: Rope = nested.get("full_attention", nested)
     return settings
 
 
-def _unknown(kind: str) -> UserError:
+def _unsupported_rope(kind: str) -> UserError:
     message = f"deltaw does not export rotary embeddings of type '{kind}' to GGUF"
     return UserError(message, location="model: rope_parameters", hint=CONVERTER_HINT)

@@ -25,9 +25,9 @@ def _decay(logarithm: Tensor) -> Tensor:
     return -logarithm.exp()
 
 
-def _attention_layers(config: PretrainedConfig, values: int) -> list[int]:
-    """Return a value for layers with attention and 0 for recurrent layers."""
-    return [values if kind == "full_attention" else 0 for kind in config.layer_types]
+def _per_attention_layer(config: PretrainedConfig, value: int) -> list[int]:
+    """Return one number per layer: ``value`` for layers with attention, 0 for recurrent layers."""
+    return [value if kind == "full_attention" else 0 for kind in config.layer_types]
 
 
 def mamba_rules(groups: int) -> list[TensorRule]:
@@ -58,7 +58,7 @@ def check_mamba(config: PretrainedConfig) -> None:
 
 
 def granite_rules(config: PretrainedConfig) -> list[TensorRule]:
-    """Return the rules of all Granite families. Their experts and shared MLPs store gate and input in one weight."""
+    """Return the rules of all Granite families. Gate and up projections share one weight."""
     part = "_shexp" if getattr(config, "num_local_experts", 0) else ""
     shared = (f"ffn_gate{part}.weight", f"ffn_up{part}.weight")
     return [
@@ -86,10 +86,10 @@ def granite_values(config: PretrainedConfig) -> Hyperparameters:
     elif shared:
         values["feed_forward_length"] = shared
     if config.model_type == "granitemoehybrid":
-        # llama.cpp's switch of rotary embeddings in these models.
+        # In these models, llama.cpp uses this field to enable rotary embeddings.
         values["rope_scaling_finetuned"] = config.position_embedding_type == "rope"
         if "linear_attention" in config.layer_types:
-            values |= {"head_count_kv": _attention_layers(config, key_heads(config)), **mamba_values(config)}
+            values |= {"head_count_kv": _per_attention_layer(config, key_heads(config)), **mamba_values(config)}
     return values
 
 
@@ -98,37 +98,37 @@ def check_granite(config: PretrainedConfig) -> None:
         check_mamba(config)
 
 
-def delta_rules(config: PretrainedConfig) -> list[TensorRule]:
+def qwen35_rules(config: PretrainedConfig) -> list[TensorRule]:
     """Return the rules of Qwen3.5.
 
-    The value heads of a key head are adjacent in transformers. llama.cpp repeats all key heads in turn, so the value
-    heads are exchanged with the key heads.
+    In transformers, the value heads of a key head are adjacent. In llama.cpp, value head i uses key head i modulo the
+    number of key heads. The value heads are reordered accordingly.
     """
     groups = config.linear_num_key_heads
     exchange = functools.partial(exchange_groups, groups=groups, members=config.linear_num_value_heads // groups)
     keys = 2 * groups * config.linear_key_head_dim
 
-    def values_only(rows: Tensor) -> Tensor:
-        """Exchange the heads of the values in rows of queries, keys and values."""
+    def exchange_values(rows: Tensor) -> Tensor:
+        """Reorder the value heads in rows of queries, keys and values."""
         return torch.cat([rows[:keys], exchange(rows[keys:])])
 
     return [
         shifted_norm(r"(?:input_layernorm|post_attention_layernorm|q_norm|k_norm|model\.norm)\.weight"),
-        TensorRule(r"in_proj_qkv\.weight", rows=values_only),
+        TensorRule(r"in_proj_qkv\.weight", rows=exchange_values),
         TensorRule(r"in_proj_[zab]\.weight", rows=exchange),
         TensorRule(r"linear_attn\.out_proj\.weight", columns=functools.partial(exchange, dim=-1)),
-        TensorRule(r"linear_attn\.conv1d\.weight", values=lambda weight: values_only(_squeeze(weight))),
+        TensorRule(r"linear_attn\.conv1d\.weight", values=lambda weight: exchange_values(_squeeze(weight))),
         TensorRule(r"A_log", "ssm_a", values=lambda logarithm: exchange(_decay(logarithm))),
         TensorRule(r"dt_bias", "ssm_dt.bias", values=exchange),
     ]
 
 
 def _position_sections(config: PretrainedConfig) -> list[int]:
-    """Return the numbers of rotary frequencies of the three coordinates of an image. They are equal for text."""
+    """Return the number of rotary frequencies of each coordinate of an image. Text has three equal coordinates."""
     return list(config.rope_parameters.get("mrope_section", (11, 11, 10)))
 
 
-def delta_values(config: PretrainedConfig) -> Hyperparameters:
+def qwen35_values(config: PretrainedConfig) -> Hyperparameters:
     return {
         "ssm_conv_kernel": config.linear_conv_kernel_dim,
         "ssm_state_size": config.linear_key_head_dim,
@@ -140,22 +140,22 @@ def delta_values(config: PretrainedConfig) -> Hyperparameters:
     }
 
 
-def check_delta(config: PretrainedConfig) -> None:
+def check_qwen35(config: PretrainedConfig) -> None:
     sizes = (config.linear_key_head_dim, config.linear_value_head_dim)
     refuse_if(sizes[0] != sizes[1], config, f"different sizes {sizes} of keys and values in recurrent layers")
     kinds = list(config.layer_types)
     interval = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
     expected = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(len(kinds))]
-    is_other = interval > len(kinds) or kinds != expected
+    has_other_order = interval > len(kinds) or kinds != expected
     sections = _position_sections(config)
     frequencies = int(head_size(config) * config.rope_parameters.get("partial_rotary_factor", 1.0)) // 2
-    # llama.cpp gives a frequency outside of the sections the position 0.
+    # llama.cpp uses position 0 for a frequency that belongs to no section.
     is_covered = all(i < 3 * sections[i % 3] for i in range(min(frequencies, sum(sections))))
     refuse_if(not is_covered or sum(sections) > head_size(config), config, f"mrope_section {sections}")
-    refuse_if(is_other, config, "order of recurrent and full-attention layers, unlike the published models")
+    refuse_if(has_other_order, config, "order of recurrent and full-attention layers, unlike the published models")
 
 
-def convolution_rules(_: PretrainedConfig) -> list[TensorRule]:
+def lfm2_rules(_: PretrainedConfig) -> list[TensorRule]:
     """Return the rules of LFM2, also with experts."""
     return [
         TensorRule(r"conv\.conv\.weight", values=_squeeze),
@@ -164,8 +164,8 @@ def convolution_rules(_: PretrainedConfig) -> list[TensorRule]:
     ]
 
 
-def convolution_values(config: PretrainedConfig) -> Hyperparameters:
-    """Return the sizes of LFM2, whose layers have attention or a short convolution. Those have no key heads."""
+def lfm2_values(config: PretrainedConfig) -> Hyperparameters:
+    """Return the hyperparameters of LFM2. Its layers are attention or short convolutions, which have 0 key heads."""
     inner = config.intermediate_size
     if getattr(config, "block_auto_adjust_ff_dim", False):
         inner = int(2 * inner / 3)
@@ -173,7 +173,7 @@ def convolution_values(config: PretrainedConfig) -> Hyperparameters:
         inner = config.block_multiple_of * -(-inner // config.block_multiple_of)
     values: Hyperparameters = {
         "feed_forward_length": inner,
-        "head_count_kv": _attention_layers(config, key_heads(config)),
+        "head_count_kv": _per_attention_layer(config, key_heads(config)),
         "shortconv_l_cache": config.conv_L_cache,
     }
     if config.model_type == "lfm2_moe":
@@ -191,16 +191,16 @@ def check_lfm2_moe(config: PretrainedConfig) -> None:
     refuse_if(not config.use_expert_bias, config, "experts without a bias")
 
 
-def delta_moe_rules(config: PretrainedConfig) -> list[TensorRule]:
+def qwen35_moe_rules(config: PretrainedConfig) -> list[TensorRule]:
     """Return the rules of Qwen3.5 with experts."""
     gate = TensorRule(r"shared_expert_gate\.weight", layout=lambda weight: weight.squeeze(0))
-    return [*delta_rules(config), *expert_rules("gate_proj", "down_proj", "up_proj"), gate]
+    return [*qwen35_rules(config), *expert_rules("gate_proj", "down_proj", "up_proj"), gate]
 
 
-def delta_moe_values(config: PretrainedConfig) -> Hyperparameters:
+def qwen35_moe_values(config: PretrainedConfig) -> Hyperparameters:
     experts = expert_values(config, config.num_experts, config.num_experts_per_tok)
     shared = {"expert_shared_feed_forward_length": config.shared_expert_intermediate_size}
-    return {**delta_values(config), **experts, **shared}
+    return {**qwen35_values(config), **experts, **shared}
 
 
 def falcon_rules(config: PretrainedConfig) -> list[TensorRule]:
@@ -210,7 +210,7 @@ def falcon_rules(config: PretrainedConfig) -> list[TensorRule]:
     inner = config.mamba_n_heads * config.mamba_d_head
     states = config.mamba_n_groups * config.mamba_d_state
     sizes = torch.tensor([inner, inner, states, states, config.mamba_n_heads])
-    parts = (torch.tensor(config.ssm_multipliers) * config.ssm_in_multiplier).repeat_interleave(sizes)
+    row_factors = (torch.tensor(config.ssm_multipliers) * config.ssm_in_multiplier).repeat_interleave(sizes)
     factors = {
         r"feed_forward\.gate_proj": gate,
         r"feed_forward\.down_proj": down,
@@ -226,7 +226,7 @@ def falcon_rules(config: PretrainedConfig) -> list[TensorRule]:
             TensorRule(rf"{name}\.weight", rows=functools.partial(torch.mul, other=value))
             for name, value in factors.items()
         ),
-        TensorRule(r"mamba\.in_proj\.weight", rows=lambda rows: rows * parts[:, None].to(rows.device)),
+        TensorRule(r"mamba\.in_proj\.weight", rows=lambda rows: rows * row_factors[:, None].to(rows.device)),
         TensorRule(r"pre_ff_layernorm\.weight", "ffn_norm"),
         *mamba_rules(config.mamba_n_groups),
     ]
@@ -234,7 +234,7 @@ def falcon_rules(config: PretrainedConfig) -> list[TensorRule]:
 
 def check_falcon(config: PretrainedConfig) -> None:
     check_mamba(config)
-    is_other = config.mamba_rms_norm and config.mamba_norm_before_gate
-    refuse_if(is_other, config, "mamba_norm_before_gate: true (it multiplies by the gate before the norm)")
+    is_gated_later = config.mamba_rms_norm and config.mamba_norm_before_gate
+    refuse_if(is_gated_later, config, "mamba_norm_before_gate: true (it multiplies by the gate before the norm)")
     differs = config.tie_word_embeddings and config.lm_head_multiplier != config.embedding_multiplier
     refuse_if(differs, config, "tied embedding with two multipliers")

@@ -1,10 +1,10 @@
 """Tensors of a model in the form that llama.cpp reads.
 
-The ``gguf`` package names most tensors, whose values are unchanged. A family lists the other ones in a table of
-:class:`TensorRule`: tensors with another name, and tensors that are split, stacked, reordered or changed.
+Most tensors are stored unchanged, with the name that the ``gguf`` package gives them. Each family lists the exceptions
+as :class:`TensorRule`: tensors with another name, and tensors that are split, stacked, reordered or changed.
 
-A rule applies to the weights and, if it treats rows or columns alike, to the factors of their updates. Rows of B are
-rows of ΔW = B·A, and columns of A are columns of ΔW.
+Functions of rows or columns also apply to the factors of an update ΔW = B·A: functions of rows to the rows of B, and
+functions of columns to the columns of A.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ TensorFunction = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class TensorRule:
-    """Form of some tensors in a GGUF file. A tensor with several rules is stored once per rule.
+    """Form of some tensors in a GGUF file. A tensor that matches several rules is stored once per rule.
 
     Attributes:
-        pattern: Regular expression of the last parts of a tensor's name. Tensors that differ only in the group
-            ``expert`` are stacked in its order.
+        pattern: Regular expression of the end of a tensor's name. Tensors whose names differ only in the group
+            ``expert`` are stacked, sorted by this number.
         name: Name in the file, without the number of the block. None for the name of the ``gguf`` package.
         rows: Linear function of the rows of a weight, of a bias or of a factor B, such as an order or a selection.
         columns: Linear function of the columns of a weight or of a factor A.
-        values: Any other function of the values. It rules out an update.
-        layout: Function of a complete weight that leaves the factors of an update unchanged, such as a transpose for
-            weights that the model's files store as (in, out).
-        outer: True if the name in the file has no number of a block.
+        values: Any other function of the values. Adapters cannot update such a tensor.
+        layout: Function of a complete weight that does not apply to the factors of an update. An example is the
+            transpose of weights that the model's files store as (in, out).
+        outside_blocks: True if the name in the file contains no block number.
         adaptable: False if llama.cpp ignores updates of the tensor.
     """
 
@@ -46,11 +46,11 @@ class TensorRule:
     columns: TensorFunction | None = None
     values: TensorFunction | None = None
     layout: TensorFunction | None = None
-    outer: bool = False
+    outside_blocks: bool = False
     adaptable: bool = True
 
     def match(self, tensor: str) -> re.Match[str] | None:
-        """Return the match of a complete tensor name."""
+        """Match a complete tensor name."""
         return re.fullmatch(rf"(?:.*\.)?(?:{self.pattern})", tensor)
 
     def convert(self, tensor: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class GGUFTensor:
 
     Attributes:
         rule: Rule of the values.
-        sources: Tensors of the merged model by index in the stack. Without a stack, the index is None.
+        sources: Tensors of the merged model by their index in the stack, or one tensor with the index None.
     """
 
     rule: TensorRule
@@ -100,7 +100,7 @@ class GGUFTensor:
         return shape if None in self.sources else (len(self.sources), *shape)
 
     def load(self) -> Tensor:
-        """Return the values in fp32. At most one source is loaded in addition to the result."""
+        """Return the values in fp32. Sources are loaded one at a time to save memory."""
         if None in self.sources:
             return self.rule.convert(self.sources[None].load())
         stack = torch.empty(self.shape)
@@ -123,7 +123,7 @@ class TensorForms:
         self._rules = rules
 
     def of_tensor(self, tensor: str) -> list[StoredForm]:
-        """Return the forms of a tensor of the model. The list is empty if the architecture lacks it."""
+        """Return the forms of a tensor of the model. The list is empty if the architecture has no such tensor."""
         forms = []
         for rule in self._rules:
             if (match := rule.match(tensor)) is None:
@@ -139,7 +139,7 @@ class TensorForms:
     def _name(self, tensor: str, rule: TensorRule) -> str | None:
         if rule.name is not None:
             block = re.search(r"\.(\d+)\.", tensor)
-            return rule.name if rule.outer or block is None else f"blk.{block[1]}.{rule.name}"
+            return rule.name if rule.outside_blocks or block is None else f"blk.{block[1]}.{rule.name}"
         module, _, attribute = tensor.rpartition(".")
         name = self._map.get_name(module) if attribute in ("weight", "bias") else None
         return None if name is None else f"{name}.{attribute}"
@@ -154,27 +154,27 @@ def is_in_language_model(name: str) -> bool:
 
 
 def language_name(name: str) -> str:
-    """Return the name in a text model of a tensor or module in the language model of a vision-language model."""
+    """Convert the name of a tensor or module in a vision-language model to its name in the text-only model."""
     match = _LANGUAGE_MODEL.fullmatch(name)
     if match is None:
         return name
     return match["name"] if match["name"].startswith("lm_head") else f"model.{match['name']}"
 
 
-def halves(dim: int = 0) -> tuple[TensorFunction, TensorFunction]:
-    """Return functions for the first and the second half of a tensor."""
+def half_selectors(dim: int = 0) -> tuple[TensorFunction, TensorFunction]:
+    """Return functions that select the first and the second half of a tensor."""
     return (lambda tensor: tensor.chunk(2, dim)[0]), (lambda tensor: tensor.chunk(2, dim)[1])
 
 
 def split_rules(pattern: str, names: Iterable[str], *, stacked: bool = False) -> list[TensorRule]:
-    """Return rules for a weight whose first half of the rows is the gate of an MLP and the second its input.
+    """Return rules for a weight whose rows are the gate projection of an MLP, followed by its up projection.
 
     Args:
         pattern: Pattern of the weight.
-        names: Names of gate and input in the file.
+        names: Names of the gate and up projections in the file.
         stacked: True for a weight (experts, rows, columns).
     """
-    parts = zip(names, halves(1 if stacked else 0), strict=True)
+    parts = zip(names, half_selectors(1 if stacked else 0), strict=True)
     if stacked:
         return [TensorRule(pattern, name, values=half) for name, half in parts]
     return [TensorRule(pattern, name, rows=half) for name, half in parts]

@@ -1,7 +1,7 @@
-"""Tokens of several sequences whose recurrent layers continue states, as in decoding.
+"""Tokens of several sequences whose recurrent layers continue saved states, as in decoding.
 
-The states of a sequence are one row of fp32 numbers. A forward pass calls the recurrent layers in a fixed order, so a
-layer's state is identified by its call: each call uses the next numbers of the row.
+All states of a sequence are stored in one row of fp32 numbers. Each call of a recurrent layer uses the next part of the
+row. Every forward pass calls the layers in the same order, so a layer always gets the same part.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from deltaw.kernels.layout import Layout
 from deltaw.kernels.recurrence import continue_recurrence
 from deltaw.kernels.short_convolution import continue_convolution
 
-# States start at multiples of a cache line.
+# Each state starts at a multiple of this many numbers (a cache line).
 ALIGNMENT = 16
 
 
@@ -25,13 +25,13 @@ class ContinuedRows:
 
     Args:
         lengths: Number of tokens of each sequence, at least 1.
-        slots: Row of ``states`` of each sequence.
-        states: (slots, numbers) fp32 states, which a forward pass updates. Zeros are the state before a sequence. None
-            to start all sequences, and to count the numbers.
+        slots: Index in ``states`` of each sequence.
+        states: (slots, state_size) fp32 states, which a forward pass updates. A new sequence starts with zeros. None to
+            start all sequences, for example to measure ``state_size``.
 
     Attributes:
         length: Number of tokens T.
-        numbers: Numbers per row that the calls so far have used.
+        state_size: Size of a row in numbers, as far as the calls have used it.
     """
 
     def __init__(self, lengths: Sequence[int], slots: Sequence[int], states: Tensor | None) -> None:
@@ -40,11 +40,11 @@ class ContinuedRows:
         self._indices = torch.from_numpy(self._slots)
         self._states = states
         self.length = self._layout.length
-        self.numbers = 0
+        self.state_size = 0
 
     def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, silu: bool = False) -> Tensor:
         """Return :func:`deltaw.kernels.short_convolution.packed_convolution` of x (T, channels)."""
-        states = self._next((weight.shape[1] - 1) * weight.shape[0])
+        states = self._next_states((weight.shape[1] - 1) * weight.shape[0])
         return continue_convolution(x, weight, bias, self._layout, states, self._indices, silu=silu)
 
     def recurrence(
@@ -59,14 +59,24 @@ class ContinuedRows:
         unit_vectors: bool = False,
     ) -> Tensor:
         """Return :func:`deltaw.kernels.recurrence.packed_recurrence` of T tokens."""
-        states = self._next(value.shape[1] * value.shape[2] * key.shape[2])
-        rows = self._layout, states, self._slots
-        return continue_recurrence(query, key, value, decay, rate, *rows, scaling=scaling, unit_vectors=unit_vectors)
+        states = self._next_states(value.shape[1] * value.shape[2] * key.shape[2])
+        return continue_recurrence(
+            query,
+            key,
+            value,
+            decay,
+            rate,
+            self._layout,
+            states,
+            self._slots,
+            scaling=scaling,
+            unit_vectors=unit_vectors,
+        )
 
-    def _next(self, count: int) -> Tensor:
-        """Return the states (slots, count) of the next call."""
-        start = self.numbers
-        self.numbers += -(-count // ALIGNMENT) * ALIGNMENT
+    def _next_states(self, count: int) -> Tensor:
+        """Return the states (slots, count) for the next call of a layer."""
+        start = self.state_size
+        self.state_size += -(-count // ALIGNMENT) * ALIGNMENT
         if self._states is None:
             return torch.zeros(int(self._slots.max()) + 1, count)
         return self._states[:, start : start + count]

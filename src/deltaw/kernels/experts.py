@@ -4,13 +4,15 @@ Token t chooses k of E experts with router weights w:
 
     y_t = Σ_e w_te · (W₂_e·a_te + c_e),   a_te = f(gate)·up,   (gate, up) = W₁_e·x_t + b_e
 
-Rows (one for each chosen expert of a token) are sorted by expert, so each expert with rows computes one product of each
-kind. The router weight multiplies the activation before the last product, and the rows are added to their tokens in
-fp32. The backward saves x and the outputs of the first product, and recomputes the activation:
+There is one row for each chosen expert of a token. Rows are sorted by expert, so that an expert computes up to
+``MAX_ROWS`` rows in one product. The activation is multiplied by the router weight before the second product:
+a' = w·a. The results of the rows are added up per token in fp32.
 
-    ∂L/∂a' = W₂ᵀ·∂L/∂y    of a' = w·a,       ∂L/∂w = ∂L/∂a'·a + ∂L/∂y·c,       ∂L/∂a = w·∂L/∂a'
+The forward pass saves x and the outputs of the first product. The backward pass recomputes the activation:
 
-Both products can have low-rank updates per expert, whose gradients are those of :mod:`deltaw.kernels.linear`.
+    ∂L/∂a' = W₂ᵀ·∂L/∂y,       ∂L/∂w = ∂L/∂a'·a + ∂L/∂y·c,       ∂L/∂a = w·∂L/∂a'
+
+Both products can have low-rank updates per expert. Their gradients are computed as in :mod:`deltaw.kernels.linear`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from deltaw.kernels.linear import LinearProduct, factors_backward, linear, linea
 from deltaw.kernels.operators import accumulation_dtype, check_shape, define
 from deltaw.kernels.rows import activation, activation_backward, activation_reference
 
-# Maximum rows of a product, which bounds the temporary memory.
+# Maximum number of rows of a product. It limits the temporary memory.
 MAX_ROWS = 512
 
 
@@ -35,11 +37,11 @@ class ExpertProducts(NamedTuple):
 
     Attributes:
         weight: (E, out, in) if ``by_column``, else (E, in, out).
-        by_column: Layout of ``weight``.
+        by_column: True if ``weight`` is stored as (E, out, in).
         bias: (E, out) or None.
         lora_A: (E, in, r) fp32 or None.
         lora_B: (E, r, out) fp32 or None.
-        scaling: Factor of the update.
+        scaling: Factor applied to the low-rank update.
     """
 
     weight: Tensor
@@ -57,7 +59,7 @@ class ExpertProducts(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """Rank of the update, or 0."""
+        """Rank of the low-rank update, or 0 if there is none."""
         return 0 if self.lora_A is None else self.lora_A.shape[-1]
 
     def product(self, expert: int, with_bias: bool = True) -> LinearProduct:
@@ -73,14 +75,14 @@ class ExpertProducts(NamedTuple):
 
 
 class ExpertActivation(NamedTuple):
-    """Formula of a: f(slope·min(gate, limit)) · (clip(up, ±limit) + offset) / slope, or f(gate) without up.
+    """Activation of experts: a = f(slope·min(gate, limit)) · (clip(up, ±limit) + offset) / slope, or a = f(gate).
 
     Attributes:
         kind: f, a name of :data:`deltaw.kernels.rows.ACTIVATIONS`.
-        gated: True if the first product computes gate and up.
+        gated: True if the first product computes gate and up, False if it computes only the gate.
         interleaved: True if gates and ups alternate, False if all gates come first.
-        limit: Infinity for no limit.
-        slope: 1 for f(gate). With silu, other slopes give gate·sigmoid(slope·gate).
+        limit: Limit of gate and up, infinity for none.
+        slope: Factor in f, usually 1. With silu, f(slope·gate) / slope is gate·sigmoid(slope·gate).
         offset: Added to up.
     """
 
@@ -97,11 +99,11 @@ class ExpertActivation(NamedTuple):
         return not self.gated or (self.limit, self.slope, self.offset) == (math.inf, 1.0, 0.0)
 
     def __call__(self, inner: Tensor) -> Tensor:
-        """Return a (M, I) of the first product's outputs."""
+        """Return a (M, I) from the outputs of the first product."""
         return activation(*self.inputs(inner), self.kind).to(inner.dtype)
 
     def backward(self, grad: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradient of the first product's outputs, and the recomputed a."""
+        """Return the gradient of the first product's outputs from the gradient of a, and the recomputed a."""
         limited, limited_up = self.inputs(inner)
         d_gate, d_up, value = activation_backward(grad.to(limited.dtype), limited, limited_up, self.kind)
         if not self.is_standard:
@@ -114,7 +116,7 @@ class ExpertActivation(NamedTuple):
         return merged.to(inner.dtype), value.to(inner.dtype)
 
     def inputs(self, inner: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the arguments of the standard activation."""
+        """Return the gate and up with which the standard activation f(gate)·up equals a. Without up, it is f(gate)."""
         if not self.gated:
             return inner, None
         gate, up = self._split(inner)
@@ -135,7 +137,7 @@ _FIELDS = len(ExpertProducts._fields)
 
 
 def split_arguments(args: tuple[Any, ...]) -> tuple[ExpertProducts, ExpertProducts, ExpertActivation]:
-    """Return both products and the activation from the last arguments of the operators."""
+    """Return both products and the activation from the arguments of an operator, which end with their fields."""
     count = 2 * _FIELDS + len(ExpertActivation._fields)
     first, second, last = (args[len(args) - count :][start:] for start in (0, _FIELDS, 2 * _FIELDS))
     return ExpertProducts(*first[:_FIELDS]), ExpertProducts(*second[:_FIELDS]), ExpertActivation(*last)
@@ -150,12 +152,13 @@ def run_experts(
         x: (T, in).
         index: (T, k) int64 chosen experts of each token, without duplicates.
         weights: (T, k) router weights.
-        first: First product, of gate and up or of the inner layer.
+        first: First product, which computes gate and up, or only the gate.
         second: Second product.
-        form: Formula between the products.
+        form: Activation between the products.
 
     Returns:
-        y (T, in), the outputs of the first product in the order of experts (T·k, n), and x·A of both products.
+        y (T, in), the outputs of the first product (T·k, n), and the inputs of both products times A (T·k, r). The last
+        three are sorted by expert.
 
     Raises:
         ValueError: if shapes do not match.
@@ -175,12 +178,12 @@ def run_experts_backward(
     form: ExpertActivation,
     need_x: bool = True,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of x, of the router weights, and of A and B of both products in fp32.
+    """Return the gradients of x, of the router weights, and of A and B of both products. Those of A and B are in fp32.
 
     Args:
         grad: (T, in) gradient of y.
         saved: The results of :func:`run_experts` after y.
-        need_x: Compute the gradient of x. Gradients that are not computed are empty.
+        need_x: True to compute the gradient of x. Gradients that are not computed are empty tensors.
 
     Raises:
         ValueError: if shapes do not match.
@@ -193,7 +196,7 @@ def run_experts_backward(
 def run_experts_reference(
     x: Tensor, index: Tensor, weights: Tensor, first: ExpertProducts, second: ExpertProducts, form: ExpertActivation
 ) -> Tensor:
-    """Reference implementation of :func:`run_experts`, which autograd differentiates."""
+    """Reference implementation of y of :func:`run_experts`. Supports autograd."""
 
     def multiply(rows: Tensor, products: ExpertProducts, expert: int) -> Tensor:
         y = rows @ (products.weight[expert].t() if products.by_column else products.weight[expert])
@@ -227,7 +230,7 @@ def _check_shapes(
 
 
 def _groups(index: Tensor, experts: int) -> Iterator[tuple[int, slice, Tensor]]:
-    """Yield the expert of a group of rows, their positions in the order of experts, and their indices in ``index``."""
+    """Yield groups of rows: the expert, positions in the sorted rows, and indices in the flattened ``index``."""
     chosen = index.flatten()
     order = chosen.argsort(stable=True)
     end = 0
@@ -245,7 +248,7 @@ def _empty_results(x: Tensor, index: Tensor, first: ExpertProducts, second: Expe
 
 
 def _factor_gradients(first: ExpertProducts, second: ExpertProducts) -> list[Tensor]:
-    """Return zeros for the gradients of A and B of both products. They are empty without an update."""
+    """Return zeros for the gradients of A and B of both products, or empty tensors for products without an update."""
     factors = (first.lora_A, first.lora_B, second.lora_A, second.lora_B)
     empty = first.weight.new_empty(0)
     return [empty if t is None else torch.zeros_like(t, dtype=accumulation_dtype(t)) for t in factors]

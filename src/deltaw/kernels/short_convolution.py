@@ -1,7 +1,7 @@
 """Depthwise causal convolution over a prefix tree of segments.
 
-y_t = f(bias + Σ_w weight_w · x_{t−W+1+w}) for each channel, where the tokens before a segment are those of its
-ancestors, and zero before the root (arXiv 2312.00752, section 3.4, uses W = 4).
+For each channel, y_t = f(bias + Σ_w weight_w · x_{t−W+1+w}) with w = 0 … W − 1 (arXiv 2312.00752, section 3.4, W = 4).
+f is the identity or SiLU. The tokens before a segment are those of its ancestors. Tokens before the root are zero.
 """
 
 from __future__ import annotations
@@ -49,19 +49,20 @@ def convolution_reference(
 def continue_convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, states: Tensor, rows: Tensor, *, silu: bool = False
 ) -> Tensor:
-    """Return :func:`packed_convolution` for segments that continue given tokens, without a graph.
+    """Return :func:`packed_convolution` for segments that continue given tokens. No autograd.
 
     Args:
         x, weight, bias, silu: See :func:`packed_convolution`.
         layout: Layout of the T tokens, S segments without parents.
-        states: (slots, (W - 1)·channels) fp32: the tokens before each segment. The last ones after it replace them.
-        rows: (S,) row of ``states`` of each segment.
+        states: (slots, (W - 1)·channels) fp32 rows of x before each segment, which are replaced by the last rows at its
+            end. A new sequence starts with zeros.
+        rows: (S,) int64 index in ``states`` of each segment's state.
     """
     _check_shapes(x, weight, bias, layout)
     width = weight.shape[1]
     key = ("continued", width)
     if key not in layout.masks:
-        layout.masks[key] = tuple(map(torch.from_numpy, _continued(layout, width)))
+        layout.masks[key] = tuple(map(torch.from_numpy, _continued_positions(layout, width)))
     indices, last = layout.masks[key]
     before = states.index_select(0, rows).view(-1, x.shape[1]).to(x.dtype)
     extended = torch.cat([x, before])
@@ -75,34 +76,35 @@ def continue_convolution(
     return (F.silu(y) if silu else y).to(x.dtype)
 
 
-def _continued(layout: Layout, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return positions in the tokens (T) followed by the ``width - 1`` tokens before each segment.
+def _continued_positions(layout: Layout, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return indices of tokens in the extended row: T tokens, then the ``width - 1`` tokens before each segment.
 
     Returns:
-        Positions as of :func:`predecessors`, and (S, ``width - 1``) positions of the last tokens after each segment.
+        (width, extended length) predecessors of each token, and (S, ``width - 1``) last tokens at the end of each
+        segment. Only the first T columns of the predecessors are used.
     """
     count = len(layout.starts)
     length = layout.length
-    kept = width - 1
-    total = length + count * kept
+    history = width - 1
+    total = length + count * history
     segment = np.repeat(np.arange(count), layout.stops - layout.starts)
     token = np.arange(length)
 
-    def at(segments: np.ndarray, positions: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        earlier = length + segments * kept + kept + positions - starts
+    def extended_index(segments: np.ndarray, positions: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        earlier = length + segments * history + history + positions - starts
         return np.where(positions >= starts, positions, earlier)
 
     indices = np.full((width, total), total)
     for step in range(width):
-        indices[step, :length] = at(segment, token - step, layout.starts[segment])
-    last = layout.stops[:, None] - np.arange(kept, 0, -1)
-    return indices, at(np.arange(count)[:, None], last, layout.starts[:, None])
+        indices[step, :length] = extended_index(segment, token - step, layout.starts[segment])
+    last = layout.stops[:, None] - np.arange(history, 0, -1)
+    return indices, extended_index(np.arange(count)[:, None], last, layout.starts[:, None])
 
 
 def predecessors(layout: Layout, width: int) -> Tensor:
     """Return the positions (width, T) of the tokens 0, 1, … ``width - 1`` steps before each token.
 
-    Tokens before the root have the position T. The result is cached per width.
+    Tokens before the root have the position T. The layout caches the result by width.
     """
     key = ("predecessors", width)
     if key not in layout.masks:
@@ -116,7 +118,7 @@ def _predecessors(layout: Layout, width: int) -> np.ndarray:
     previous = np.arange(-1, length)
     previous[0] = length
     previous[length] = length
-    last_tokens: list[int] = []  # of each segment, or of its parent if it is empty
+    last_tokens: list[int] = []  # last token of each segment. Empty segments inherit it.
     for start, stop, parent in zip(layout.starts.tolist(), layout.stops.tolist(), layout.parents.tolist(), strict=True):
         before = last_tokens[parent] if parent >= 0 else length
         if stop > start:
@@ -139,7 +141,7 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout
 
 
 def _weighted_sum(padded: Tensor, weight: Tensor, layout: Layout) -> Tensor:
-    """Return Σ_w weight_w · x of the tokens (T + 1, channels), where the last row is zero."""
+    """Return Σ_w weight_w · x_{t−W+1+w} from (T + 1, channels) tokens, of which the last is a row of zeros."""
     width = weight.shape[1]
     indices = predecessors(layout, width)
     y = padded[indices[0]] * weight[:, width - 1]
@@ -155,11 +157,11 @@ def _weighted_sum(padded: Tensor, weight: Tensor, layout: Layout) -> Tensor:
 )
 def _convolution(x, weight, bias, indices, silu):  # type: ignore[no-untyped-def]
     x = x.contiguous()
-    taps, shift = _kernel_weights(weight, bias)
+    taps, kernel_bias = _kernel_weights(weight, bias)
     y = torch.empty_like(x)
     loader.kernels().dw_convolution(
         loader.dtype_code(x.dtype), *x.shape, weight.shape[1], silu, x.data_ptr(), taps.data_ptr(),
-        loader.address(shift), indices.data_ptr(), y.data_ptr(),
+        loader.address(kernel_bias), indices.data_ptr(), y.data_ptr(),
     )  # fmt: skip
     return y
 
@@ -176,23 +178,23 @@ def _convolution(x, weight, bias, indices, silu):  # type: ignore[no-untyped-def
 )
 def _convolution_backward(grad, x, weight, bias, indices, silu, need_weight, need_bias):  # type: ignore[no-untyped-def]
     x = x.contiguous()
-    taps, shift = _kernel_weights(weight, bias)
-    slope = grad.to(x.dtype).contiguous()
+    taps, kernel_bias = _kernel_weights(weight, bias)
+    grad = grad.to(x.dtype).contiguous()
     grad_x = torch.empty_like(x)
     grad_taps = torch.empty_like(taps) if need_weight else None
-    grad_shift = torch.empty(x.shape[1]) if need_bias else None
+    grad_kernel_bias = torch.empty(x.shape[1]) if need_bias else None
     loader.kernels().dw_convolution_backward(
-        loader.dtype_code(x.dtype), *x.shape, weight.shape[1], silu, slope.data_ptr(), x.data_ptr(),
-        taps.data_ptr(), loader.address(shift), indices.data_ptr(), grad_x.data_ptr(),
-        loader.address(grad_taps), loader.address(grad_shift),
+        loader.dtype_code(x.dtype), *x.shape, weight.shape[1], silu, grad.data_ptr(), x.data_ptr(),
+        taps.data_ptr(), loader.address(kernel_bias), indices.data_ptr(), grad_x.data_ptr(),
+        loader.address(grad_taps), loader.address(grad_kernel_bias),
     )  # fmt: skip
     grad_weight = weight.new_empty(0) if grad_taps is None else grad_taps.flip(0).t().to(weight.dtype)
-    grad_bias = weight.new_empty(0) if grad_shift is None else grad_shift.to(weight.dtype)
+    grad_bias = weight.new_empty(0) if grad_kernel_bias is None else grad_kernel_bias.to(weight.dtype)
     return grad_x, grad_weight, grad_bias
 
 
 def _kernel_weights(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return the weights (W, channels) from the current token back, and the bias, in fp32."""
+    """Return the weights (W, channels) and the bias in fp32. The weight of the current token is first."""
     return weight.float().t().flip(0).contiguous(), None if bias is None else bias.float().contiguous()
 
 
@@ -218,20 +220,20 @@ class _Convolution(torch.autograd.Function):
         dtype = accumulation_dtype(x)
         wide = weight.to(dtype)
         padded = torch.cat([x, x.new_zeros(1, x.shape[1])]).to(dtype)
-        slope = grad.to(dtype)
+        grad_y = grad.to(dtype)
         if ctx.silu:
             y = _weighted_sum(padded, wide, ctx.layout)
             y = y if bias is None else y + bias.to(dtype)
             sigmoid = torch.sigmoid(y)
-            slope = slope * sigmoid * (1 + y * (1 - sigmoid))
+            grad_y = grad_y * sigmoid * (1 + y * (1 - sigmoid))
         width = weight.shape[1]
         indices = predecessors(ctx.layout, width)
         grad_x = torch.zeros_like(padded)
         grad_weight = torch.empty_like(wide) if ctx.needs_input_grad[1] else None
         for step in range(width):
-            grad_x.index_add_(0, indices[step], slope * wide[:, width - 1 - step])
+            grad_x.index_add_(0, indices[step], grad_y * wide[:, width - 1 - step])
             if grad_weight is not None:
-                grad_weight[:, width - 1 - step] = (slope * padded[indices[step]]).sum(0)
-        grad_bias = slope.sum(0).to(bias.dtype) if bias is not None and ctx.needs_input_grad[2] else None
+                grad_weight[:, width - 1 - step] = (grad_y * padded[indices[step]]).sum(0)
+        grad_bias = grad_y.sum(0).to(bias.dtype) if bias is not None and ctx.needs_input_grad[2] else None
         converted = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_x[:-1].to(x.dtype), converted, grad_bias, None, None

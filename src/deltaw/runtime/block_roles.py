@@ -1,13 +1,16 @@
 """Description of a transformer block: the roles of its children.
 
-A description contains paths instead of modules, so that modules that were replaced (adapted layers, trained copies)
-are found. It is valid for all blocks of a kind, independent of their sizes.
+A description contains paths instead of modules, so it remains valid if modules are replaced by adapted layers or
+trained copies. It applies to all blocks of a kind, independent of their sizes.
 
 sequential   x₁ = x + attention(norm(x)),       y = x₁ + mlp(norm(x₁))
 parallel     y  = x + attention(norm(x)) + mlp(norm(x))
 
-Each half has up to three norms: ``before`` its first projection, ``after`` its last one inside the residual branch
-(Gemma 2, arXiv 2408.00118), and ``post`` after the sum with the residual stream (BERT, arXiv 1810.04805).
+Attention and MLP are the halves of a block. Each half has up to three norms:
+
+before       before the first projection
+after        after the last projection, inside the residual branch (Gemma 2, arXiv 2408.00118)
+post         after the sum with the residual stream (BERT, arXiv 1810.04805)
 
 An attention module without a residual stream is described as a block without MLP.
 """
@@ -39,15 +42,17 @@ ACTIVATIONS = {
 # "stacked": all queries, then all keys, then all values (Phi-3, GPT-2). "grouped": for each key head its queries, its
 # key and its value (GPT-NeoX, Falcon).
 Split = Literal["apart", "stacked", "grouped"]
-# Numbers that rotary positions (arXiv 2104.09864) rotate together: i and i + n/2 ("halves"), or 2i and 2i + 1.
-# The n cosines of a position list each angle twice: as two halves, or side by side ("repeated pairs"). "Single halves"
-# (gpt-oss) have n/2 cosines.
+# Layout of rotary positions (arXiv 2104.09864) over n numbers of a head, and of the cosines of a position:
+# "halves": rotates i and i + n/2. The n cosines are the n/2 angles twice.
+# "single halves": as "halves", but with n/2 cosines (gpt-oss).
+# "pairs": rotates 2i and 2i + 1. The n cosines are those of "halves".
+# "repeated pairs": as "pairs", but each cosine is repeated side by side.
 Rotary = Literal["halves", "single halves", "pairs", "repeated pairs"]
 
 
 @dataclass(frozen=True)
 class Norms:
-    """Paths of the norms of a half block over the hidden size, None if not present."""
+    """Paths of the norms of a half block over the hidden size, or None for norms that it lacks."""
 
     before: str | None = None
     after: str | None = None
@@ -65,6 +70,7 @@ class AttentionRoles:
     Args:
         inputs: Paths of the projections of queries, keys and values, or the path of a combined projection.
         output: Path of the output projection.
+        norms: Norms of the attention half.
         split: Layout of queries, keys and values in the outputs of the projections.
         head_size: Size d of a head. The numbers of heads follow from the sizes of the layers.
         query_norm: Path of a norm over each query head, or over all of them.
@@ -73,10 +79,10 @@ class AttentionRoles:
         rotary: Rotary positions, or None.
         causal: True for causal attention.
         whole_norms: True if the norms of queries and keys are over all heads (OLMo 2, arXiv 2501.00656).
-        norms_last: True if queries and keys are normalized after their rotation.
-        joint_gate: True if the query projection computes, for each head, its query and a gate of its output.
-        gate: Path of a projection that computes a gate of each head, or of each number, of the output.
-        sinks: Path of a parameter with an additional logit for each head, which has no value.
+        norms_after_rotary: True if queries and keys are normalized after the rotary positions are applied.
+        joint_gate: True if the query projection also computes a gate of each head's output.
+        gate: Path of a projection that computes a gate for each head or for each number of the output.
+        sinks: Path of a parameter with an additional attention logit per head. It has no key and no value.
     """
 
     inputs: tuple[str, ...]
@@ -90,7 +96,7 @@ class AttentionRoles:
     rotary: Rotary | None = "halves"
     causal: bool = True
     whole_norms: bool = False
-    norms_last: bool = False
+    norms_after_rotary: bool = False
     joint_gate: bool = False
     gate: str | None = None
     sinks: str | None = None
@@ -120,6 +126,9 @@ class MLPRoles:
     Args:
         inputs: Paths of gate and up, or of one layer that computes gate and up, or of the inner layer of an MLP without
             gate.
+        output: Path of the output layer.
+        norms: Norms of the MLP half.
+        gated: True for f(gate)·up.
         kind: Kernel name of f, see :data:`deltaw.kernels.rows.ACTIVATIONS`.
     """
 
@@ -150,9 +159,9 @@ class BlockRoles:
 
     @property
     def is_basic(self) -> bool:
-        """True if the kernels of complete blocks and the decoder know all parts of the block."""
+        """True if the kernels of complete blocks and the compiled decoder support all parts of the block."""
         attention = self.attention
-        flags = attention.whole_norms or attention.norms_last or attention.joint_gate
+        flags = attention.whole_norms or attention.norms_after_rotary or attention.joint_gate
         paths = attention.value_norm, attention.gate, attention.sinks
         is_known_form = attention.rotary in (None, "halves") and not flags and not any(paths)
         return is_known_form and self.mlp is not None and self.multiplier == 1.0
@@ -176,12 +185,12 @@ class BlockRoles:
 
 @dataclass(frozen=True)
 class NormForm:
-    """Formula of a norm: (x - mean)·rstd·(weight + offset) + bias.
+    """Formula of a norm: (x - mean)·rstd·(weight + offset) + bias, with mean = 0 for RMSNorm.
 
     Args:
         eps: Added to the variance.
         offset: 1 if the weight is stored as its difference from one (Gemma), else 0.
-        centered: True for LayerNorm (arXiv 1607.06450). False for RMSNorm (arXiv 1910.07467), which has mean 0.
+        centered: True for LayerNorm (arXiv 1607.06450). False for RMSNorm (arXiv 1910.07467), which keeps the mean.
     """
 
     eps: float
@@ -231,7 +240,7 @@ def norm_form(module: nn.Module, *, weightless: bool = False) -> NormForm | None
     Classes that are not from torch run on fp32 sample values, which are compared with the formula.
 
     Args:
-        weightless: True to support norms without parameters, which have any size.
+        weightless: True to also accept norms without parameters. Their size is unknown.
     """
     weight = direct_parameters(module).get("weight")
     if direct_modules(module) or (not weightless if weight is None else weight.dim() != 1):
@@ -240,8 +249,8 @@ def norm_form(module: nn.Module, *, weightless: bool = False) -> NormForm | None
     if not isinstance(eps, float):
         return None
     if type(module) is nn.LayerNorm:
-        is_last = weight is not None and weight.shape == tuple(module.normalized_shape)
-        return NormForm(eps, 0.0, True) if is_last else None
+        covers_last = weight is not None and weight.shape == tuple(module.normalized_shape)
+        return NormForm(eps, 0.0, True) if covers_last else None
     bias = direct_parameters(module).get("bias")
     size = 16 if weight is None else weight.numel()
     with torch.no_grad(), without_dispatch():
@@ -256,9 +265,9 @@ def norm_form(module: nn.Module, *, weightless: bool = False) -> NormForm | None
         added = values["bias"] if bias is not None else torch.zeros(size)
         for centered in (False, True):
             middle = x - x.mean() if centered else x
-            hat = middle * torch.rsqrt(middle.square().mean() + eps)
+            normalized = middle * torch.rsqrt(middle.square().mean() + eps)
             for offset in (0.0, 1.0):
-                computed = (hat if weight is None else hat * (values["weight"] + offset)) + added
+                computed = (normalized if weight is None else normalized * (values["weight"] + offset)) + added
                 if isinstance(expected, Tensor) and torch.allclose(expected, computed, rtol=1e-4, atol=1e-5):
                     return NormForm(eps, offset, centered)
     return None

@@ -2,8 +2,8 @@
 
 A :class:`FusedExperts` replaces the forward of such a module by products grouped by expert
 (:mod:`deltaw.kernels.experts`) while only low-rank updates of its weights are trained. The updates run inside the
-products, so W + ΔW is not stored. The formula of a module is verified against its own code in fp32, with small random
-weights in place of its own.
+products, so W + ΔW is not stored. The formula of a module is verified against its own code in fp32, on a copy with
+small random weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from deltaw.runtime.signatures import Signature, signature
 FIRST_NAMES = ("gate_up_proj", "up_proj")
 SECOND_NAME = "down_proj"
 # Names of the attributes with the limit of gate and up.
-_LIMITS = ("limit", "swiglu_limit")
+_LIMIT_NAMES = ("limit", "swiglu_limit")
 # Sizes of the weights on which the formula is verified.
 SAMPLE_EXPERTS = 4
 SAMPLE_SIZE = 6
@@ -38,7 +38,7 @@ TOLERANCE = 1e-4
 
 
 class _Experts(torch.autograd.Function):
-    """Experts with frozen weights. ``factors`` are A and B of each adapted product, in order, as inputs of autograd."""
+    """Experts with frozen weights. ``factors`` repeats A and B of the products as arguments that autograd can track."""
 
     @staticmethod
     def forward(
@@ -74,7 +74,8 @@ class FusedExperts:
     """Replaces the forward of a module with routed experts.
 
     Attributes:
-        applies_updates: Tells :class:`~deltaw.lora.layers_parts.LoRAParameter` to leave the weights unchanged.
+        applies_updates: True because the forward computes the updates. :class:`~deltaw.lora.layers_parts.LoRAParameter`
+            then leaves the weights unchanged.
     """
 
     applies_updates = True
@@ -100,7 +101,7 @@ class FusedExperts:
         return _Experts.apply(x, weights, index, *products, self.form, *factors)
 
     def _can_run(self, updates: list[LoRAParameter], x: object, index: object, weights: object) -> bool:
-        """True if a call has supported tensors, and only updates of the two weights are trained."""
+        """True if the tensors of a call are supported and nothing but updates of the two weights is trained."""
         if not isinstance(x, Tensor) or not isinstance(index, Tensor) or not isinstance(weights, Tensor):
             return False
         if x.device.type != "cpu" or x.dim() != 2 or index.shape != weights.shape or not is_on_supported_device(x):
@@ -147,7 +148,7 @@ def weight_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def _limit(module: nn.Module) -> float:
-    values = (getattr(module, name, None) for name in _LIMITS)
+    values = (getattr(module, name, None) for name in _LIMIT_NAMES)
     return next((float(value) for value in values if isinstance(value, int | float)), math.inf)
 
 
@@ -168,7 +169,9 @@ def _verified_form(module: nn.Module) -> ExpertActivation | None:
     sizes = {"num_experts": SAMPLE_EXPERTS, "hidden_dim": SAMPLE_SIZE, "hidden_size": SAMPLE_SIZE}
     sizes |= {"intermediate_dim": SAMPLE_INNER, "intermediate_size": SAMPLE_INNER}
     vars(sample).update({name: value for name, value in sizes.items() if name in vars(sample)})
-    tokens = torch.cat([torch.randn(8, SAMPLE_SIZE) / 2, torch.randn(8, SAMPLE_SIZE) * 4])  # below and above a limit
+    tokens = torch.cat(
+        [torch.randn(8, SAMPLE_SIZE) / 2, torch.randn(8, SAMPLE_SIZE) * 4]
+    )  # small values below a limit, and large ones above
     index = torch.rand(len(tokens), SAMPLE_EXPERTS).argsort(1)[:, :2]
     inputs = tokens, torch.rand(index.shape)
     forward = inspect.unwrap(type(module).forward)

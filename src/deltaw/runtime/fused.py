@@ -282,7 +282,7 @@ class FusedBlock:
             value_norm=norms.get(attention.value_norm or ""),
             options=options,
             pairs=attention.rotary in ("pairs", "repeated pairs"),
-            norms_last=attention.norms_last,
+            norms_after_rotary=attention.norms_after_rotary,
             joint_gate=attention.joint_gate,
             gate=layers.get(attention.gate or ""),
             residual=self.roles.mlp is not None,

@@ -1,8 +1,8 @@
 """Fused norms, MLPs and experts inside blocks that are not recognized as a whole.
 
 A block with a recurrent layer, experts or an unusual attention runs the model's code. Its norms, dense MLPs and routed
-experts are replaced one by one. The form of an MLP is verified against the module's own code in fp32, with small random
-layers in place of its own.
+experts are replaced one by one. The formula of an MLP is verified against the module's own code in fp32, on a copy with
+small random layers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from deltaw.runtime.projections import Projection, can_project
 
 
 class FusedMLP:
-    """Replaces the forward of an MLP module while only low-rank factors are trained in it."""
+    """Replaces the forward of an MLP module. If more than low-rank factors is trained in it, the model's code runs."""
 
     def __init__(self, module: nn.Module, form: MLPForm) -> None:
         self.module = module
@@ -49,7 +49,7 @@ class FusedMLP:
             return None
         if any(table["training"] and has_dropout(table) for table in tables):
             return None
-        if not all(can_project(layer) and _is_adapted_alone(layer) for layer in present):
+        if not all(can_project(layer) and _trains_only_factors(layer) for layer in present):
             return None
         projections = [Projection(layer) for layer in present]
         return MLPHalf(
@@ -66,7 +66,7 @@ FusedPart: TypeAlias = FusedNorm | FusedMLP | FusedExperts
 
 
 def fused_parts(block: nn.Module, fused: Collection[nn.Module] = ()) -> Iterator[FusedPart]:
-    """Yield the parts inside ``block`` that can run fused, except those inside of ``fused`` modules."""
+    """Yield the parts inside ``block`` that can run fused, except those inside ``fused`` modules."""
     covered = {id(inner) for module in fused for inner in module.modules()}
     for module in block.modules():
         if module is block or id(module) in covered or isinstance(module, nn.Linear):
@@ -81,7 +81,7 @@ def fused_parts(block: nn.Module, fused: Collection[nn.Module] = ()) -> Iterator
             yield FusedNorm(module)
 
 
-def _is_adapted_alone(layer: nn.Module) -> bool:
+def _trains_only_factors(layer: nn.Module) -> bool:
     """True if no parameters other than low-rank factors are trained."""
     factors = {id(layer.lora_A), id(layer.lora_B)} if isinstance(layer, LoRALayer) else set()
     return all(id(p) in factors for p in layer.parameters() if p.requires_grad)

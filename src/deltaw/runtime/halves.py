@@ -65,7 +65,7 @@ class AttentionHalf(Half):
         grouped: Layout of a combined projection, see :func:`deltaw.runtime.projections.head_views`.
         options: Attention options: scaling, window, softcap, causal, sinks.
         pairs: True if adjacent numbers are rotated together.
-        norms_last: True if queries and keys are normalized after their rotation.
+        norms_after_rotary: True if queries and keys are normalized after their rotation.
         joint_gate: True if the query projection computes, for each head, its query and a gate of its output.
         gate: Projection of a gate of each head, or of each number, of the output.
     """
@@ -79,7 +79,7 @@ class AttentionHalf(Half):
     value_norm: Norm | None
     options: dict[str, Any]
     pairs: bool = False
-    norms_last: bool = False
+    norms_after_rotary: bool = False
     joint_gate: bool = False
     gate: Projection | None = None
 
@@ -324,7 +324,7 @@ def _attention_inputs(
     del n
     if len(half.inputs) == 1 and (context.rotary or half.query_norm is not None):
         v = v.contiguous()  # queries and keys are replaced below; a view would keep the combined output alive
-    if half.norms_last:
+    if half.norms_after_rotary:
         q, k = _rotate(q, k, half, context)
     raw_q = raw_k = raw_v = stats_q = stats_k = stats_v = None
     if half.query_norm is not None:
@@ -336,7 +336,7 @@ def _attention_inputs(
     if half.value_norm is not None:
         raw_v = v
         v, stats_v = half.value_norm.over_heads(v)
-    if not half.norms_last:
+    if not half.norms_after_rotary:
         q, k = _rotate(q, k, half, context)
     return (q, k, v, gate), h, (stats, raw_q, raw_k, raw_v, stats_q, stats_k, stats_v)
 
@@ -374,7 +374,7 @@ def _attention_inputs_backward(
     need_x = ctx.needs_input_grad[0]
     before = half.norms.before
     output_indices = context.output_indices
-    if not half.norms_last:
+    if not half.norms_after_rotary:
         d_q, d_k = _rotate(d_q, d_k, half, context, backward=True)
     if half.query_norm is not None:
         d_q = half.query_norm.over_heads_backward(d_q, raw_q, stats_q)
@@ -382,7 +382,7 @@ def _attention_inputs_backward(
         d_k = half.key_norm.over_heads_backward(d_k, raw_k, stats_k)
     if half.value_norm is not None:
         d_v = half.value_norm.over_heads_backward(d_v, raw_v, stats_v)
-    if half.norms_last:
+    if half.norms_after_rotary:
         d_q, d_k = _rotate(d_q, d_k, half, context, backward=True)
     stream_grad = None
     if need_x and half.residual and grad is not None:

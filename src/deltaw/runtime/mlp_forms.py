@@ -42,7 +42,7 @@ _FORMS: dict[Signature, MLPForm | None] = {}
 
 
 def mlp_form(module: nn.Module) -> MLPForm | None:
-    """Return the formula of an MLP module, or None if it has another one. Verified once per kind of module."""
+    """Return the formula of an MLP module, or None if it has a different one. The result is cached by signature."""
     layers = {name: child for name, child in direct_modules(module).items() if child is not None and _is_linear(child)}
     others = [child for name, child in direct_modules(module).items() if name not in layers and child is not None]
     if len(layers) not in (2, 3) or any(True for child in others for _ in child.parameters()):
@@ -60,8 +60,8 @@ def _verified_form(module: nn.Module, layers: dict[str, nn.Module]) -> MLPForm |
     if names is None:
         return None
     inputs, output, gated = names
-    wide = 2 * SAMPLE_INNER if gated and len(inputs) == 1 else SAMPLE_INNER
-    small = {name: nn.Linear(SAMPLE_SIZE, wide) for name in inputs} | {output: nn.Linear(SAMPLE_INNER, SAMPLE_SIZE)}
+    width = 2 * SAMPLE_INNER if gated and len(inputs) == 1 else SAMPLE_INNER
+    small = {name: nn.Linear(SAMPLE_SIZE, width) for name in inputs} | {output: nn.Linear(SAMPLE_INNER, SAMPLE_SIZE)}
     sample = with_modules(module, small)
     x = torch.randn(2, 3, SAMPLE_SIZE) * 2
     try:
@@ -81,7 +81,7 @@ def _verified_form(module: nn.Module, layers: dict[str, nn.Module]) -> MLPForm |
 
 
 def _roles(layers: dict[str, nn.Module]) -> tuple[tuple[str, ...], str, bool] | None:
-    """Return the names of the inputs and of the output, and if the MLP is gated, from names and sizes."""
+    """Guess the names of the inputs, the name of the output, and True if the MLP is gated, from names and sizes."""
     if len(layers) == 3:
         names = next((names for names in GATED_NAMES if set(names) == set(layers)), None)
         return None if names is None else (names[:2], names[2], True)

@@ -18,7 +18,7 @@ from deltaw.runtime.fused_blocks import recording_configs
 from deltaw.runtime.packed import INDEPENDENT, PREFIX_TREE, backbone_of, packed_rows, sample_rows, without_cache
 from deltaw.runtime.partial import PartialLayout
 from deltaw.runtime.recognition import TOLERANCE
-from deltaw.runtime.recurrent_layers import RECURRENT_LAYER_TYPES, STATELESS_LAYER_TYPES, counting_convolutions
+from deltaw.runtime.recurrent_layers import RECURRENT_LAYER_TYPES, STATELESS_LAYER_TYPES, record_convolutions
 from deltaw.runtime.small_copy import measure_once
 
 # Supported layer types. Other types may differ only at distances beyond the test sample.
@@ -79,7 +79,7 @@ def can_pack_independent(model: PreTrainedModel) -> Choice:
 def _count_layer_calls(model: PreTrainedModel, parents: Sequence[int]) -> int:
     """Return the number of calls of attention and of recurrent layers for a packed row."""
     _, inputs = sample_rows(model, parents)
-    recorded = recording_configs(), counting_convolutions()
+    recorded = recording_configs(), record_convolutions()
     with torch.no_grad(), packed_rows(model, fused=False), recorded[0] as notes, recorded[1] as convolutions:
         backbone_of(model)(**inputs)
     return len(notes) + len(convolutions)

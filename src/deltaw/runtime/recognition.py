@@ -2,8 +2,8 @@
 
 Candidates follow from the names and sizes of a block's parts. The names do not determine everything: the order of
 halves, the positions of norms, the layout of combined projections, and rotary positions. A candidate is therefore
-accepted only if the block computed by it equals the model's code in fp32, forward and backward, on a small copy of
-the model.
+accepted only if the replacement built from it equals the model's code in fp32, forward and backward. The comparison
+uses a small copy of the model.
 
 Every parameter of a block must have a role. A description is valid for all blocks with the same signature, which
 consists of classes and flags of all modules inside.
@@ -40,14 +40,14 @@ from deltaw.runtime.mlp_forms import GATED_NAMES, mlp_form
 def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """Return the name and the list of the model's blocks, or None if it has no such list.
 
-    This is the list of modules with the largest number of parameters. Lists inside blocks (experts) have fewer. Lists
-    inside an embedding belong to a vision tower.
+    The blocks are the ``nn.ModuleList`` with the most parameters, because lists inside blocks (experts) have fewer.
+    Lists inside an embedding belong to a vision tower and are ignored.
     """
     embeddings = {id(inner) for m in model.modules() if isinstance(m, nn.Embedding) for inner in m.modules()}
     named = [pair for pair in model.named_modules() if id(pair[1]) not in embeddings]
     lists = [pair for pair in named if isinstance(pair[1], nn.ModuleList)]
-    sizes = [sum(p.numel() for p in module.parameters()) for _, module in lists]
-    return lists[sizes.index(max(sizes))] if any(sizes) else None  # type: ignore[return-value]
+    counts = [sum(p.numel() for p in module.parameters()) for _, module in lists]
+    return lists[counts.index(max(counts))] if any(counts) else None  # type: ignore[return-value]
 
 
 # Maximum relative difference of outputs and gradients that is attributed to fp32 rounding.
@@ -81,7 +81,8 @@ class AttentionConfig:
 def candidates(block: nn.Module, known: AttentionRoles | None = None) -> list[BlockRoles] | str:
     """Return descriptions that the names and sizes of a block's parts allow, most likely first.
 
-    Without candidates, return a text that states the missing part.
+    Returns:
+        Candidates, or the reason if there are none.
 
     Args:
         known: Verified description of the block's attention.
@@ -105,14 +106,17 @@ def candidates(block: nn.Module, known: AttentionRoles | None = None) -> list[Bl
         return "it has parameters outside of norms and projections"
     multiplier = vars(block).get("residual_multiplier", 1.0)
     roles = []
-    for form, (first, second, parallel), mlp in itertools.product(attention, list(_norm_places(norms)), mlps):
+    for form, (first, second, parallel), mlp in itertools.product(attention, list(_norm_roles(norms)), mlps):
         halves = replace(form, norms=first), replace(mlp, norms=second)
         roles.append(BlockRoles(*halves, parallel=parallel, multiplier=multiplier))
     return roles
 
 
 def attention_candidates(root: nn.Module) -> list[AttentionRoles] | str:
-    """Return descriptions of the attention in a block, or of an attention module, without norms of the half."""
+    """Return descriptions of the attention in a block, or of an attention module, or the reason if there are none.
+
+    The norms over the hidden size are left empty.
+    """
     linear = _linear_layers(root)
     attention_inputs = _attention_inputs(linear)
     if attention_inputs is None:
@@ -137,14 +141,14 @@ def attention_candidates(root: nn.Module) -> list[AttentionRoles] | str:
     value_norm = direct_modules(module).get("v_norm")
     has_value_norm = value_norm is not None and norm_form(value_norm, weightless=True) is not None
     sinks = f"{prefix}sinks" if direct_parameters(module).get("sinks") is not None else None
-    norm_places = (False, True) if query_norm is not None else (False,)
+    norm_orders = (False, True) if query_norm is not None else (False,)
     splits: tuple[Split, ...] = ("apart",) if len(inputs) == 3 else ("stacked", "grouped")
     causal = vars(module).get("is_causal", True) is not False
     rotations: tuple[Rotary | None, ...] = ("halves", None, "pairs", "repeated pairs", "single halves")
-    found = []
-    for rotary, norms_last, split, (output, gate) in itertools.product(rotations, norm_places, splits, pairs):
+    descriptions = []
+    for rotary, norms_after_rotary, split, (output, gate) in itertools.product(rotations, norm_orders, splits, pairs):
         width = sizes(linear[output])[0]
-        if width % head_size or (norms_last and rotary != "halves"):
+        if width % head_size or (norms_after_rotary and rotary != "halves"):
             continue
         if gate is not None and sizes(linear[gate])[1] not in (width, width // head_size):
             continue
@@ -163,17 +167,17 @@ def attention_candidates(root: nn.Module) -> list[AttentionRoles] | str:
             causal=causal,
             value_norm=f"{prefix}v_norm" if has_value_norm else None,
             whole_norms=norm_width not in (None, head_size),
-            norms_last=norms_last,
+            norms_after_rotary=norms_after_rotary,
             joint_gate=split == "apart" and sizes(linear[inputs[0]])[1] == 2 * width,
             gate=gate,
             sinks=sinks,
         )
-        found.append(roles)
-    return found or "no output projection of the queries' size"
+        descriptions.append(roles)
+    return descriptions or "no output projection of the queries' size"
 
 
 def module_candidates(module: nn.Module) -> list[BlockRoles] | str:
-    """Return descriptions of an attention module without residual stream, most likely first, or the missing part."""
+    """Return descriptions of an attention module without residual stream, most likely first, or a reason."""
     attention = attention_candidates(module)
     if isinstance(attention, str):
         return attention
@@ -201,8 +205,8 @@ def _norm_width(norm: nn.Module) -> int:
     return weight.numel()
 
 
-def _norm_places(paths: list[str]) -> Iterator[tuple[Norms, Norms, bool]]:
-    """Yield possible roles of the norms: norms of attention, norms of the MLP, and True if the halves are parallel."""
+def _norm_roles(paths: list[str]) -> Iterator[tuple[Norms, Norms, bool]]:
+    """Yield possible roles of the norms: of attention, of the MLP, and True if the halves are parallel."""
     if len(paths) == 1:
         yield Norms(before=paths[0]), Norms(before=paths[0]), True
     if len(paths) == 2:
@@ -279,7 +283,7 @@ class BlockCall:
         args: Further positional arguments.
         kwargs: Keyword arguments.
         output: Output of the block.
-        config: Attention parameters, or None if attention was not recorded.
+        config: Attention parameters, or None if attention was not recorded (then those of plain attention apply).
         token_mask: (rows, length) True for tokens, False for padding with undefined outputs. None without padding.
     """
 
@@ -297,7 +301,7 @@ def find_roles(
     proposed: list[BlockRoles] | str,
     run: Callable[[nn.Module, BlockRoles, AttentionConfig], Callable[..., Any]],
 ) -> tuple[BlockRoles | None, str]:
-    """Return the first candidate that equals the model's code, or None, and the reason.
+    """Return the first candidate that equals the model's code, or None, and a reason for the result.
 
     Args:
         proposed: Candidates, or the reason why there are none.
@@ -310,14 +314,14 @@ def find_roles(
         return None, "it returns values in addition to the hidden states"
     expected = _with_gradient(call.block.forward, call)
     best = float("inf")
-    why = "no description matches"
+    reason = "no description matches"
     for roles in proposed:
         roles = replace(roles, extra_outputs=extra)
         config = call.config or AttentionConfig(roles.attention.head_size**-0.5)
         try:
             computed = _with_gradient(run(call.block, roles, config), call)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            why = f"{type(error).__name__}: {str(error)[:80]}"
+            reason = f"{type(error).__name__}: {str(error)[:80]}"
             continue
         hidden = call.hidden if call.token_mask is None else call.hidden * call.token_mask[..., None]
         difference = max(_difference(computed[0], expected[0], hidden), _difference(computed[1], expected[1]))
@@ -325,8 +329,8 @@ def find_roles(
             return roles, f"equal to the model's code in fp32 (relative difference {difference:.1e})"
         if difference < best:
             best = difference
-            why = f"outputs differ from the model's code by {difference:.1e}"
-    return None, why
+            reason = f"outputs differ from the model's code by {difference:.1e}"
+    return None, reason
 
 
 def relative_difference(call: BlockCall, replacement: Callable[..., Any]) -> float:

@@ -2,8 +2,8 @@
 
 transformers' models call module-level functions for the parts that carry a state from token to token. They pass their
 keyword arguments on, including the layout of a packed row. A call with a layout runs the operators of
-:mod:`deltaw.kernels` instead, so rows do not mix and shared prefixes are computed once. In decoding, the layout
-contains the states that the rows continue. Other calls are unchanged.
+:mod:`deltaw.kernels` instead, so rows do not mix and shared prefixes are computed once. In decoding, the layout is a
+:class:`ContinuedRows`, which contains the states to continue. Calls without a layout are unchanged.
 """
 
 from __future__ import annotations
@@ -35,31 +35,31 @@ STATELESS_LAYER_TYPES = frozenset({"mlp", "moe"})
 
 
 # Attributes of recurrent layers whose product is the size of a state.
-_STATE_SIZES = (("num_v_heads", "head_k_dim", "head_v_dim"), ("num_heads", "head_dim", "ssm_state_size"))
+_STATE_DIMENSIONS = (("num_v_heads", "head_k_dim", "head_v_dim"), ("num_heads", "head_dim", "ssm_state_size"))
 
 
-# Active recordings of the channels of each convolution. Every recurrent layer has one convolution.
-_RECORDERS: list[list[int]] = []
+# Lists of active :func:`record_convolutions` contexts.
+_RECORDED_CHANNELS: list[list[int]] = []
 
 
 @contextlib.contextmanager
-def counting_convolutions() -> Iterator[list[int]]:
-    """Context that lists the numbers of channels of all convolutions of packed rows."""
+def record_convolutions() -> Iterator[list[int]]:
+    """Context that lists the number of channels of each convolution call on packed rows. A recurrent layer has one."""
     channels: list[int] = []
-    _RECORDERS.append(channels)
+    _RECORDED_CHANNELS.append(channels)
     try:
         yield channels
     finally:
-        _RECORDERS.remove(channels)
+        _RECORDED_CHANNELS.remove(channels)
 
 
-def state_numbers(model: nn.Module) -> int:
-    """Return the numbers of the states of all recurrent layers of ``model``, per sequence."""
+def state_size(model: nn.Module) -> int:
+    """Return how many fp32 numbers the states of all recurrent layers of ``model`` have per sequence."""
     total = 0
     for module in model.modules():
         if isinstance(module, nn.Conv1d) and module.groups == module.in_channels:
             total += module.in_channels * (module.kernel_size[0] - 1)
-        for names in _STATE_SIZES:
+        for names in _STATE_DIMENSIONS:
             sizes = [getattr(module, name, 0) for name in names]
             if all(isinstance(size, int) for size in sizes):
                 total += math.prod(sizes)
@@ -67,7 +67,7 @@ def state_numbers(model: nn.Module) -> int:
 
 
 def use_packed_operators(model: nn.Module) -> None:
-    """Let the recurrent layers of ``model`` accept packed rows. Has no effect on other layers and other rows."""
+    """Make the recurrent layers of ``model`` support packed rows. Other layers and other rows are unaffected."""
     for name, operator in _OPERATORS.items():
         replace_functions(model, name, functools.partial(_dispatch, operator))
 
@@ -94,7 +94,7 @@ def _convolve(
     if activation not in (None, "silu", "swish"):
         raise RuntimeError(f"the activation {activation} of a convolution is not supported on packed rows")
     rows = _only_row(hidden_states).transpose(0, 1)
-    for channels in _RECORDERS:
+    for channels in _RECORDED_CHANNELS:
         channels.append(rows.shape[1])
     silu = activation is not None
     if isinstance(packed_layout, ContinuedRows):
@@ -119,7 +119,7 @@ def _apply_delta_rule(
 ) -> tuple[Tensor, None]:
     """Gated delta rule of (1, T, heads, d)."""
     if initial_state is not None or output_final_state:
-        raise RuntimeError("a cache cannot run on packed rows")
+        raise RuntimeError("recurrent layers on packed rows do not support a cache")
     y = _recurrence(packed_layout)(
         _only_row(query),
         _only_row(key),
@@ -151,7 +151,7 @@ def _scan(
 ) -> Tensor:
     """State-space scan of Mamba-2 of (1, T, heads, d). The result is in fp32, as in transformers."""
     if initial_states is not None or return_final_states:
-        raise RuntimeError("a cache cannot run on packed rows")
+        raise RuntimeError("recurrent layers on packed rows do not support a cache")
     steps = _only_row(dt)
     if dt_bias is not None:
         steps = steps + dt_bias.to(steps.dtype)
@@ -166,15 +166,15 @@ def _scan(
 
 
 def _recurrence(layout: Layout | ContinuedRows) -> Callable[..., Tensor]:
-    """Return the recurrence over a layout."""
-    return (
-        layout.recurrence if isinstance(layout, ContinuedRows) else functools.partial(packed_recurrence, layout=layout)
-    )
+    """Return the function that computes the recurrence over a layout."""
+    if isinstance(layout, ContinuedRows):
+        return layout.recurrence
+    return functools.partial(packed_recurrence, layout=layout)
 
 
 def _only_row(tensor: Tensor) -> Tensor:
     if tensor.shape[0] != 1:
-        raise RuntimeError("packed rows are one row of tokens")
+        raise RuntimeError(f"packed rows must have the batch size 1, not {tensor.shape[0]}")
     return tensor[0]
 
 

@@ -1,4 +1,4 @@
-"""Signatures of modules: the properties that their code depends on, without sizes and weights."""
+"""Signatures of modules: two modules with equal signatures run the same code on weights of any size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from deltaw.kernels.torch_modules import direct_parameters
 from deltaw.runtime.block_roles import stores_in_out
 
-# Attributes that differ between blocks of a kind, or depend on sizes. runtime/fused.py checks "store_full_length_kv".
+# Attributes that differ between blocks with the same code. runtime/fused.py checks "store_full_length_kv" separately.
 _PER_LAYER_FLAGS = (
     *("layer_idx", "layer_number", "scaling", "training", "gradient_checkpointing", "enabled", "merged"),
     "store_full_length_kv",
@@ -18,7 +18,7 @@ Signature = tuple[tuple[str, ...], ...]
 
 
 def signature(block: nn.Module) -> Signature:
-    """Return the properties that a block's code depends on, without sizes and weights: class and flags of each part.
+    """Return the properties that a block's code depends on: the class and flags of each module inside it.
 
     Adapted and int8-quantized layers count as the layers that they replace.
     """

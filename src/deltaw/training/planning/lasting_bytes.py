@@ -10,7 +10,7 @@ import torch
 
 from deltaw.decoding.generation import MAX_CONCURRENT_SAMPLES
 from deltaw.kernels.decode import PAGE_TOKENS
-from deltaw.runtime.recurrent_layers import state_numbers
+from deltaw.runtime.recurrent_layers import state_size
 from deltaw.training.evaluation.general import MAX_ANSWER_TOKENS
 from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
 from deltaw.training.monitoring.generation import MAX_DATA_ANSWER_TOKENS, PROMPTS, is_checked
@@ -54,7 +54,7 @@ def decoding_bytes(session: Session, texts: int, max_length: int, batch_tokens: 
     running = min(running, pages)
     number = 4 if session.model.dtype == torch.float32 else 2
     cache = pages * PAGE_TOKENS * 2 * key_heads * size * config.num_hidden_layers * number
-    states = 4 * running * state_numbers(session.model)
+    states = 4 * running * state_size(session.model)
     logits = max(LOGIT_COPIES * running, (number + 4) * COMPARED_TOKENS) * config.vocab_size
     has_int8 = any(parameter.dtype == torch.int8 for parameter in session.model.parameters())
     return config.vocab_size * width if has_int8 else 0, cache + states + logits
