@@ -39,12 +39,14 @@ from deltaw.training.approximations import (
     check_interval,
     select_check_rows,
 )
+from deltaw.training.preparation import checkpoint_blocks
 from deltaw.training.process import preserved_process_state
 from deltaw.training.session import Session
 from deltaw.training.state import ArithmeticChangedWarning
 from tests.byte_models import save_model, tiny_llama
 from tests.conftest import deep_merge, write_rows
 from tests.kernels.conftest import compiled_only
+from tests.runtime.recurrent_families import recurrent_model
 from tests.tiny_models import CAUSAL, causal_model
 from tests.training.loops import randomize_lora_b
 from tests.training.runs import RecordingCallback, build_session, metrics, slow_except, stopped_run
@@ -211,6 +213,27 @@ def test_trained_weights_of_fused_blocks_are_compared_in_fp32():
             model(**inputs, use_cache=False).logits.log_softmax(-1)[..., 5].sum().backward()
         gradients.append(model.model.layers[0].self_attn.o_proj.weight.grad.float())
     assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[1].norm()
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_5_text"])
+def test_checkpointed_blocks_of_the_model_code_are_compared_in_fp32(family):
+    """The recomputation of a block needs its fp32 weights."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = recurrent_model(family).bfloat16().requires_grad_(False)
+        attach(model, LoRAConfig(rank=4, alpha=8, target_modules="all-linear"))
+        trained = [p for _, p in adapter_parameters(randomize_lora_b(model, 0.1))]
+        if checkpointing:
+            checkpoint_blocks(model)
+        layout = Layout.of_lengths([20, 9])
+        tokens = torch.arange(29)[None] + 3
+        inputs = {"position_ids": torch.from_numpy(layout.positions())[None], "packed_layout": layout}
+        with packed_rows(model), widened(model):
+            logits = model(input_ids=tokens, use_cache=False, **inputs).logits
+            logits.log_softmax(-1)[..., 5].sum().backward()
+        assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) == checkpointing
+        gradients.append([p.grad for p in trained])
+    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
 
 
 @pytest.mark.slow

@@ -58,7 +58,8 @@ def _wide_block(block: nn.Module) -> Callable[..., Any]:
         output_indices = None if fused is None else fused.output_indices
 
         def run(hidden: Tensor) -> Any:
-            with _wide_parameters(modules), _fixed_output_indices(fused, output_indices):
+            fixed = _fixed_output_indices(fused, output_indices)
+            with _wide_parameters(modules), _without_checkpointing(block), fixed:
                 return original_forward(hidden, *_wide(args[1:]), **_wide(arguments))
 
         if not hidden.requires_grad and not any(p.requires_grad for p in block.parameters()):
@@ -68,6 +69,19 @@ def _wide_block(block: nn.Module) -> Callable[..., Any]:
         return checkpoint(run, hidden, use_reentrant=True, preserve_rng_state=False)
 
     return forward
+
+
+@contextlib.contextmanager
+def _without_checkpointing(block: nn.Module) -> Iterator[None]:
+    """Context without activation checkpointing inside a block, which would recompute it after its fp32 weights end."""
+    if not getattr(block, "gradient_checkpointing", False):
+        yield
+        return
+    block.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        block.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
