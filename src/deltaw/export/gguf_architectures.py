@@ -18,7 +18,7 @@ from deltaw.errors import UserError
 from deltaw.export import gguf_attention as attention
 from deltaw.export import gguf_recurrent as recurrent
 from deltaw.export.gguf_attention import Hyperparameters
-from deltaw.export.gguf_checks import refuse_if
+from deltaw.export.gguf_checks import check_head_size, refuse_if
 from deltaw.export.gguf_tensors import TensorForms, TensorRule
 
 _SILU = ("silu", "swish")
@@ -92,7 +92,7 @@ _FAMILIES: dict[str, Architecture] = {
     "llama": _LLAMA,
     "mistral": replace(_LLAMA, window_ignored=True),
     "smollm3": Architecture(MODEL_ARCH.SMOLLM3, rules=attention.paired_rules, check=attention.check_smollm3),
-    "qwen2": Architecture(MODEL_ARCH.QWEN2, biases=_QKV, check=attention.check_qwen),
+    "qwen2": Architecture(MODEL_ARCH.QWEN2, biases=_QKV, check=attention.check_qwen2),
     "qwen3": Architecture(MODEL_ARCH.QWEN3, check=attention.check_qwen),
     "qwen3_moe": Architecture(
         MODEL_ARCH.QWEN3MOE,
@@ -147,9 +147,12 @@ _FAMILIES: dict[str, Architecture] = {
         rope_types=_LONG,
         partial_rotary=True,
         window_ignored=True,
+        check=check_head_size,
     ),
-    "olmo2": Architecture(MODEL_ARCH.OLMO2, never_tied=True, check=attention.check_olmo),
-    "olmo3": Architecture(MODEL_ARCH.OLMO2, values=attention.olmo3_values, never_tied=True, check=attention.check_olmo),
+    "olmo2": Architecture(MODEL_ARCH.OLMO2, never_tied=True, check=check_head_size),
+    "olmo3": Architecture(
+        MODEL_ARCH.OLMO2, values=attention.olmo3_values, never_tied=True, check=attention.check_olmo3
+    ),
     "ernie4_5": Architecture(MODEL_ARCH.ERNIE4_5),
     "exaone4": Architecture(
         MODEL_ARCH.EXAONE4,
@@ -174,7 +177,9 @@ _FAMILIES: dict[str, Architecture] = {
     "granitemoe": replace(_GRANITE, arch=MODEL_ARCH.GRANITE_MOE),
     "granitemoeshared": replace(_GRANITE, arch=MODEL_ARCH.GRANITE_MOE),
     "granitemoehybrid": replace(_GRANITE, arch=MODEL_ARCH.GRANITE_HYBRID),
-    "lfm2": Architecture(MODEL_ARCH.LFM2, rules=recurrent.lfm2_rules, values=recurrent.lfm2_values),
+    "lfm2": Architecture(
+        MODEL_ARCH.LFM2, rules=recurrent.lfm2_rules, values=recurrent.lfm2_values, check=recurrent.check_lfm2
+    ),
     "lfm2_moe": Architecture(
         MODEL_ARCH.LFM2MOE,
         rules=recurrent.lfm2_rules,

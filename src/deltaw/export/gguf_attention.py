@@ -9,7 +9,15 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
-from deltaw.export.gguf_checks import check_normalized_experts, check_windows, head_size, key_heads, refuse_if, windows
+from deltaw.export.gguf_checks import (
+    check_head_size,
+    check_normalized_experts,
+    check_windows,
+    head_size,
+    key_heads,
+    refuse_if,
+    windows,
+)
 from deltaw.export.gguf_tensors import TensorRule, adjacent_pairs, split_rules
 
 Hyperparameters = dict[str, Any]
@@ -75,6 +83,7 @@ def check_gemma3(config: PretrainedConfig) -> None:
     _check_score_scale(config, large=62)
     check_windows(config, [(i + 1) % 6 != 0 for i in range(config.num_hidden_layers)])
     refuse_if(getattr(config, "use_bidirectional_attention", False), config, "attention to later tokens")
+    refuse_if(config.attn_logit_softcapping, config, "limit of the attention scores (attn_logit_softcapping)")
 
 
 def _check_score_scale(config: PretrainedConfig, *, large: int) -> None:
@@ -160,6 +169,11 @@ def check_qwen(config: PretrainedConfig) -> None:
     refuse_if(windowed, config, "sliding windows in some layers")
 
 
+def check_qwen2(config: PretrainedConfig) -> None:
+    check_head_size(config)
+    check_qwen(config)
+
+
 def check_qwen3_moe(config: PretrainedConfig) -> None:
     refuse_if(getattr(config, "use_sliding_window", False), config, "sliding windows")
     is_partial = config.mlp_only_layers or config.decoder_sparse_step != 1
@@ -203,9 +217,9 @@ def olmo3_values(config: PretrainedConfig) -> Hyperparameters:
     return {"sliding_window": config.sliding_window, "sliding_window_pattern": windows(config)}
 
 
-def check_olmo(config: PretrainedConfig) -> None:
-    is_other = head_size(config) * config.num_attention_heads != config.hidden_size
-    refuse_if(is_other, config, "head_dim (it takes hidden_size / num_attention_heads)")
+def check_olmo3(config: PretrainedConfig) -> None:
+    check_head_size(config)
+    check_windows(config, [(i + 1) % 4 != 0 for i in range(config.num_hidden_layers)])
 
 
 def check_exaone4(config: PretrainedConfig) -> None:

@@ -34,6 +34,12 @@ def _full_layer(config: PretrainedConfig) -> PretrainedConfig:
     return layer
 
 
+def check_head_size(config: PretrainedConfig) -> None:
+    """Check the head size of a family for which llama.cpp does not read it."""
+    is_other = head_size(config) * config.num_attention_heads != config.hidden_size
+    refuse_if(is_other, config, "head_dim (it takes hidden_size / num_attention_heads)")
+
+
 def key_heads(config: PretrainedConfig) -> int:
     """Return the number of key and value heads. If layers differ, return that of the full-attention layers."""
     config = _full_layer(config)

@@ -45,7 +45,7 @@ def add_hyperparameters(out: GGUFWriter, architecture: Architecture, config: Pre
         "vocab_size": config.vocab_size,
         "feed_forward_length": getattr(config, "intermediate_size", None),
         "head_count_kv": key_heads(config),
-        "layer_norm_rms_eps": getattr(config, "rms_norm_eps", None) or getattr(config, "norm_eps", None),
+        "layer_norm_rms_eps": getattr(config, "rms_norm_eps", getattr(config, "norm_eps", None)),
         "key_length": size,
         "value_length": size,
     }

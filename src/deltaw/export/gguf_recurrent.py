@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from deltaw.export.gguf_attention import Hyperparameters, expert_rules, expert_values, paired_rules, shifted_norm
-from deltaw.export.gguf_checks import check_normalized_experts, head_size, key_heads, refuse_if
+from deltaw.export.gguf_checks import check_head_size, check_normalized_experts, head_size, key_heads, refuse_if
 from deltaw.export.gguf_tensors import TensorRule, exchange_groups, split_rules
 
 
@@ -94,8 +94,18 @@ def granite_values(config: PretrainedConfig) -> Hyperparameters:
 
 
 def check_granite(config: PretrainedConfig) -> None:
+    for name in ("embedding_multiplier", "residual_multiplier", "attention_multiplier"):
+        refuse_if(getattr(config, name) == 0, config, f"{name} 0 (it takes 0 for an absent value)")
     if config.model_type == "granitemoehybrid" and "linear_attention" in config.layer_types:
         check_mamba(config)
+        _check_attention(config)
+        is_other = config.mamba_n_heads * config.mamba_d_head != 2 * config.hidden_size
+        refuse_if(is_other, config, "mamba_expand (it takes 2)")
+
+
+def _check_attention(config: PretrainedConfig) -> None:
+    """Check that a model with recurrent layers has attention too. llama.cpp creates the inputs of both."""
+    refuse_if("full_attention" not in config.layer_types, config, "layers, none of which has attention")
 
 
 def qwen35_rules(config: PretrainedConfig) -> list[TensorRule]:
@@ -152,6 +162,7 @@ def check_qwen35(config: PretrainedConfig) -> None:
     # llama.cpp uses position 0 for a frequency that belongs to no section.
     is_covered = all(i < 3 * sections[i % 3] for i in range(min(frequencies, sum(sections))))
     refuse_if(not is_covered or sum(sections) > head_size(config), config, f"mrope_section {sections}")
+    has_other_order = has_other_order or "linear_attention" not in kinds
     refuse_if(has_other_order, config, "order of recurrent and full-attention layers, unlike the published models")
 
 
@@ -186,7 +197,16 @@ def lfm2_values(config: PretrainedConfig) -> Hyperparameters:
     return values
 
 
+def check_lfm2(config: PretrainedConfig) -> None:
+    check_head_size(config)
+    _check_attention(config)
+    refuse_if("conv" not in config.layer_types, config, "layers, none of which has a convolution")
+
+
 def check_lfm2_moe(config: PretrainedConfig) -> None:
+    check_lfm2(config)
+    scale = config.routed_scaling_factor
+    refuse_if(scale != 1, config, f"routed_scaling_factor {scale} (it takes 1)")
     check_normalized_experts(config)
     refuse_if(not config.use_expert_bias, config, "experts without a bias")
 

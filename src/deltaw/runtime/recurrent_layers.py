@@ -33,9 +33,9 @@ RECURRENT_LAYER_TYPES = frozenset({"linear_attention", "conv", "mamba", "hybrid"
 # Layer types without attention or a state.
 STATELESS_LAYER_TYPES = frozenset({"mlp", "moe"})
 
-# Maximum chunk of transformers' state-space scan. Its memory is proportional to the chunk (1.6 GB in a layer of Granite 4
-# with 256 tokens), and its result does not depend on it.
-MAX_CHUNK = 32
+# Maximum chunk of transformers' state-space scan. Its memory is proportional to the chunk (1.6 GB in a layer of
+# Granite 4 with 256 tokens), and its result does not depend on it.
+MAX_CHUNK = 64
 
 # Attributes of recurrent layers whose product is the size of a state.
 _STATE_DIMENSIONS = (("num_v_heads", "head_k_dim", "head_v_dim"), ("num_heads", "head_dim", "ssm_state_size"))
