@@ -193,6 +193,18 @@ def assert_merge_rejected(adapter: Path, message: str, **options: object) -> Non
     assert not (adapter.parent / "merged").exists() and not list(adapter.parent.glob(".merged*"))
 
 
+def test_other_base_model_with_experts_in_separate_tensors_is_rejected(bases, tmp_path: Path) -> None:
+    base = bases("mixtral")
+    assert any(".experts.0." in name for name in read_tensors(base))  # one parameter of the model has several tensors
+    adapter = adapter_folder(base, tmp_path / "adapter", target_modules=["q_proj"])
+    other = load_model(base)
+    with torch.no_grad():
+        other.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    assert_merge_rejected(adapter, "trained on other weights", model=str(tmp_path / "other"))
+    assert merge_run(adapter, tmp_path / "out").same_base is True
+
+
 def test_other_base_model_is_rejected(llama: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = llama
     other = tmp_path / "other"

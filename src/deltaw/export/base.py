@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data.chat_template import with_chat_template
@@ -24,6 +25,7 @@ from deltaw.hub.transformers_private import complete_skeleton, quiet
 from deltaw.hub.vision import loads_as_text_view, text_view
 from deltaw.hub.weight_digests import folder_digests, record_stored_digests
 from deltaw.lora.fingerprint import base_fingerprint, same_base
+from deltaw.machine.memory import free_memory_bytes
 from deltaw.methods.files import read_classes, read_num_outputs
 from deltaw.methods.parameters import parameters_by_name
 from deltaw.methods.trust import CHAT_TEMPLATE, read_folder
@@ -128,10 +130,7 @@ class AdapterBase:
         return with_chat_template(tokenizer, str(template)) if template.is_file() else tokenizer
 
     def fingerprint(self) -> str | None:
-        """Compute the fingerprint of the weights without loading them.
-
-        Returns None if the files do not store the parameters individually.
-        """
+        """Compute the fingerprint of the weights, or None (:func:`fingerprint_on_disk`)."""
         model = self.skeleton()
         checkpoint = read_checkpoint(self.folder)
         return fingerprint_on_disk(self, model, checkpoint, match_names(model, checkpoint.tensors))
@@ -212,13 +211,20 @@ def fingerprint_on_disk(
     names: ParameterNames,
     replaced: frozenset[str] = frozenset(),
 ) -> str | None:
-    """Compute :func:`~deltaw.lora.fingerprint.base_fingerprint` of a model from its files without loading it.
+    """Compute :func:`~deltaw.lora.fingerprint.base_fingerprint` of a model from its files.
 
-    Returns None if a parameter is assembled from several tensors.
+    Parameters that are assembled from several tensors, such as stacked experts, exist only in a loaded model. It is
+    loaded if it fits into free memory. Otherwise the result is None.
     """
     if names.converted:
-        return None
+        in_bf16 = 2 * sum(parameter.numel() for parameter in model.parameters())
+        if base.is_view or in_bf16 > free_memory_bytes():
+            return None
+        model = base.load("bf16").model
+        return base_fingerprint(model, _parameters_named(model, replaced))
     record_stored_digests(model, folder_digests(checkpoint.folder))
-    return base_fingerprint(
-        base.trained_part(model), [p for name, p in parameters_by_name(model).items() if name in replaced]
-    )
+    return base_fingerprint(base.trained_part(model), _parameters_named(model, replaced))
+
+
+def _parameters_named(model: PreTrainedModel, names: frozenset[str]) -> list[nn.Parameter]:
+    return [parameter for name, parameter in parameters_by_name(model).items() if name in names]

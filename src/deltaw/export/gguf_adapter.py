@@ -31,7 +31,7 @@ from deltaw.export.portable import PlainUpdate, folded_lines, read_pair, require
 from deltaw.lora.fingerprint import FINGERPRINT_KEY
 from deltaw.progress import LogFunction, ignore_line
 
-_MERGE = "merge it instead: --format gguf"
+_MERGE = "merge it instead: deltaw merge (or --format gguf, except for experts)"
 
 
 def export_gguf_adapter(

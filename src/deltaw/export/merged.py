@@ -148,7 +148,7 @@ def _notes(base: AdapterBase, same: bool | None, untied: Sequence[str]) -> Itera
     if same is False:
         yield f"'{base.reference}' is not the base model that the adapter was trained on (--other-base)"
     elif same is None:
-        yield "the adapter's file does not identify its base model, so it was not verified"
+        yield "the base model was not compared with the one that the adapter was trained on"
     if base.run is not None and base.run.precision in _TRAINED_ON:
         yield f"the adapter was trained on {_TRAINED_ON[base.run.precision]}"
     for name in untied:

@@ -38,7 +38,7 @@ from deltaw.progress import LogFunction, ignore_line
 from deltaw.settings.task_registry import entry_of
 from deltaw.tensor_files import save_tensors
 
-_MERGE = "merge it into its base instead: --format gguf, or deltaw merge"
+_MERGE = "merge it into its base instead: deltaw merge (or --format gguf, except for experts)"
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def require_same_base(base: AdapterBase, fingerprint: str | None, run: Path, log
     actual = base.fingerprint()
     is_same = same_base(fingerprint, actual)
     if is_same is None:
-        log("note: the adapter's file does not identify its base model, so it was not verified")
+        log("note: the base model was not compared with the one that the adapter was trained on")
     elif not is_same:
         raise wrong_base_error(base, run, "set its base model with --model")
     return actual
