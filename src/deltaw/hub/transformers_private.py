@@ -66,6 +66,11 @@ def dispatches_attention(model: nn.Module) -> bool:
     return bool(look_up(model, "_supports_attention_backend"))
 
 
+def has_split_experts(module: nn.Module) -> bool:
+    """Return True if a module of routed experts contains only those of one of several processes."""
+    return bool(getattr(module, "_is_expert_parallel", False))
+
+
 def configurations_of(auto_model: str) -> Container[type[PretrainedConfig]] | None:
     """Return the configuration classes that an auto class supports, or None if unknown."""
     return look_up(getattr(transformers, auto_model), "_model_mapping")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaw.hub.transformers_private import has_split_experts
 from deltaw.kernels.experts import ExpertActivation, ExpertProducts, run_experts, run_experts_backward
 from deltaw.kernels.rows import ACTIVATIONS
 from deltaw.kernels.torch_modules import direct_modules, direct_parameters, with_tensors
@@ -109,7 +110,7 @@ class FusedExperts:
         parameters = [p for p in direct_parameters(self.module).values() if p is not None]
         if any(p.requires_grad or p.dtype != x.dtype for p in parameters):
             return False
-        if getattr(self.module, "_is_expert_parallel", False):
+        if has_split_experts(self.module):
             return False
         names = weight_names(self.module)
         if any(update.attribute not in names for update in updates):
