@@ -156,23 +156,9 @@ def _limit(module: nn.Module) -> float:
 def _verified_form(module: nn.Module) -> ExpertActivation | None:
     """Return the formula whose outputs and gradients equal those of the module's code."""
     gated = bool(getattr(module, "has_gate", True))
-    by_column = not module.is_transposed
-    widths = ((SAMPLE_SIZE, SAMPLE_INNER * (2 if gated else 1)), (SAMPLE_INNER, SAMPLE_SIZE))
-    products = []
-    tensors: dict[str, Tensor] = {}
-    for name, width in zip(weight_names(module), widths, strict=True):
-        weight = torch.randn(SAMPLE_EXPERTS, *(reversed(width) if by_column else width))
-        has_bias = direct_parameters(module).get(f"{name}_bias") is not None
-        bias = torch.randn(SAMPLE_EXPERTS, width[1]) if has_bias else None
-        products.append(ExpertProducts(weight, by_column, bias))
-        tensors |= {name: weight} if bias is None else {name: weight, f"{name}_bias": bias}
-    sample = with_tensors(module, {name: nn.Parameter(t, requires_grad=False) for name, t in tensors.items()})
-    sizes = {"num_experts": SAMPLE_EXPERTS, "hidden_dim": SAMPLE_SIZE, "hidden_size": SAMPLE_SIZE}
-    sizes |= {"intermediate_dim": SAMPLE_INNER, "intermediate_size": SAMPLE_INNER}
-    vars(sample).update({name: value for name, value in sizes.items() if name in vars(sample)})
-    tokens = torch.cat(
-        [torch.randn(8, SAMPLE_SIZE) / 2, torch.randn(8, SAMPLE_SIZE) * 4]
-    )  # small values below a limit, and large ones above
+    sample, products = _small_module(module, gated)
+    # Small and large values, below and above a limit.
+    tokens = torch.cat([torch.randn(8, SAMPLE_SIZE) / 2, torch.randn(8, SAMPLE_SIZE) * 4])
     index = torch.rand(len(tokens), SAMPLE_EXPERTS).argsort(1)[:, :2]
     inputs = tokens, torch.rand(index.shape)
     forward = inspect.unwrap(type(module).forward)
@@ -189,6 +175,25 @@ def _verified_form(module: nn.Module) -> ExpertActivation | None:
         if all(torch.allclose(*pair, TOLERANCE, TOLERANCE) for pair in zip(results, expected, strict=True)):
             return form
     return None
+
+
+def _small_module(module: nn.Module, gated: bool) -> tuple[nn.Module, list[ExpertProducts]]:
+    """Return a copy of the module with small random weights, and its products."""
+    by_column = not module.is_transposed
+    widths = ((SAMPLE_SIZE, SAMPLE_INNER * (2 if gated else 1)), (SAMPLE_INNER, SAMPLE_SIZE))
+    products = []
+    tensors: dict[str, Tensor] = {}
+    for name, width in zip(weight_names(module), widths, strict=True):
+        weight = torch.randn(SAMPLE_EXPERTS, *(reversed(width) if by_column else width))
+        has_bias = direct_parameters(module).get(f"{name}_bias") is not None
+        bias = torch.randn(SAMPLE_EXPERTS, width[1]) if has_bias else None
+        products.append(ExpertProducts(weight, by_column, bias))
+        tensors |= {name: weight} if bias is None else {name: weight, f"{name}_bias": bias}
+    sample = with_tensors(module, {name: nn.Parameter(t, requires_grad=False) for name, t in tensors.items()})
+    sizes = {"num_experts": SAMPLE_EXPERTS, "hidden_dim": SAMPLE_SIZE, "hidden_size": SAMPLE_SIZE}
+    sizes |= {"intermediate_dim": SAMPLE_INNER, "intermediate_size": SAMPLE_INNER}
+    vars(sample).update({name: value for name, value in sizes.items() if name in vars(sample)})
+    return sample, products
 
 
 def _candidates(module: nn.Module, gated: bool) -> Iterator[ExpertActivation]:
