@@ -98,6 +98,16 @@ def test_bf16_model_matches_and_changed_model_does_not(family):
     assert same_base(base_fingerprint(exact), base_fingerprint(rounded)) is False
 
 
+def test_bf16_model_with_tensors_kept_in_fp32_matches():
+    exact = causal_model("llama")
+    mixed = copy.deepcopy(exact).to(torch.bfloat16)
+    mixed.model.norm.weight.data = exact.model.norm.weight.data.clone().add_(2.0**-12)
+    exact.model.norm.weight.data.copy_(mixed.model.norm.weight)
+    assert same_base(base_fingerprint(exact), base_fingerprint(mixed)) is True
+    change_value(mixed.model.embed_tokens.weight, 3)
+    assert same_base(base_fingerprint(exact), base_fingerprint(mixed)) is False
+
+
 @pytest.mark.parametrize("added", [0.0, 2.0**-12, 2.0**-40])
 def test_model_matches_itself_in_every_precision(added):
     exact = nn.ParameterDict({"scale": nn.Parameter(torch.tensor([1.0 + added], dtype=torch.float64))})

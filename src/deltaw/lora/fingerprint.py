@@ -2,8 +2,9 @@
 
 It covers all values of all parameters and of the buffers that are saved with the model. It does not depend on the
 division into files or on the dtype that the model is loaded in: a fingerprint is a list of digests, of the values
-rounded to bf16, and of the exact values if they differ. A model loaded in bf16 yields only the first digest, so two
-fingerprints match if one is a prefix of the other (:func:`same_base`).
+rounded to bf16, and of the values in fp32 and fp64 if all tensors have that precision. A model loaded in bf16 yields
+only the first digest, even if it keeps some tensors in fp32, so two fingerprints match if one is a prefix of the other
+(:func:`same_base`).
 
 Values are read from memory unless a digest was recorded on the parameter (:func:`record_digest`), by code that loads
 the model from files or replaces a weight by a quantized one.
@@ -150,12 +151,12 @@ def base_fingerprint(model: nn.Module, replaced: Iterable[Tensor] = ()) -> str |
 
 def combine_digests(tensors: Mapping[str, TensorDigest]) -> str | None:
     """Return the fingerprint of tensors by their names in the model, or None if no digests are known."""
-    num_levels = max((len(values.digests) for values in tensors.values()), default=0)
+    num_levels = min((len(values.digests) for values in tensors.values() if values.digests), default=0)
     levels = []
     for level in range(num_levels):
         combined = hashlib.sha256()
         for name, values in sorted(tensors.items()):
-            digest = values.digests[min(level, len(values.digests) - 1)] if values.digests else ""
+            digest = values.digests[level] if values.digests else ""
             combined.update(f"{name}:{tuple(values.shape)}:{digest};".encode())
         levels.append(combined.hexdigest()[:32])
     return FORMAT + ".".join(levels) if levels else None
