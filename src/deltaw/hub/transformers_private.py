@@ -39,6 +39,11 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def silence_missing_kernels() -> None:
+    """Stop transformers' advice to install kernels for recurrent layers, which deltaw's operators replace."""
+    logging.get_logger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
+
+
 _NAMES_ATTENTION = look_up(PretrainedConfig, "_attn_implementation") is not None
 # Keys of configuration files: source of the configuration, and flag for generation settings derived from it.
 NAME_OR_PATH = "_name_or_path"

@@ -22,6 +22,7 @@ from deltaw.hub.transformers_private import (
     DELTA_RULE_FUNCTION,
     STATE_SPACE_FUNCTION,
     replace_functions,
+    silence_missing_kernels,
 )
 from deltaw.kernels.continued import ContinuedRows
 from deltaw.kernels.layout import Layout
@@ -71,6 +72,7 @@ def state_size(model: nn.Module) -> int:
 
 def use_packed_operators(model: nn.Module) -> None:
     """Make the recurrent layers of ``model`` support packed rows. Other layers and other rows are unaffected."""
+    silence_missing_kernels()
     for name, operator in _OPERATORS.items():
         replace_functions(model, name, functools.partial(_dispatch, operator))
 
