@@ -103,7 +103,8 @@ class Section:
     value: {field}
 ENTRY = MethodEntry("bad", "x:Y", Section)
 """
-UNUSABLE_FIELDS = ("int", "'Missing' = None", "Any = object()")
+# Fields of a section without valid defaults.
+FIELDS = ("int", "'Missing' = None", "Any = object()")
 TWICE = "from deltaw.settings.method_registry import MethodEntry\nENTRY = MethodEntry('lora', 'x:Y')"
 BROKEN = [
     ("raise OSError('no such library')", "toy_plugin", "OSError: no such library"),
@@ -197,7 +198,7 @@ def test_section_that_a_used_and_an_unused_entry_share_is_saved(settings, tmp_pa
         task_registry.unregister("my-rewards")
 
 
-@pytest.mark.parametrize("field", UNUSABLE_FIELDS)
+@pytest.mark.parametrize("field", [FIELDS[0], *(pytest.param(f, marks=pytest.mark.slow) for f in FIELDS[1:])])
 def test_section_without_valid_defaults_is_refused_and_affects_no_other_run(site, settings, tmp_path, field):
     install(site, SECTION.format(field=field), "deltaw.methods", "bad = toy_plugin:ENTRY")
     code = (

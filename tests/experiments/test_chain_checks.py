@@ -239,7 +239,7 @@ def test_separate_runs_are_rejected_with_same_message(make_chain, name):
     assert error.message == checked.message
 
 
-@pytest.mark.parametrize("name", slow_except("stack", "prompt", "classes after language", "reward", names=VALID))
+@pytest.mark.parametrize("name", slow_except("stack", "classes after language", names=VALID))
 def test_valid_chain_is_trained_and_planned(make_chain, name):
     chain = make_chain(*VALID[name])
     plans = planned_stages(chain)

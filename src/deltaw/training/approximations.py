@@ -21,9 +21,11 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deltaw.data.example import Example
 from deltaw.kernels import loader
 from deltaw.kernels.arithmetic import APPROXIMATIONS
 from deltaw.machine.choices import Choice
@@ -382,7 +384,10 @@ def applicable(model: nn.Module, objective: Objective, candidates: Iterable[str]
 
 
 def select_check_rows(rows: Iterable[Any], batcher: Batcher, objective: Objective) -> list[Any]:
-    """Return the first rows with enough tokens and labels for a check, without very long ones if possible."""
+    """Return the first rows with enough tokens and labels for a check.
+
+    Very long rows are skipped. If all rows are, the shortest one is truncated.
+    """
     selected: list[Any] = []
     longer: list[tuple[int, Any]] = []
     for row in itertools.islice(rows, MAX_CANDIDATE_ROWS):
@@ -394,7 +399,16 @@ def select_check_rows(rows: Iterable[Any], batcher: Batcher, objective: Objectiv
         computed = tokens_of(batcher, selected)
         if computed >= MIN_TOKENS and (objective.units(selected) >= MIN_LABELS or computed >= MAX_ROW_TOKENS):
             break
-    return selected or [min(longer, key=operator.itemgetter(0))[1]]
+    return selected or [_truncate(min(longer, key=operator.itemgetter(0))[1])]
+
+
+def _truncate(row: Any) -> Any:
+    """Return the start of a row of text with enough tokens and labels for a check."""
+    if not isinstance(row, Example) or row.reference is not None:
+        return row
+    labels = np.flatnonzero(row.is_label)
+    last_label = int(labels[:MIN_LABELS][-1]) if len(labels) else 0
+    return row.truncate(max(MAX_ROW_TOKENS, last_label + 1))
 
 
 def tokens_of(batcher: Batcher, rows: Sequence[Any]) -> int:
