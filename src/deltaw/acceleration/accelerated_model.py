@@ -1,0 +1,153 @@
+"""A model of a script whose calls run on twins."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from deltaw.acceleration.peft_layers import NotConvertible
+from deltaw.acceleration.report import Report
+from deltaw.acceleration.twin import Twin, dtype_of_products, is_observed, state_key
+from deltaw.lora.layers import LoRALayer
+from deltaw.machine.choices import Choice
+from deltaw.runtime.fused import has_dropout
+from deltaw.runtime.fused_blocks import fused_in_mode
+from deltaw.runtime.packed import PACKED, PACKED_INDEPENDENT, packed_rows
+from deltaw.runtime.packing_checks import can_pack, can_pack_independent
+from deltaw.training.causal_objective import CausalObjective
+
+# Number of states of a model, such as adapters that are switched in each step, whose twins are kept.
+MAX_TWINS = 4
+SWITCH = "DELTAW_ACCELERATE"
+
+
+class Unsupported(Exception):
+    """A call that runs the model's own code. The message is the reason."""
+
+
+@dataclass(eq=False)
+class TwinInMode:
+    """A twin that runs packed rows.
+
+    Attributes:
+        twin: The twin.
+        share: True if rows may share prefixes.
+        objective: Loss of the labels, for language models with a known output head.
+    """
+
+    twin: Twin
+    share: bool
+    objective: CausalObjective | None
+
+    def drops_out(self) -> bool:
+        """True if a part other than an adapter applies dropout now."""
+        modules = self.twin.model.base_model.modules()
+        return any(m.training and not isinstance(m, LoRALayer) and has_dropout(vars(m)) for m in modules)
+
+
+class AcceleratedModel:
+    """Twins of a model, by its state.
+
+    Args:
+        model: Model of transformers, possibly with layers of PEFT.
+        report: Receives what runs accelerated.
+    """
+
+    def __init__(self, model: PreTrainedModel, report: Report) -> None:
+        self.model = model
+        self.report = report
+        self.disabled: str | None = None
+        self.share = True
+        self._twins: OrderedDict[Any, TwinInMode | str] = OrderedDict()
+        self._casts: dict[int, nn.Parameter] = {}
+
+    def twin(self) -> TwinInMode:
+        """Return an updated twin for the model's current state.
+
+        Raises:
+            Unsupported: if the model has to run its own code.
+        """
+        if self.disabled is not None:
+            raise Unsupported(self.disabled)
+        if os.environ.get(SWITCH) == "0":
+            raise Unsupported(f"{SWITCH}=0")
+        if torch.compiler.is_compiling():
+            raise Unsupported("torch.compile")
+        if self.model.device.type != "cpu":
+            raise Unsupported(f"the model is on {self.model.device.type}")
+        if is_observed(self.model):
+            raise Unsupported("modules inside the model have hooks")
+        dtype = dtype_of_products(self.model, "cpu")
+        key = state_key(self.model), dtype
+        if key not in self._twins:
+            self._twins[key] = self._create(dtype)
+            while len(self._twins) > MAX_TWINS:
+                self._release(self._twins.popitem(last=False)[1])
+        self._twins.move_to_end(key)
+        found = self._twins[key]
+        if isinstance(found, str):
+            raise Unsupported(found)
+        found.twin.update()
+        if found.drops_out():
+            raise Unsupported("dropout in the model")
+        return found
+
+    def close(self) -> None:
+        """Release all twins."""
+        while self._twins:
+            self._release(self._twins.popitem()[1])
+        self._casts.clear()
+
+    @staticmethod
+    def _release(found: TwinInMode | str) -> None:
+        if isinstance(found, TwinInMode):
+            found.twin.close()
+
+    def _create(self, dtype: torch.dtype | None) -> TwinInMode | str:
+        """Return a twin for the current state, or the reason why there is none."""
+        try:
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                return self._create_in_mode(Twin(self.model, dtype, self._casts))
+        except NotConvertible as error:
+            self.report.refuse("blocks", str(error))
+            return str(error)
+
+    def _create_in_mode(self, twin: Twin) -> TwinInMode | str:
+        twin.update()
+        model = twin.model
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            choice, share = _packing(model)
+            if not choice.value:
+                self.report.refuse("packed rows", choice.why)
+                return choice.why
+            self.report.accept("packed rows", choice.why)
+            fused = fused_in_mode(model, PACKED if share else PACKED_INDEPENDENT)
+            if fused.choice.value:
+                self.report.accept("blocks", f"{len(fused.blocks)} blocks fused; {fused.choice.why}")
+            else:
+                self.report.refuse("blocks", fused.choice.why)
+            twin.enter(packed_rows(model, independent=not share))
+            objective = CausalObjective(model) if share and model.get_output_embeddings() is not None else None
+            if objective is not None and not objective.chunked:
+                self.report.refuse("output head", "the model changes the outputs of its head")
+                objective = None
+        finally:
+            for module in training:
+                module.training = True
+        return TwinInMode(twin, share and self.share, objective)
+
+
+def _packing(model: PreTrainedModel) -> tuple[Choice, bool]:
+    """Return whether the model can run packed rows, and True if rows can share prefixes."""
+    choice = can_pack(model)
+    if choice.value:
+        return choice, True
+    return can_pack_independent(model), False

@@ -1,0 +1,54 @@
+"""Replacement of a module's forward method that can be undone exactly."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+class ReplacedForward:
+    """Forward method of one module. Subclasses implement ``__call__``.
+
+    Attributes:
+        module: The module.
+        original: Its forward method before, bound.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.original: Callable[..., Any] = module.forward
+        self._previous = vars(module).get("forward")
+        self.__name__ = "forward"
+        # Trainers and generate() read the names of the arguments.
+        self.__signature__ = inspect.signature(self.original)
+
+    def install(self) -> None:
+        """Use this forward method."""
+        vars(self.module)["forward"] = self
+
+    def remove(self) -> None:
+        """Use the method from before. Does nothing if other code has replaced this one."""
+        if vars(self.module).get("forward") is not self:
+            return
+        if self._previous is None:
+            del vars(self.module)["forward"]
+        else:
+            vars(self.module)["forward"] = self._previous
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.original(*args, **kwargs)
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call by name.
+
+        Raises:
+            TypeError: if they do not match the signature.
+        """
+        values = self.__signature__.bind(*args, **kwargs).arguments
+        for parameter in self.__signature__.parameters.values():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                values.update(values.pop(parameter.name, {}))
+        return values
