@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaw.acceleration.peft_layers import NotConvertible
 from deltaw.acceleration.report import Report
 from deltaw.acceleration.twin import Twin, dtype_of_products, is_observed, state_key
+from deltaw.acceleration.verification import measure, warn_different, without_randomness
 from deltaw.lora.layers import LoRALayer
 from deltaw.machine.choices import Choice
 from deltaw.runtime.fused import has_dropout
@@ -39,11 +42,13 @@ class TwinInMode:
         twin: The twin.
         share: True if rows may share prefixes.
         objective: Loss of the labels, for language models with a known output head.
+        verified: Kinds of calls that were compared with the model's own code, with and without gradient.
     """
 
     twin: Twin
     share: bool
     objective: CausalObjective | None
+    verified: set[tuple[str, bool]] = field(default_factory=set)
 
     def drops_out(self) -> bool:
         """True if a part other than an adapter applies dropout now."""
@@ -62,8 +67,9 @@ class AcceleratedModel:
     def __init__(self, model: PreTrainedModel, report: Report) -> None:
         self.model = model
         self.report = report
+        # True while the model's own code is run for a comparison.
         self.disabled: str | None = None
-        self.share = True
+        self.paused = False
         self._twins: OrderedDict[Any, TwinInMode | str] = OrderedDict()
         self._casts: dict[int, nn.Parameter] = {}
 
@@ -97,6 +103,61 @@ class AcceleratedModel:
         if found.drops_out():
             raise Unsupported("dropout in the model")
         return found
+
+    def verify(
+        self,
+        kind: str,
+        found: TwinInMode,
+        own: Callable[[], Tensor],
+        accelerated: Callable[[], Tensor],
+    ) -> None:
+        """Compare the first call of a kind with the model's own code, and disable what differs.
+
+        Args:
+            kind: Kind of the call.
+            found: Twin of the call.
+            own: Runs the model's code on a sample of the call.
+            accelerated: Computes the same on the twin.
+
+        Raises:
+            Unsupported: if the accelerated result differs from the model's.
+        """
+        key = kind, torch.is_grad_enabled()
+        if key in found.verified:
+            return
+        with without_randomness(self.model):
+            found.twin.update()
+
+            def run_own() -> Tensor:
+                with self._paused():
+                    return own()
+
+            parameters = [source for _, source, _ in found.twin.leaves(found.twin.model)] if key[1] else []
+            differences = measure(run_own, accelerated, parameters)
+            dtype = dtype_of_products(self.model, "cpu") or self.model.dtype
+            if differences.exceed(dtype) and found.share:
+                found.share = False
+                without_sharing = measure(run_own, accelerated, parameters)
+                if not without_sharing.exceed(dtype):
+                    warn_different("sharing of prefixes", differences)
+                    self.report.refuse("shared prefixes", str(differences))
+                differences = without_sharing
+        found.twin.update()
+        if differences.exceed(dtype):
+            warn_different("the accelerated model", differences)
+            self.disabled = f"{kind}: {differences}"
+            self.report.refuse(kind, str(differences))
+            raise Unsupported(self.disabled)
+        found.verified.add(key)
+        self.report.accept(kind, f"compared with the model's own code: {differences}")
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
 
     def close(self) -> None:
         """Release all twins."""
@@ -142,7 +203,7 @@ class AcceleratedModel:
         finally:
             for module in training:
                 module.training = True
-        return TwinInMode(twin, share and self.share, objective)
+        return TwinInMode(twin, share, objective)
 
 
 def _packing(model: PreTrainedModel) -> tuple[Choice, bool]:

@@ -17,6 +17,7 @@ from deltaw.acceleration.accelerated_model import AcceleratedModel, TwinInMode, 
 from deltaw.acceleration.bridge import run_bridged
 from deltaw.acceleration.replaced_forward import ReplacedForward
 from deltaw.acceleration.rows import NotPackable, PackedCall, pack_call
+from deltaw.acceleration.verification import sample_of
 from deltaw.runtime.packed import without_cache
 
 IGNORED_LABEL = -100
@@ -34,14 +35,20 @@ class BackboneForward(ReplacedForward):
         self._is_whole_model = backbone is accelerated.model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.accelerated.paused:
+            return self.original(*args, **kwargs)
         try:
             inputs = self._inputs(self.arguments(args, kwargs))
             found = self.accelerated.twin()
-            twin = found.twin.model if self._is_whole_model else found.twin.model.base_model
+            self._verify(found, inputs)
             call = pack_call(self.module, inputs, share=found.share)
         except (Unsupported, NotPackable, TypeError) as error:
             self.accelerated.report.count_fallback(str(error))
             return self.original(*args, **kwargs)
+        return self._run(found, call)
+
+    def _run(self, found: TwinInMode, call: PackedCall) -> Any:
+        twin = found.twin.model if self._is_whole_model else found.twin.model.base_model
         outputs: list[Any] = []
 
         def run() -> Tensor:
@@ -52,6 +59,21 @@ class BackboneForward(ReplacedForward):
 
         hidden = call.unpack(run_bridged(run, found.twin.leaves(twin)))
         return self._result(outputs[0], hidden)
+
+    def _verify(self, found: TwinInMode, inputs: Mapping[str, Any]) -> None:
+        sample = sample_of(inputs)
+        call = pack_call(self.module, sample, share=False)
+        mask = call.token_mask()[..., None]
+
+        def own() -> Tensor:
+            hidden: Tensor = self.original(**sample, **without_cache(self.module)).last_hidden_state
+            return hidden * mask.to(hidden.dtype)
+
+        def accelerated() -> Tensor:
+            hidden: Tensor = self._run(found, pack_call(self.module, sample, share=found.share)).last_hidden_state
+            return hidden
+
+        self.accelerated.verify("backbone", found, own, accelerated)
 
     def _inputs(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the inputs of the rows.
@@ -193,7 +215,7 @@ class CausalForward(ReplacedForward):
         self.needs_logits = needs_logits
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("labels") is None or args:
+        if kwargs.get("labels") is None or args or self.accelerated.paused:
             return self.original(*args, **kwargs)
         try:
             if kwargs.get(trl_head.FLAG):
@@ -216,7 +238,7 @@ class CausalForward(ReplacedForward):
         inputs = row_inputs(arguments, trl_head.CALL_ARGUMENTS)
         self._check_router()
         labels = arguments["labels"]
-        label_values = find_labels(self.accelerated, inputs, next_tokens(labels))
+        label_values = self._find_labels(inputs, labels, head.temperature)
         statistics = [name for name in head.fields if name != "log_probs"]
         log_probs, measured = label_values.log_probs(head.temperature, statistics)
         fields = {name: label_values.in_cells(values)[:, :-1] for name, values in measured.items()}
@@ -228,6 +250,29 @@ class CausalForward(ReplacedForward):
         loss = -fields["log_probs"].sum() / (mask.sum().clamp(min=1) if count is None else count)
         return head.output_class(loss=loss, label_mask=mask, **fields)
 
+    def _find_labels(self, inputs: dict[str, Any], labels: Tensor, temperature: float = 1.0) -> LabelLogProbs:
+        """Return the labels of a call, after a comparison with the model's own code for the first call.
+
+        Raises:
+            Unsupported, NotPackable: if the model has to run its own code.
+        """
+        found = self.accelerated.twin()
+        sample = sample_of({**inputs, "labels": labels})
+        targets = next_tokens(sample.pop("labels"))
+
+        def accelerated() -> Tensor:
+            return find_labels(found, self.module, sample, targets).log_probs(temperature)[0]
+
+        def own() -> Tensor:
+            logits = self.original(**sample, **without_cache(self.module)).logits.flatten(0, 1)
+            flat = torch.from_numpy(targets.ravel())
+            cells = (flat != IGNORED_LABEL).nonzero()[:, 0]
+            log_probs = (logits.index_select(0, cells).float() / temperature).log_softmax(-1)
+            return log_probs.gather(1, flat[cells, None])[:, 0]
+
+        self.accelerated.verify("loss of labels", found, own, accelerated)
+        return find_labels(found, self.module, inputs, next_tokens(labels))
+
     def _check_router(self) -> None:
         if getattr(self.module.config.get_text_config(), "output_router_logits", False):
             raise Unsupported("a loss of routed experts")
@@ -238,7 +283,7 @@ class CausalForward(ReplacedForward):
         if getattr(self.module.loss_function, "__name__", "") != "ForCausalLMLoss":
             raise Unsupported("a loss function of the model")
         self._check_router()
-        label_values = find_labels(self.accelerated, inputs, next_tokens(labels))
+        label_values = self._find_labels(inputs, labels)
         total = -label_values.log_probs()[0].sum()
         count = arguments.get("num_items_in_batch")
         return total / (len(label_values.cells) if count is None else count)
@@ -263,14 +308,15 @@ def next_tokens(labels: Tensor) -> np.ndarray:
     return targets
 
 
-def find_labels(accelerated: AcceleratedModel, inputs: Mapping[str, Any], targets: np.ndarray) -> LabelLogProbs:
+def find_labels(
+    found: TwinInMode, model: PreTrainedModel, inputs: Mapping[str, Any], targets: np.ndarray
+) -> LabelLogProbs:
     """Return the labels of a call on a twin.
 
     Raises:
         Unsupported, NotPackable: if the model has to run its own code.
     """
-    found = accelerated.twin()
     if found.objective is None:
         raise Unsupported("an unknown output head")
-    call = pack_call(accelerated.model.base_model, inputs, share=found.share)
+    call = pack_call(model.base_model, inputs, share=found.share)
     return LabelLogProbs(found, call, targets)

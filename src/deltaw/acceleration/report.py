@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -13,11 +14,13 @@ class Report:
         parts: Accelerated parts with a description, in the order of the computation.
         refused: Parts that run the model's or the trainer's own code, with the reason.
         fallbacks: Number of calls that ran the model's own code, by reason. It grows during training.
+        restore: Undoes the acceleration.
     """
 
     parts: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)
+    restore: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def accept(self, part: str, description: str) -> None:
         """Record that a part runs accelerated."""
@@ -32,6 +35,12 @@ class Report:
     def count_fallback(self, reason: str) -> None:
         """Count a call that ran the model's own code."""
         self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.restore()
 
     def __str__(self) -> str:
         rows = [("accelerated", part, text) for part, text in self.parts.items()]

@@ -60,6 +60,11 @@ class PackedCall:
             flat = values.new_zeros(rows * columns, *values.shape[1:]).index_copy(0, self.cells, values)
         return flat.view(rows, columns, *values.shape[1:])
 
+    def token_mask(self) -> Tensor:
+        """Return (rows, columns) fp32, 1 for tokens and 0 for padding."""
+        rows, columns = self.shape
+        return torch.zeros(rows * columns).index_fill(0, self.cells, 1.0).view(rows, columns)
+
     def index_of_cells(self) -> np.ndarray:
         """Return (rows, columns) the index in the packed row of each token, -1 at padding."""
         table = np.full(self.shape[0] * self.shape[1], -1)
