@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from collections.abc import Callable, Iterator
@@ -15,11 +16,9 @@ from transformers import PreTrainedModel
 
 from deltaw.acceleration.peft_layers import NotConvertible
 from deltaw.acceleration.report import Report
-from deltaw.acceleration.twin import Twin, dtype_of_products, is_observed, state_key
-from deltaw.acceleration.verification import measure, warn_different, without_randomness
-from deltaw.lora.layers import LoRALayer
+from deltaw.acceleration.twin import Twin, drops_out, dtype_of_products, is_observed, state_key
+from deltaw.acceleration.verification import AccelerationWarning, measure, warn_different, without_randomness
 from deltaw.machine.choices import Choice
-from deltaw.runtime.fused import has_dropout
 from deltaw.runtime.fused_blocks import fused_in_mode
 from deltaw.runtime.packed import PACKED, PACKED_INDEPENDENT, packed_rows
 from deltaw.runtime.packing_checks import can_pack, can_pack_independent
@@ -50,11 +49,6 @@ class TwinInMode:
     objective: CausalObjective | None
     verified: set[tuple[str, bool]] = field(default_factory=set)
 
-    def drops_out(self) -> bool:
-        """True if a part other than an adapter applies dropout now."""
-        modules = self.twin.model.base_model.modules()
-        return any(m.training and not isinstance(m, LoRALayer) and has_dropout(vars(m)) for m in modules)
-
 
 class AcceleratedModel:
     """Twins of a model, by its state.
@@ -71,7 +65,7 @@ class AcceleratedModel:
         self.disabled: str | None = None
         self.paused = False
         self._twins: OrderedDict[Any, TwinInMode | str] = OrderedDict()
-        self._casts: dict[int, nn.Parameter] = {}
+        self._casts: dict[Any, nn.Parameter] = {}
 
     def twin(self) -> TwinInMode:
         """Return an updated twin for the model's current state.
@@ -79,18 +73,20 @@ class AcceleratedModel:
         Raises:
             Unsupported: if the model has to run its own code.
         """
-        if self.disabled is not None:
-            raise Unsupported(self.disabled)
         if os.environ.get(SWITCH) == "0":
             raise Unsupported(f"{SWITCH}=0")
+        if self.disabled is not None:
+            raise Unsupported(self.disabled)
         if torch.compiler.is_compiling():
             raise Unsupported("torch.compile")
         if self.model.device.type != "cpu":
             raise Unsupported(f"the model is on {self.model.device.type}")
         if is_observed(self.model):
             raise Unsupported("modules inside the model have hooks")
+        if drops_out(self.model.base_model):
+            raise Unsupported("dropout in the model")
         dtype = dtype_of_products(self.model, "cpu")
-        key = state_key(self.model), dtype
+        key = state_key(self.model, dtype)
         if key not in self._twins:
             self._twins[key] = self._create(dtype)
             while len(self._twins) > MAX_TWINS:
@@ -100,9 +96,16 @@ class AcceleratedModel:
         if isinstance(found, str):
             raise Unsupported(found)
         found.twin.update()
-        if found.drops_out():
-            raise Unsupported("dropout in the model")
         return found
+
+    def fall_back(self, reason: str) -> None:
+        """Record a call that runs the model's own code. Each reason of a training call is reported once."""
+        if os.environ.get(SWITCH) == "0":
+            return
+        if reason not in self.report.fallbacks and self.model.training and torch.is_grad_enabled():
+            message = f"deltaw.accelerate: the model's own code runs: {reason}"
+            warnings.warn(message, AccelerationWarning, stacklevel=4)
+        self.report.count_fallback(reason)
 
     def verify(
         self,

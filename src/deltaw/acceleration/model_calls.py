@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -43,7 +44,7 @@ class BackboneForward(ReplacedForward):
             self._verify(found, inputs)
             call = pack_call(self.module, inputs, share=found.share)
         except (Unsupported, NotPackable, TypeError) as error:
-            self.accelerated.report.count_fallback(str(error))
+            self.accelerated.fall_back(str(error))
             return self.original(*args, **kwargs)
         return self._run(found, call)
 
@@ -81,11 +82,9 @@ class BackboneForward(ReplacedForward):
         Raises:
             Unsupported: if the call has arguments that packed rows do not support.
         """
-        cache = arguments.get("use_cache")
-        returns_cache = getattr(self.module.config, "use_cache", False) if cache is None else cache
-        if returns_cache and "past_key_values" in self.__signature__.parameters and not torch.is_grad_enabled():
+        if _returns_cache(self.module, arguments) and not torch.is_grad_enabled():
             raise Unsupported("calls that return keys and values")
-        return row_inputs(arguments)
+        return row_inputs(self.module, arguments)
 
     def _result(self, output: Any, hidden: Tensor) -> Any:
         fields = {name: None for name in output}
@@ -100,10 +99,21 @@ class BackboneForward(ReplacedForward):
         return torch.float32 if torch.is_autocast_enabled("cpu") else hidden.dtype
 
 
-def row_inputs(arguments: Mapping[str, Any], others: frozenset[str] = frozenset()) -> dict[str, Any]:
+def _returns_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> bool:
+    """True if a call returns keys and values."""
+    cache = arguments.get("use_cache")
+    text_config = model.config.get_text_config()
+    can_cache = "past_key_values" in inspect.signature(type(model).forward).parameters
+    return can_cache and bool(getattr(text_config, "use_cache", False) if cache is None else cache)
+
+
+def row_inputs(
+    model: PreTrainedModel, arguments: Mapping[str, Any], others: frozenset[str] = frozenset()
+) -> dict[str, Any]:
     """Return the inputs of rows among the arguments of a call.
 
     Args:
+        model: Model that is called.
         arguments: Arguments by name.
         others: Names of arguments that the caller handles.
 
@@ -116,6 +126,9 @@ def row_inputs(arguments: Mapping[str, Any], others: frozenset[str] = frozenset(
         if name == "use_cache" or name in inputs or name in others or name in _FLASH_ARGUMENTS or is_default:
             continue
         raise Unsupported(f"calls with {name}")
+    if "position_ids" in inputs and "attention_mask" not in inputs and _returns_cache(model, arguments):
+        # transformers only separates rows by their positions in calls without a cache.
+        raise Unsupported("rows without padding, unless use_cache=False is passed")
     return inputs
 
 
@@ -224,7 +237,7 @@ class CausalForward(ReplacedForward):
                 return self.original(*args, **kwargs)
             return CausalLMOutputWithPast(loss=self._loss(kwargs))
         except (Unsupported, NotPackable) as error:
-            self.accelerated.report.count_fallback(str(error))
+            self.accelerated.fall_back(str(error))
             return self.original(*args, **kwargs)
 
     def _run_trl_head(self, arguments: dict[str, Any]) -> Any:
@@ -235,7 +248,7 @@ class CausalForward(ReplacedForward):
         text_config = self.module.config.get_text_config()
         if head.temperature != 1.0 and getattr(text_config, "final_logit_softcapping", None):
             raise Unsupported("a temperature with a soft cap")
-        inputs = row_inputs(arguments, trl_head.CALL_ARGUMENTS)
+        inputs = row_inputs(self.module, arguments, trl_head.CALL_ARGUMENTS)
         self._check_router()
         labels = arguments["labels"]
         label_values = self._find_labels(inputs, labels, head.temperature)
@@ -278,7 +291,7 @@ class CausalForward(ReplacedForward):
             raise Unsupported("a loss of routed experts")
 
     def _loss(self, arguments: dict[str, Any]) -> Tensor:
-        inputs = row_inputs(arguments, frozenset({"labels", "num_items_in_batch"}))
+        inputs = row_inputs(self.module, arguments, frozenset({"labels", "num_items_in_batch"}))
         labels = arguments["labels"]
         if getattr(self.module.loss_function, "__name__", "") != "ForCausalLMLoss":
             raise Unsupported("a loss function of the model")

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+
+
+def own_forward(module: nn.Module, previous: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Return the forward method of a module before it was replaced: ``previous``, or that of its class."""
+    return types.MethodType(type(module).forward, module) if previous is None else previous
 
 
 class ReplacedForward:
@@ -40,6 +47,13 @@ class ReplacedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.original(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        """Copies of the module are not accelerated."""
+        return own_forward(copy.deepcopy(self.module, memo), copy.deepcopy(self._previous, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return own_forward, (self.module, self._previous)
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call by name.

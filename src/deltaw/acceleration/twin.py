@@ -23,6 +23,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from deltaw.acceleration.peft_layers import Factor, NotConvertible, convert_layer, inner_module, is_peft_module, state_of
 from deltaw.acceleration.replaced_forward import ReplacedForward
 from deltaw.kernels.torch_modules import are_hooked, cast_module, direct_modules, direct_parameters
+from deltaw.kernels.torch_private import version_of
+from deltaw.lora.layers import LoRALayer
+from deltaw.runtime.fused import has_dropout
 
 # Hook of transformers and PEFT on the input embeddings, which a twin does not need: it makes their output require a
 # gradient, for reentrant checkpointing.
@@ -38,7 +41,7 @@ class Twin:
     Args:
         source: The script's model.
         dtype: Type of the frozen parameters, or None for their own. Used for autocast.
-        casts: Frozen parameters in ``dtype`` by the id of the original, shared by all twins of the model.
+        casts: Frozen parameters in ``dtype`` by the original, shared by all twins of the model.
 
     Attributes:
         model: The copy.
@@ -48,7 +51,7 @@ class Twin:
         NotConvertible: if a part of the model cannot be copied.
     """
 
-    def __init__(self, source: PreTrainedModel, dtype: torch.dtype | None, casts: dict[int, nn.Parameter]) -> None:
+    def __init__(self, source: PreTrainedModel, dtype: torch.dtype | None, casts: dict[Any, nn.Parameter]) -> None:
         self.factors: list[Factor] = []
         self._source = source
         self._dtype = dtype
@@ -130,15 +133,27 @@ class Twin:
             return parameter
         if parameter.requires_grad:
             raise NotConvertible("autocast with trained parameters other than factors")
-        if id(parameter) not in self._casts:
-            self._casts[id(parameter)] = nn.Parameter(parameter.data.to(self._dtype), requires_grad=False)
-        return self._casts[id(parameter)]
+        key = id(parameter), _value_key(parameter, self._dtype)
+        if key not in self._casts:
+            self._casts[key] = nn.Parameter(parameter.data.to(self._dtype), requires_grad=False)
+        return self._casts[key]
 
 
-def state_key(model: nn.Module) -> tuple[Any, ...]:
-    """Return a key of everything that a twin depends on, except values and flags."""
-    parameters = tuple((id(p), p.requires_grad, p.dtype) for p in model.parameters())
-    return parameters, tuple(state_of(module) for module in model.modules() if is_peft_module(module))
+def state_key(model: nn.Module, dtype: torch.dtype | None) -> tuple[Any, ...]:
+    """Return a key of everything that a twin depends on, except flags and the values of shared tensors.
+
+    Args:
+        dtype: Type of the frozen parameters, of which the twin then has copies.
+    """
+    parameters = tuple((id(p), p.requires_grad, p.dtype, _value_key(p, dtype)) for p in model.parameters())
+    return dtype, parameters, tuple(state_of(module) for module in model.modules() if is_peft_module(module))
+
+
+def _value_key(parameter: nn.Parameter, dtype: torch.dtype | None) -> tuple[int, int] | None:
+    """Return a key that changes with the values of a parameter that is copied, or None if it is shared."""
+    if dtype is None or parameter.requires_grad or parameter.dtype == dtype or parameter.is_inference():
+        return None
+    return parameter.data_ptr(), version_of(parameter)
 
 
 def is_observed(model: nn.Module) -> bool:
@@ -150,6 +165,20 @@ def is_observed(model: nn.Module) -> bool:
 def _hooks_of(table: Mapping[str, Any]) -> list[Any]:
     hooks: Iterator[Any] = (hook for name in _HOOK_TABLES for hook in table.get(name, {}).values())
     return [hook for hook in hooks if getattr(hook, "__name__", "") not in _HARMLESS_HOOKS]
+
+
+def drops_out(model: nn.Module) -> bool:
+    """True if a part of a model other than an adapter applies dropout now."""
+    of_adapters = {id(m) for module in model.modules() for m in _dropout_of_adapter(module)}
+    return any(m.training and id(m) not in of_adapters and has_dropout(vars(m)) for m in model.modules())
+
+
+def _dropout_of_adapter(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that apply the dropout of an adapter."""
+    if isinstance(module, LoRALayer):
+        yield module
+    elif is_peft_module(module) and (dropout := direct_modules(module).get("lora_dropout")) is not None:
+        yield from dropout.modules()
 
 
 def dtype_of_products(model: nn.Module, device_type: str) -> torch.dtype | None:
