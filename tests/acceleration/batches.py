@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tests.tiny_models import causal_model
 
@@ -30,11 +31,15 @@ def padded_batch(vocabulary: int, *, left: bool = False, seed: int = 0) -> dict[
 
 def peft_model(family: str = "llama", *, dtype: torch.dtype = torch.float32, **settings: Any) -> PeftModel:
     """Return a tiny language model with PEFT's LoRA, of which B is not zero, in training mode."""
-    model = causal_model(family).to(dtype)
+    return adapted(causal_model(family).to(dtype), **settings)
+
+
+def adapted(model: PreTrainedModel, **settings: Any) -> PeftModel:
+    """Add PEFT's LoRA, of which B is not zero, to a model, and set training mode."""
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings})
-    adapted = get_peft_model(model, config)
-    fill_factors(adapted)
-    return adapted.train()
+    result = get_peft_model(model, config)
+    fill_factors(result)
+    return result.train()
 
 
 def fill_factors(model: nn.Module, seed: int = 0) -> None:

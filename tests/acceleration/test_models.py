@@ -9,11 +9,12 @@ import warnings
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import deltaw
 from deltaw.acceleration.verification import AccelerationWarning
-from tests.acceleration.batches import fill_factors, largest_difference, loss_and_gradients, padded_batch, peft_model
+from deltaw.lora.stored import stored_form
+from tests.acceleration.batches import adapted, fill_factors, largest_difference, loss_and_gradients, padded_batch, peft_model
 from tests.tiny_models import causal_model
 
 TOLERANCE = 1e-5
@@ -67,9 +68,9 @@ def test_kinds_of_adapters_equal_peft(settings):
 
 def test_plain_and_deltaw_models_equal_transformers():
     batch = padded_batch(causal_model("llama").config.vocab_size)
-    for adapted in (False, True):
+    for with_adapter in (False, True):
         model = causal_model("llama").train()
-        if adapted:
+        if with_adapter:
             deltaw.attach(model, deltaw.LoRAConfig(rank=4, target_modules="all-linear"), seed=0)
             fill_factors(model)
         loss, gradients = loss_and_gradients(model, batch)
@@ -283,3 +284,30 @@ def test_gradients_reach_the_reducer_of_ddp():
         assert largest_difference({n.removeprefix("module."): g for n, g in computed.items()}, gradients) < TOLERANCE
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_quantized_weights_are_used_by_own_and_accelerated_code(precision):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = adapted(LlamaForCausalLM(LlamaConfig(vocab_size=97, **sizes)).to(torch.bfloat16))
+    batch = padded_batch(model.config.vocab_size)
+    exact, _ = loss_and_gradients(model, batch)
+    report = deltaw.accelerate(model, precision=precision, rows=batch["input_ids"].tolist(), logits=False)
+    computed_loss, computed = loss_and_gradients(model, batch)
+    assert not report.fallbacks and precision in report.parts["weights"]
+    assert computed_loss != exact and computed_loss == pytest.approx(exact, rel=0.05)
+    deltaw.restore(model)
+    loss, gradients = loss_and_gradients(model, batch)
+    assert computed_loss == pytest.approx(loss, rel=0.01) and largest_difference(computed, gradients) < 0.1
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+    assert stored_form(layer) is not None
+    with pytest.raises(deltaw.UserError, match="merged"):
+        model.merge_adapter()
+
+
+def test_trained_weights_are_not_quantized():
+    with pytest.raises(deltaw.UserError, match="trained"):
+        deltaw.accelerate(causal_model("llama").train(), precision="int8")
+    with pytest.raises(deltaw.UserError, match="int4"):
+        deltaw.accelerate(peft_model(), precision="int4")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,9 +15,13 @@ from transformers import PreTrainedModel, Trainer
 
 from deltaw.acceleration.accelerated_model import AcceleratedModel, Unsupported
 from deltaw.acceleration.model_calls import BackboneForward, CausalForward
+from deltaw.acceleration.quantization import calibration_rows, is_quantized, quantize_frozen
 from deltaw.acceleration.replaced_forward import ReplacedForward
 from deltaw.acceleration.report import Report
 from deltaw.errors import UserError
+
+# Packages whose trainers read outputs only at tokens.
+KNOWN_TRAINERS = frozenset({"transformers", "trl", "sentence_transformers"})
 
 
 class Acceleration:
@@ -46,7 +51,13 @@ class Acceleration:
 _ACCELERATIONS: weakref.WeakKeyDictionary[PreTrainedModel, Acceleration] = weakref.WeakKeyDictionary()
 
 
-def accelerate(target: nn.Module | Trainer, *, logits: bool = True) -> Report:
+def accelerate(
+    target: nn.Module | Trainer,
+    *,
+    precision: str | None = None,
+    rows: Iterable[Any] = (),
+    logits: bool = True,
+) -> Report:
     """Accelerate training on a CPU in a script of one's own.
 
     Recognized blocks run fused, rows run without padding, and prefixes that rows of a batch share are computed once.
@@ -56,6 +67,9 @@ def accelerate(target: nn.Module | Trainer, *, logits: bool = True) -> Report:
     Args:
         target: A model of transformers, plain, with PEFT's or deltaw's adapters, or inside another module; or a trainer
             of transformers, TRL or sentence-transformers.
+        precision: ``int8`` or ``nf4`` to quantize the frozen linear layers of the blocks in place. :func:`restore` does
+            not undo this.
+        rows: Lists of token ids, with which int8 is calibrated. A trainer's first rows by default.
         logits: False if a loop of one's own reads only ``loss`` of a call with labels. Then ``logits`` is None while
             training, and the output head is computed only at labels. Trainers set it themselves.
 
@@ -63,16 +77,21 @@ def accelerate(target: nn.Module | Trainer, *, logits: bool = True) -> Report:
         A report, which can be printed. As a context manager, it restores the model at the end.
 
     Raises:
-        UserError: if the target contains no model of transformers.
+        UserError: if the target contains no model of transformers, or if its weights cannot be quantized.
     """
+    if not isinstance(target, nn.Module | Trainer):
+        raise UserError(f"a {type(target).__name__} is neither a model nor a trainer of transformers")
     if isinstance(target, nn.Module):
-        return _accelerate_model(target, logits=logits)
+        return _accelerate_model(target, precision, rows, logits=logits)
+    if (unknown := _unknown_loss(target)) is not None:
+        report = Report()
+        report.refuse("trainer", f"{unknown} is not known; deltaw.accelerate(trainer.model) accelerates its model")
+        return report
     models = [model for name in ("model", "ref_model") if isinstance(model := getattr(target, name, None), nn.Module)]
-    if not models or not callable(getattr(target, "compute_loss", None)):
-        raise UserError(f"a {type(target).__name__} is neither a model nor a trainer")
     autocast = torch.autocast("cpu", torch.bfloat16) if getattr(target.args, "bf16", False) else contextlib.nullcontext()
     with autocast:
-        reports = [_accelerate_model(model, logits=_reads_logits(target)) for model in models]
+        calibration = list(rows) or calibration_rows(getattr(target, "train_dataset", None))
+        reports = [_accelerate_model(m, precision, calibration, logits=_reads_logits(target)) for m in models]
     return reports[0]
 
 
@@ -97,11 +116,14 @@ def find_model(module: nn.Module) -> PreTrainedModel:
     raise UserError(f"a {type(module).__name__} contains no model of transformers")
 
 
-def _accelerate_model(module: nn.Module, *, logits: bool) -> Report:
+def _accelerate_model(module: nn.Module, precision: str | None, rows: Iterable[Any], *, logits: bool) -> Report:
     model = find_model(module)
     if model in _ACCELERATIONS:
-        return _ACCELERATIONS[model].report
+        restore(model)
+    quantized = None if precision is None or is_quantized(model) else quantize_frozen(model, precision, rows)
     acceleration = Acceleration(model, logits=logits)
+    if quantized is not None:
+        acceleration.report.accept("weights", f"{precision}: {quantized}")
     _ACCELERATIONS[model] = acceleration
     acceleration.report.restore = lambda: restore(model)
     with contextlib.suppress(Unsupported):  # the report contains the reason
@@ -109,7 +131,15 @@ def _accelerate_model(module: nn.Module, *, logits: bool) -> Report:
     return acceleration.report
 
 
-def _reads_logits(trainer: Any) -> bool:
+def _unknown_loss(trainer: Trainer) -> str | None:
+    """Return the name of a loss that may read outputs at padding, which are zero in an accelerated model, or None."""
+    function = vars(trainer).get("compute_loss", type(trainer).compute_loss)
+    if function.__module__.partition(".")[0] not in KNOWN_TRAINERS:
+        return f"{type(trainer).__name__}.compute_loss"
+    return "compute_loss_func" if getattr(trainer, "compute_loss_func", None) is not None else None
+
+
+def _reads_logits(trainer: Trainer) -> bool:
     """Return True unless a trainer reads only the loss of calls with labels."""
     own_loss = type(trainer).compute_loss is not Trainer.compute_loss
-    return own_loss or any(getattr(trainer, name, None) is not None for name in ("compute_loss_func", "label_smoother"))
+    return own_loss or getattr(trainer, "label_smoother", None) is not None

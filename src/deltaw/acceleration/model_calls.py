@@ -23,8 +23,11 @@ from deltaw.runtime.packed import without_cache
 
 IGNORED_LABEL = -100
 _ROW_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids"})
-# Arguments of packed rows for attention implementations that are not used on a CPU. Positions contain the same.
-_FLASH_ARGUMENTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
+# Arguments without effect here: packed rows for attention implementations that are not used on a CPU, whose positions
+# contain the same, and the number of labels, which only losses use.
+_WITHOUT_EFFECT = frozenset(
+    {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "num_items_in_batch"}
+)
 
 
 class BackboneForward(ReplacedForward):
@@ -123,7 +126,7 @@ def row_inputs(
     inputs = {name: arguments[name] for name in _ROW_INPUTS if arguments.get(name) is not None}
     for name, value in arguments.items():
         is_default = value is None or value is False or (name == "return_dict" and value is True)
-        if name == "use_cache" or name in inputs or name in others or name in _FLASH_ARGUMENTS or is_default:
+        if name == "use_cache" or name in inputs or name in others or name in _WITHOUT_EFFECT or is_default:
             continue
         raise Unsupported(f"calls with {name}")
     if "position_ids" in inputs and "attention_mask" not in inputs and _returns_cache(model, arguments):

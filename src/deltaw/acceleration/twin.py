@@ -42,6 +42,7 @@ class Twin:
         source: The script's model.
         dtype: Type of the frozen parameters, or None for their own. Used for autocast.
         casts: Frozen parameters in ``dtype`` by the original, shared by all twins of the model.
+        without_adapters: True to copy the base model of PEFT's layers.
 
     Attributes:
         model: The copy.
@@ -51,9 +52,17 @@ class Twin:
         NotConvertible: if a part of the model cannot be copied.
     """
 
-    def __init__(self, source: PreTrainedModel, dtype: torch.dtype | None, casts: dict[Any, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        source: PreTrainedModel,
+        dtype: torch.dtype | None,
+        casts: dict[Any, nn.Parameter],
+        *,
+        without_adapters: bool = False,
+    ) -> None:
         self.factors: list[Factor] = []
         self._source = source
+        self._without_adapters = without_adapters
         self._dtype = dtype
         self._casts = casts
         self._copies: dict[int, nn.Module] = {}
@@ -91,16 +100,40 @@ class Twin:
                 result.append((parameter, parameter if factor is None else factor.source, factor))
         return result
 
+    def replace_in_source(self) -> list[nn.Module]:
+        """Replace layers of the script's model for which code has replaced the copy in the twin.
+
+        Returns:
+            The layers of PEFT whose base layer was replaced.
+        """
+        wrappers = []
+        for parent in list(self._source.modules()):
+            copied = self._copies.get(id(parent))
+            if copied is None or is_peft_module(parent):
+                continue
+            for name, child in direct_modules(parent).items():
+                replacement = direct_modules(copied)[name]
+                if child is None or replacement is None or replacement is self._copies[id(child)]:
+                    continue
+                if is_peft_module(child):
+                    wrappers.append(child)
+                    vars(child)["_modules"]["base_layer"] = replacement
+                else:
+                    vars(parent)["_modules"][name] = replacement
+        return wrappers
+
     def _copy(self, module: nn.Module) -> nn.Module:
         if id(module) not in self._copies:
             self._copies[id(module)] = self._convert(module) if is_peft_module(module) else self._copy_plain(module)
         return self._copies[id(module)]
 
     def _convert(self, module: nn.Module) -> nn.Module:
+        base_layer = direct_modules(module).get("base_layer")
+        if self._without_adapters and base_layer is not None:
+            return self._copy(base_layer)
         inner = inner_module(module)
         if inner is not None:
             return self._copy(inner)
-        base_layer = direct_modules(module)["base_layer"]
         assert base_layer is not None
         layer, factors = convert_layer(module, self._copy(base_layer))
         self._pairs.append((vars(module), vars(layer)))
