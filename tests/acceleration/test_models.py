@@ -14,7 +14,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import deltaw
 from deltaw.acceleration.verification import AccelerationWarning
 from deltaw.lora.stored import stored_form
-from tests.acceleration.batches import adapted, fill_factors, largest_difference, loss_and_gradients, padded_batch, peft_model
+from tests.acceleration.batches import (
+    adapted,
+    fill_factors,
+    largest_difference,
+    loss_and_gradients,
+    padded_batch,
+    peft_model,
+)
 from tests.tiny_models import causal_model
 
 TOLERANCE = 1e-5
@@ -233,7 +240,7 @@ def test_difference_from_own_code_disables_acceleration():
     batch = padded_batch(model.config.vocab_size)
     report = deltaw.accelerate(model, logits=False)
     attention = model.get_base_model().model.layers[0].self_attn
-    attention.scaling *= 1.5  # after the twin was created
+    attention.scaling *= 1.5  # after the copy was created
     with pytest.warns(AccelerationWarning, match="differ"):
         computed_loss, computed = loss_and_gradients(model, batch)
     deltaw.restore(model)

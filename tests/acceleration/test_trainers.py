@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -33,7 +33,22 @@ from tests.acceleration.batches import fill_factors
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "box", "five"]
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wizards",
+    "box",
+    "five",
+]
 # Losses of steps differ by rounding, which the optimizer increases in each step.
 TOLERANCE = 1e-4
 
@@ -69,9 +84,18 @@ def llama(auto: Any = AutoModelForCausalLM, **settings: Any) -> Any:
 def arguments(folder: Path, **settings: Any) -> dict[str, Any]:
     """Return arguments of a trainer that logs each of three steps."""
     return {
-        **{"output_dir": str(folder), "per_device_train_batch_size": 4, "max_steps": 3, "logging_steps": 1},
-        **{"report_to": [], "save_strategy": "no", "use_cpu": True, "learning_rate": 1e-2, "disable_tqdm": True},
-        **{"seed": 0, "bf16": False, "gradient_checkpointing": False},
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "learning_rate": 1e-2,
+        "disable_tqdm": True,
+        "seed": 0,
+        "bf16": False,
+        "gradient_checkpointing": False,
         **settings,
     }
 
@@ -246,7 +270,9 @@ def test_reference_model_is_accelerated_and_restored(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_sentence_transformers_log_the_same_loss(dropout, tmp_path):
-    sentence_transformers = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    sentence_transformers = pytest.importorskip(
+        "sentence_transformers", reason="sentence-transformers is not installed"
+    )
     losses = importlib.import_module("sentence_transformers.losses")
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
     torch.manual_seed(0)

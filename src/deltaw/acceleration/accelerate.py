@@ -52,11 +52,7 @@ _ACCELERATIONS: weakref.WeakKeyDictionary[PreTrainedModel, Acceleration] = weakr
 
 
 def accelerate(
-    target: nn.Module | Trainer,
-    *,
-    precision: str | None = None,
-    rows: Iterable[Any] = (),
-    logits: bool = True,
+    target: nn.Module | Trainer, *, precision: str | None = None, rows: Iterable[Any] = (), logits: bool = True
 ) -> Report:
     """Accelerate training on a CPU in a script of one's own.
 
@@ -88,7 +84,9 @@ def accelerate(
         report.refuse("trainer", f"{unknown} is not known; deltaw.accelerate(trainer.model) accelerates its model")
         return report
     models = [model for name in ("model", "ref_model") if isinstance(model := getattr(target, name, None), nn.Module)]
-    autocast = torch.autocast("cpu", torch.bfloat16) if getattr(target.args, "bf16", False) else contextlib.nullcontext()
+    autocast = (
+        torch.autocast("cpu", torch.bfloat16) if getattr(target.args, "bf16", False) else contextlib.nullcontext()
+    )
     with autocast:
         calibration = list(rows) or calibration_rows(getattr(target, "train_dataset", None))
         reports = [_accelerate_model(m, precision, calibration, logits=_reads_logits(target)) for m in models]
@@ -127,7 +125,7 @@ def _accelerate_model(module: nn.Module, precision: str | None, rows: Iterable[A
     _ACCELERATIONS[model] = acceleration
     acceleration.report.restore = lambda: restore(model)
     with contextlib.suppress(Unsupported):  # the report contains the reason
-        acceleration.accelerated.twin()
+        acceleration.accelerated.current_copy()
     return acceleration.report
 
 

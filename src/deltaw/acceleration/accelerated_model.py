@@ -1,4 +1,4 @@
-"""A model of a script whose calls run on twins."""
+"""A model of a script whose calls run on shared copies."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import contextlib
 import os
 import warnings
 from collections import OrderedDict
-from dataclasses import dataclass, field
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from deltaw.acceleration.peft_layers import NotConvertible
 from deltaw.acceleration.report import Report
-from deltaw.acceleration.twin import Twin, drops_out, dtype_of_products, is_observed, state_key
+from deltaw.acceleration.shared_copy import SharedCopy, drops_out, dtype_of_products, is_observed, state_key
 from deltaw.acceleration.verification import AccelerationWarning, measure, warn_different, without_randomness
 from deltaw.machine.choices import Choice
 from deltaw.runtime.fused_blocks import fused_in_mode
@@ -24,8 +24,8 @@ from deltaw.runtime.packed import PACKED, PACKED_INDEPENDENT, packed_rows
 from deltaw.runtime.packing_checks import can_pack, can_pack_independent
 from deltaw.training.causal_objective import CausalObjective
 
-# Number of states of a model, such as adapters that are switched in each step, whose twins are kept.
-MAX_TWINS = 4
+# Number of states of a model, such as adapters that are switched in each step, whose copies are kept.
+MAX_COPIES = 4
 SWITCH = "DELTAW_ACCELERATE"
 
 
@@ -34,24 +34,24 @@ class Unsupported(Exception):
 
 
 @dataclass(eq=False)
-class TwinInMode:
-    """A twin that runs packed rows.
+class PackedCopy:
+    """A shared copy that runs packed rows.
 
     Attributes:
-        twin: The twin.
+        shared: The shared copy.
         share: True if rows may share prefixes.
         objective: Loss of the labels, for language models with a known output head.
         verified: Kinds of calls that were compared with the model's own code, with and without gradient.
     """
 
-    twin: Twin
+    shared: SharedCopy
     share: bool
     objective: CausalObjective | None
     verified: set[tuple[str, bool]] = field(default_factory=set)
 
 
 class AcceleratedModel:
-    """Twins of a model, by its state.
+    """A model with shared copies of it, by its state.
 
     Args:
         model: Model of transformers, possibly with layers of PEFT.
@@ -64,11 +64,11 @@ class AcceleratedModel:
         # True while the model's own code is run for a comparison.
         self.disabled: str | None = None
         self.paused = False
-        self._twins: OrderedDict[Any, TwinInMode | str] = OrderedDict()
+        self._copies: OrderedDict[Any, PackedCopy | str] = OrderedDict()
         self._casts: dict[Any, nn.Parameter] = {}
 
-    def twin(self) -> TwinInMode:
-        """Return an updated twin for the model's current state.
+    def current_copy(self) -> PackedCopy:
+        """Return an updated copy for the model's current state.
 
         Raises:
             Unsupported: if the model has to run its own code.
@@ -87,15 +87,15 @@ class AcceleratedModel:
             raise Unsupported("dropout in the model")
         dtype = dtype_of_products(self.model, "cpu")
         key = state_key(self.model, dtype)
-        if key not in self._twins:
-            self._twins[key] = self._create(dtype)
-            while len(self._twins) > MAX_TWINS:
-                self._release(self._twins.popitem(last=False)[1])
-        self._twins.move_to_end(key)
-        found = self._twins[key]
+        if key not in self._copies:
+            self._copies[key] = self._create(dtype)
+            while len(self._copies) > MAX_COPIES:
+                self._release(self._copies.popitem(last=False)[1])
+        self._copies.move_to_end(key)
+        found = self._copies[key]
         if isinstance(found, str):
             raise Unsupported(found)
-        found.twin.update()
+        found.shared.update()
         return found
 
     def fall_back(self, reason: str) -> None:
@@ -108,19 +108,15 @@ class AcceleratedModel:
         self.report.count_fallback(reason)
 
     def verify(
-        self,
-        kind: str,
-        found: TwinInMode,
-        own: Callable[[], Tensor],
-        accelerated: Callable[[], Tensor],
+        self, kind: str, found: PackedCopy, own: Callable[[], Tensor], accelerated: Callable[[], Tensor]
     ) -> None:
         """Compare the first call of a kind with the model's own code, and disable what differs.
 
         Args:
             kind: Kind of the call.
-            found: Twin of the call.
+            found: SharedCopy of the call.
             own: Runs the model's code on a sample of the call.
-            accelerated: Computes the same on the twin.
+            accelerated: Computes the same on the copy.
 
         Raises:
             Unsupported: if the accelerated result differs from the model's.
@@ -129,13 +125,13 @@ class AcceleratedModel:
         if key in found.verified:
             return
         with without_randomness(self.model):
-            found.twin.update()
+            found.shared.update()
 
             def run_own() -> Tensor:
                 with self._paused():
                     return own()
 
-            parameters = [source for _, source, _ in found.twin.leaves(found.twin.model)] if key[1] else []
+            parameters = [source for _, source, _ in found.shared.leaves(found.shared.model)] if key[1] else []
             differences = measure(run_own, accelerated, parameters)
             dtype = dtype_of_products(self.model, "cpu") or self.model.dtype
             if differences.exceed(dtype) and found.share:
@@ -145,7 +141,7 @@ class AcceleratedModel:
                     warn_different("sharing of prefixes", differences)
                     self.report.refuse("shared prefixes", str(differences))
                 differences = without_sharing
-        found.twin.update()
+        found.shared.update()
         if differences.exceed(dtype):
             warn_different("the accelerated model", differences)
             self.disabled = f"{kind}: {differences}"
@@ -163,28 +159,28 @@ class AcceleratedModel:
             self.paused = False
 
     def close(self) -> None:
-        """Release all twins."""
-        while self._twins:
-            self._release(self._twins.popitem()[1])
+        """Release all copies."""
+        while self._copies:
+            self._release(self._copies.popitem()[1])
         self._casts.clear()
 
     @staticmethod
-    def _release(found: TwinInMode | str) -> None:
-        if isinstance(found, TwinInMode):
-            found.twin.close()
+    def _release(found: PackedCopy | str) -> None:
+        if isinstance(found, PackedCopy):
+            found.shared.close()
 
-    def _create(self, dtype: torch.dtype | None) -> TwinInMode | str:
-        """Return a twin for the current state, or the reason why there is none."""
+    def _create(self, dtype: torch.dtype | None) -> PackedCopy | str:
+        """Return a copy for the current state, or the reason why there is none."""
         try:
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                return self._create_in_mode(Twin(self.model, dtype, self._casts))
+                return self._create_in_mode(SharedCopy(self.model, dtype, self._casts))
         except NotConvertible as error:
             self.report.refuse("blocks", str(error))
             return str(error)
 
-    def _create_in_mode(self, twin: Twin) -> TwinInMode | str:
-        twin.update()
-        model = twin.model
+    def _create_in_mode(self, shared: SharedCopy) -> PackedCopy | str:
+        shared.update()
+        model = shared.model
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:
@@ -198,7 +194,7 @@ class AcceleratedModel:
                 self.report.accept("blocks", f"{len(fused.blocks)} blocks fused; {fused.choice.why}")
             else:
                 self.report.refuse("blocks", fused.choice.why)
-            twin.enter(packed_rows(model, independent=not share))
+            shared.enter(packed_rows(model, independent=not share))
             objective = CausalObjective(model) if share and model.get_output_embeddings() is not None else None
             if objective is not None and not objective.chunked:
                 self.report.refuse("output head", "the model changes the outputs of its head")
@@ -206,7 +202,7 @@ class AcceleratedModel:
         finally:
             for module in training:
                 module.training = True
-        return TwinInMode(twin, share, objective)
+        return PackedCopy(shared, share, objective)
 
 
 def _packing(model: PreTrainedModel) -> tuple[Choice, bool]:

@@ -1,4 +1,4 @@
-"""One node of a script's autograd graph that contains the graph of a twin."""
+"""One node of a script's autograd graph that contains the graph of a copy."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from deltaw.acceleration.peft_layers import Factor
 
 Leaf = tuple[Tensor, Tensor, Factor | None]
-"""A trained parameter of a twin, that of the script's model, and the conversion between them."""
+"""A trained parameter of a copy, that of the script's model, and the conversion between them."""
 
 
 def run_bridged(run: Callable[[], Tensor], leaves: Sequence[Leaf]) -> Tensor:
     """Return the result of ``run``, connected to the parameters of the script's model.
 
     Args:
-        run: Computes a tensor from the parameters of the twin.
+        run: Computes a tensor from the parameters of the copy.
         leaves: Trained parameters that it depends on.
     """
     if not leaves or not torch.is_grad_enabled():
@@ -28,7 +28,7 @@ def run_bridged(run: Callable[[], Tensor], leaves: Sequence[Leaf]) -> Tensor:
 
 
 class _Bridge(torch.autograd.Function):
-    """Computes the graph of a twin in the forward pass, and its gradients in the backward pass."""
+    """Computes the graph of a copy in the forward pass, and its gradients in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, run: Callable[[], Tensor], leaves: Sequence[Leaf], *sources: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Forward methods that run packed rows on a twin: of a backbone, and of a language model at its labels."""
+"""Forward methods that run packed rows on a shared copy: of a backbone, and of a language model at its labels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from deltaw.acceleration import trl_head
-from deltaw.acceleration.accelerated_model import AcceleratedModel, TwinInMode, Unsupported
+from deltaw.acceleration.accelerated_model import AcceleratedModel, PackedCopy, Unsupported
 from deltaw.acceleration.bridge import run_bridged
 from deltaw.acceleration.replaced_forward import ReplacedForward
 from deltaw.acceleration.rows import NotPackable, PackedCall, pack_call
@@ -43,7 +43,7 @@ class BackboneForward(ReplacedForward):
             return self.original(*args, **kwargs)
         try:
             inputs = self._inputs(self.arguments(args, kwargs))
-            found = self.accelerated.twin()
+            found = self.accelerated.current_copy()
             self._verify(found, inputs)
             call = pack_call(self.module, inputs, share=found.share)
         except (Unsupported, NotPackable, TypeError) as error:
@@ -51,20 +51,20 @@ class BackboneForward(ReplacedForward):
             return self.original(*args, **kwargs)
         return self._run(found, call)
 
-    def _run(self, found: TwinInMode, call: PackedCall) -> Any:
-        twin = found.twin.model if self._is_whole_model else found.twin.model.base_model
+    def _run(self, found: PackedCopy, call: PackedCall) -> Any:
+        backbone = found.shared.model if self._is_whole_model else found.shared.model.base_model
         outputs: list[Any] = []
 
         def run() -> Tensor:
             with torch.autocast("cpu", enabled=False):
-                outputs.append(twin(**call.batch.inputs, **without_cache(twin)))
+                outputs.append(backbone(**call.batch.inputs, **without_cache(backbone)))
             hidden: Tensor = outputs[0].last_hidden_state
             return hidden
 
-        hidden = call.unpack(run_bridged(run, found.twin.leaves(twin)))
+        hidden = call.unpack(run_bridged(run, found.shared.leaves(backbone)))
         return self._result(outputs[0], hidden)
 
-    def _verify(self, found: TwinInMode, inputs: Mapping[str, Any]) -> None:
+    def _verify(self, found: PackedCopy, inputs: Mapping[str, Any]) -> None:
         sample = sample_of(inputs)
         call = pack_call(self.module, sample, share=False)
         mask = call.token_mask()[..., None]
@@ -90,7 +90,7 @@ class BackboneForward(ReplacedForward):
         return row_inputs(self.module, arguments)
 
     def _result(self, output: Any, hidden: Tensor) -> Any:
-        fields = {name: None for name in output}
+        fields = dict.fromkeys(output)
         fields["last_hidden_state"] = hidden.to(self._dtype_of_outputs(hidden))
         pooler = getattr(self.module, "pooler", None)
         if "pooler_output" in fields and pooler is not None:
@@ -152,15 +152,15 @@ class LabelLogProbs:
     """Log-probabilities of the labels of a call.
 
     Args:
-        found: Twin with an objective.
+        found: SharedCopy with an objective.
         call: Packed rows.
         targets: (rows, columns) label that the token in each cell predicts, or -100.
     """
 
-    def __init__(self, found: TwinInMode, call: PackedCall, targets: np.ndarray) -> None:
+    def __init__(self, found: PackedCopy, call: PackedCall, targets: np.ndarray) -> None:
         assert found.objective is not None
         self.objective = found.objective
-        self.twin = found.twin
+        self.shared = found.shared
         self.shape = targets.shape
         cells = np.flatnonzero(targets.ravel() != IGNORED_LABEL)
         indices = call.index_of_cells().ravel()[cells]
@@ -198,7 +198,7 @@ class LabelLogProbs:
                     computed.update(self._statistics(outputs, statistics))
                 return self.objective.log_probs_of(outputs, self.batch.targets)
 
-        values = run_bridged(run, self.twin.leaves(self.twin.model))
+        values = run_bridged(run, self.shared.leaves(self.shared.model))
         by_cell = {name: numbers.index_select(0, self.inverse) for name, numbers in computed.items()}
         return values.index_select(0, self.inverse), by_cell
 
@@ -272,7 +272,7 @@ class CausalForward(ReplacedForward):
         Raises:
             Unsupported, NotPackable: if the model has to run its own code.
         """
-        found = self.accelerated.twin()
+        found = self.accelerated.current_copy()
         sample = sample_of({**inputs, "labels": labels})
         targets = next_tokens(sample.pop("labels"))
 
@@ -325,9 +325,9 @@ def next_tokens(labels: Tensor) -> np.ndarray:
 
 
 def find_labels(
-    found: TwinInMode, model: PreTrainedModel, inputs: Mapping[str, Any], targets: np.ndarray
+    found: PackedCopy, model: PreTrainedModel, inputs: Mapping[str, Any], targets: np.ndarray
 ) -> LabelLogProbs:
-    """Return the labels of a call on a twin.
+    """Return the labels of a call on a shared copy.
 
     Raises:
         Unsupported, NotPackable: if the model has to run its own code.

@@ -99,7 +99,12 @@ def inner_module(module: nn.Module) -> nn.Module | None:
 def _names_of_adapters(module: nn.Module) -> set[str]:
     children = direct_modules(module)
     tables = (children.get("lora_A"), children.get("lora_embedding_A"))
-    return {name for table in tables if table is not None for name, _ in [*table.named_children(), *table.named_parameters()]}
+    return {
+        name
+        for table in tables
+        if table is not None
+        for name, _ in [*table.named_children(), *table.named_parameters()]
+    }
 
 
 def convert_layer(module: nn.Module, base_layer: nn.Module) -> tuple[LoRALayer, list[Factor]]:

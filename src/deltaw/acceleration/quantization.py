@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deltaw.acceleration.peft_layers import is_peft_module
-from deltaw.acceleration.twin import Twin
+from deltaw.acceleration.shared_copy import SharedCopy
 from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.training.preparation import quantize_weights
@@ -37,14 +37,14 @@ def quantize_frozen(model: PreTrainedModel, precision: str, rows: Iterable[Any])
     if precision not in PRECISIONS:
         hint = f"use one of {', '.join(PRECISIONS)}, or load the model in another dtype"
         raise UserError(f"the precision {precision} cannot be set for a loaded model", hint=hint)
-    twin = Twin(model, None, {}, without_adapters=True)
-    if any(parameter.requires_grad for parameter in twin.model.base_model.parameters()):
+    shared = SharedCopy(model, None, {}, without_adapters=True)
+    if any(parameter.requires_grad for parameter in shared.model.base_model.parameters()):
         message = "weights of the model are trained, so they cannot be quantized"
         raise UserError(message, location="precision", hint="add an adapter first, for example with PEFT")
-    twin.model.eval()
+    shared.model.eval()
     examples = [_example(n, tokens) for n, tokens in enumerate(rows)]
-    messages, _ = quantize_weights(twin.model, precision, examples)
-    for layer in twin.replace_in_source():
+    messages, _ = quantize_weights(shared.model, precision, examples)
+    for layer in shared.replace_in_source():
         if is_peft_module(layer):
             vars(layer)["merge"] = _refuse_merge
     return " ".join(message.strip().removeprefix(f"precision {precision}: ") for message in messages)

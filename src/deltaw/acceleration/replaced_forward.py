@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 
 def own_forward(module: nn.Module, previous: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -24,7 +25,7 @@ class ReplacedForward:
         original: Its forward method before, bound.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: PreTrainedModel) -> None:
         self.module = module
         self.original: Callable[..., Any] = module.forward
         self._previous = vars(module).get("forward")

@@ -1,11 +1,11 @@
-"""Twins: copies of a model's modules that share its tensors and run with deltaw's layers, attention and blocks.
+"""Copies of a model's modules that share its tensors and run with deltaw's layers, attention and blocks.
 
 A script keeps its model. Its modules, names, parameters and hooks are unchanged, and only ``forward`` of the model and
-of its backbone are replaced. They run the twin, whose gradients reach the parameters of the script's model through one
+of its backbone are replaced. They run a copy, whose gradients reach the parameters of the script's model through one
 node of the autograd graph (:mod:`deltaw.acceleration.bridge`).
 
-A twin is valid for one state of the model: active adapters, trained parameters and the type that products run in. The
-factors of PEFT's adapters have another layout, so a twin has copies of them, which are updated before each call.
+A copy is valid for one state of the model: active adapters, trained parameters and the type that products run in. The
+factors of PEFT's adapters have another layout, so their values are copied before each call.
 """
 
 from __future__ import annotations
@@ -20,28 +20,35 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from deltaw.acceleration.peft_layers import Factor, NotConvertible, convert_layer, inner_module, is_peft_module, state_of
+from deltaw.acceleration.peft_layers import (
+    Factor,
+    NotConvertible,
+    convert_layer,
+    inner_module,
+    is_peft_module,
+    state_of,
+)
 from deltaw.acceleration.replaced_forward import ReplacedForward
 from deltaw.kernels.torch_modules import are_hooked, cast_module, direct_modules, direct_parameters
 from deltaw.kernels.torch_private import version_of
 from deltaw.lora.layers import LoRALayer
 from deltaw.runtime.fused import has_dropout
 
-# Hook of transformers and PEFT on the input embeddings, which a twin does not need: it makes their output require a
+# Hook of transformers and PEFT on the input embeddings, which a copy does not need: it makes their output require a
 # gradient, for reentrant checkpointing.
 _HARMLESS_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Attributes that scripts change after a twin is created.
+# Attributes that scripts change after a copy is created.
 _FLAGS = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
 
 
-class Twin:
+class SharedCopy:
     """Copy of a model for one of its states.
 
     Args:
         source: The script's model.
         dtype: Type of the frozen parameters, or None for their own. Used for autocast.
-        casts: Frozen parameters in ``dtype`` by the original, shared by all twins of the model.
+        casts: Frozen parameters in ``dtype`` by the original, shared by all copies of the model.
         without_adapters: True to copy the base model of PEFT's layers.
 
     Attributes:
@@ -78,7 +85,7 @@ class Twin:
         self._contexts.enter_context(context)
 
     def close(self) -> None:
-        """Leave the contexts of the twin."""
+        """Leave the contexts of the copy."""
         self._contexts.close()
 
     def update(self) -> None:
@@ -91,7 +98,7 @@ class Twin:
             factor.copy_value()
 
     def leaves(self, part: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter, Factor | None]]:
-        """Return the trained parameters of a part of the twin, with those of the script's model."""
+        """Return the trained parameters of a part of the copy, with those of the script's model."""
         by_id = {id(factor.parameter): factor for factor in self.factors}
         result: list[tuple[nn.Parameter, nn.Parameter, Factor | None]] = []
         for parameter in part.parameters():
@@ -101,7 +108,7 @@ class Twin:
         return result
 
     def replace_in_source(self) -> list[nn.Module]:
-        """Replace layers of the script's model for which code has replaced the copy in the twin.
+        """Replace layers of the script's model for which code has replaced the copy in the copy.
 
         Returns:
             The layers of PEFT whose base layer was replaced.
@@ -117,9 +124,9 @@ class Twin:
                     continue
                 if is_peft_module(child):
                     wrappers.append(child)
-                    vars(child)["_modules"]["base_layer"] = replacement
+                    direct_modules(child)["base_layer"] = replacement
                 else:
-                    vars(parent)["_modules"][name] = replacement
+                    direct_modules(parent)[name] = replacement
         return wrappers
 
     def _copy(self, module: nn.Module) -> nn.Module:
@@ -152,12 +159,10 @@ class Twin:
         for name, value in list(table.items()):
             if isinstance(value, PretrainedConfig):
                 table[name] = copy.deepcopy(value, self._configs)
-        for name, child in direct_modules(copied).items():
-            if child is not None:
-                table["_modules"][name] = self._copy(child)
-        for name, parameter in direct_parameters(copied).items():
-            if parameter is not None:
-                table["_parameters"][name] = self._cast(parameter)
+        children = direct_modules(copied)
+        children.update({name: self._copy(child) for name, child in children.items() if child is not None})
+        parameters = direct_parameters(copied)
+        parameters.update({name: self._cast(p) for name, p in parameters.items() if p is not None})
         self._pairs.append((vars(module), table))
         return copied
 
@@ -173,10 +178,10 @@ class Twin:
 
 
 def state_key(model: nn.Module, dtype: torch.dtype | None) -> tuple[Any, ...]:
-    """Return a key of everything that a twin depends on, except flags and the values of shared tensors.
+    """Return a key of everything that a copy depends on, except flags and the values of shared tensors.
 
     Args:
-        dtype: Type of the frozen parameters, of which the twin then has copies.
+        dtype: Type of the frozen parameters, if their values are converted to it.
     """
     parameters = tuple((id(p), p.requires_grad, p.dtype, _value_key(p, dtype)) for p in model.parameters())
     return dtype, parameters, tuple(state_of(module) for module in model.modules() if is_peft_module(module))
