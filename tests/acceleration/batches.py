@@ -36,9 +36,8 @@ def peft_model(family: str = "llama", *, dtype: torch.dtype = torch.float32, **s
 
 def adapted(model: PreTrainedModel, **settings: Any) -> PeftModel:
     """Add PEFT's LoRA, of which B is not zero, to a model, and set training mode."""
-    config = LoraConfig(
-        **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings}
-    )
+    options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings}
+    config = LoraConfig(**options)
     result = get_peft_model(model, config)
     fill_factors(result)
     return result.train()

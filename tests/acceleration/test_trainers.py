@@ -270,9 +270,8 @@ def test_reference_model_is_accelerated_and_restored(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_sentence_transformers_log_the_same_loss(dropout, tmp_path):
-    sentence_transformers = pytest.importorskip(
-        "sentence_transformers", reason="sentence-transformers is not installed"
-    )
+    reason = "sentence-transformers is not installed"
+    sentence_transformers = pytest.importorskip("sentence_transformers", reason=reason)
     losses = importlib.import_module("sentence_transformers.losses")
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
     torch.manual_seed(0)

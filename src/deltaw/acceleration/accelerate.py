@@ -19,6 +19,7 @@ from deltaw.acceleration.quantization import calibration_rows, is_quantized, qua
 from deltaw.acceleration.replaced_forward import ReplacedForward
 from deltaw.acceleration.report import Report
 from deltaw.errors import UserError
+from deltaw.runtime.packed import backbone_of
 
 # Packages whose trainers read outputs only at tokens.
 KNOWN_TRAINERS = frozenset({"transformers", "trl", "sentence_transformers"})
@@ -35,7 +36,7 @@ class Acceleration:
     def __init__(self, model: PreTrainedModel, *, logits: bool) -> None:
         self.report = Report()
         self.accelerated = AcceleratedModel(model, self.report)
-        self.forwards: list[ReplacedForward] = [BackboneForward(model.base_model, self.accelerated)]
+        self.forwards: list[ReplacedForward] = [BackboneForward(backbone_of(model), self.accelerated)]
         if model.base_model is not model and model.get_output_embeddings() is not None:
             self.forwards.append(CausalForward(model, self.accelerated, needs_logits=logits))
         for forward in self.forwards:
@@ -84,10 +85,7 @@ def accelerate(
         report.refuse("trainer", f"{unknown} is not known; deltaw.accelerate(trainer.model) accelerates its model")
         return report
     models = [model for name in ("model", "ref_model") if isinstance(model := getattr(target, name, None), nn.Module)]
-    autocast = (
-        torch.autocast("cpu", torch.bfloat16) if getattr(target.args, "bf16", False) else contextlib.nullcontext()
-    )
-    with autocast:
+    with torch.autocast("cpu", torch.bfloat16, enabled=bool(getattr(target.args, "bf16", False))):
         calibration = list(rows) or calibration_rows(getattr(target, "train_dataset", None))
         reports = [_accelerate_model(m, precision, calibration, logits=_reads_logits(target)) for m in models]
     return reports[0]

@@ -19,7 +19,7 @@ from deltaw.acceleration.bridge import run_bridged
 from deltaw.acceleration.replaced_forward import ReplacedForward
 from deltaw.acceleration.rows import NotPackable, PackedCall, pack_call
 from deltaw.acceleration.verification import sample_of
-from deltaw.runtime.packed import without_cache
+from deltaw.runtime.packed import backbone_of, without_cache
 
 IGNORED_LABEL = -100
 _ROW_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids"})
@@ -52,7 +52,7 @@ class BackboneForward(ReplacedForward):
         return self._run(found, call)
 
     def _run(self, found: PackedCopy, call: PackedCall) -> Any:
-        backbone = found.shared.model if self._is_whole_model else found.shared.model.base_model
+        backbone = found.shared.model if self._is_whole_model else backbone_of(found.shared.model)
         outputs: list[Any] = []
 
         def run() -> Tensor:
@@ -90,7 +90,7 @@ class BackboneForward(ReplacedForward):
         return row_inputs(self.module, arguments)
 
     def _result(self, output: Any, hidden: Tensor) -> Any:
-        fields = dict.fromkeys(output)
+        fields: dict[str, Any] = dict.fromkeys(output)
         fields["last_hidden_state"] = hidden.to(self._dtype_of_outputs(hidden))
         pooler = getattr(self.module, "pooler", None)
         if "pooler_output" in fields and pooler is not None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
-from deltaw.kernels.torch_modules import direct_modules
+from deltaw.kernels.torch_modules import direct_modules, direct_parameters
 from deltaw.lora.config import scaling as scaling_of
 from deltaw.lora.kinds import adapter_for
 from deltaw.lora.layers import LoRALayer
@@ -98,13 +98,8 @@ def inner_module(module: nn.Module) -> nn.Module | None:
 
 def _names_of_adapters(module: nn.Module) -> set[str]:
     children = direct_modules(module)
-    tables = (children.get("lora_A"), children.get("lora_embedding_A"))
-    return {
-        name
-        for table in tables
-        if table is not None
-        for name, _ in [*table.named_children(), *table.named_parameters()]
-    }
+    tables = [table for name in ("lora_A", "lora_embedding_A") if (table := children.get(name)) is not None]
+    return {name for table in tables for name in (*direct_modules(table), *direct_parameters(table))}
 
 
 def convert_layer(module: nn.Module, base_layer: nn.Module) -> tuple[LoRALayer, list[Factor]]:
@@ -123,7 +118,7 @@ def convert_layer(module: nn.Module, base_layer: nn.Module) -> tuple[LoRALayer, 
     (name,) = active
     variant = getattr(module, "lora_variant", {}).get(name)
     magnitudes = direct_modules(module).get("lora_magnitude_vector")
-    dora = magnitudes is not None and name in magnitudes
+    dora = isinstance(magnitudes, nn.ModuleDict) and name in magnitudes
     if variant is not None and not (dora and type(variant).__name__.startswith("Dora")):
         raise NotConvertible(f"PEFT's {type(variant).__name__} has no equivalent")
     if any(parameter.requires_grad for parameter in base_layer.parameters()):
