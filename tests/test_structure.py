@@ -27,7 +27,8 @@ PACKAGE = SOURCE / "deltaw"
 ORDER = (
     *("errors", "version", "platforms", "child_process", "worker_process", "atomic_files", "progress", "cache"),
     *("untrusted_paths", "user_references", "tensor_files", "settings", "kernels", "lora", "machine"),
-    *("hub", "runtime", "methods", "data", "memory", "decoding", "training", "inference", "tasks"),
+    *("hub", "runtime", "methods", "data", "memory", "decoding", "training", "acceleration"),
+    *("inference", "tasks"),
     *("runs", "experiments", "export", "serving", "evaluation", "reports", "studio", "cli"),
     *("", "__main__"),  # the public face
 )

@@ -14,6 +14,7 @@ from deltaw.settings import registry as _registry
 from deltaw.version import __version__
 
 if TYPE_CHECKING:
+    from deltaw.acceleration.accelerate import accelerate, restore
     from deltaw.lora import (
         LoRAConfig,
         LoRAConv1D,
@@ -50,6 +51,7 @@ __all__ = [
     "RunConfig",
     "UserError",
     "__version__",
+    "accelerate",
     "adapter_parameters",
     "attach",
     "count_parameters",
@@ -59,6 +61,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "plan",
+    "restore",
     "save_adapter",
     "train",
     "unmerge",
@@ -66,6 +69,8 @@ __all__ = [
 
 # Modules of the names that are not defined in deltaw.lora.
 _MODULES = {
+    "accelerate": "deltaw.acceleration.accelerate",
+    "restore": "deltaw.acceleration.accelerate",
     "fit": "deltaw.runs.fit",
     "plan": "deltaw.training.planning.plan_run",
     "train": "deltaw.training.loop",

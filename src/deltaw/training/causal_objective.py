@@ -417,9 +417,10 @@ class CausalObjective(Objective):
 
     def token_log_probs(self, batch: MicroBatch) -> Tensor:
         """Return (P,) differentiable log-probabilities of the batch's ``targets`` in fp32."""
-        return self._log_probs(self.label_outputs(batch), batch.targets)
+        return self.log_probs_of(self.label_outputs(batch), batch.targets)
 
-    def _log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def log_probs_of(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return (P,) log-probabilities of targets (P,) for :meth:`label_outputs`."""
         if not self.chunked:
             return log_probs(outputs, targets)
         if self._head_is_frozen():
@@ -433,7 +434,7 @@ class CausalObjective(Objective):
             labels = (batch.targets, batch.weights)
             parameters = list(self.head.parameters())
             return chunked_cross_entropy(outputs, *labels, self._logits, parameters, chunk=self.chunk)
-        values = self._log_probs(outputs, batch.targets)
+        values = self.log_probs_of(outputs, batch.targets)
         return -(values * batch.weights.to(values.dtype)).sum()
 
     @property

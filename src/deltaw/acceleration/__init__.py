@@ -1,0 +1,1 @@
+"""Acceleration of models and trainers in a script of one's own: :func:`accelerate` and :func:`restore`."""

@@ -1,0 +1,141 @@
+"""``deltaw.accelerate`` and ``deltaw.restore``: one line in a script with transformers, PEFT, TRL or
+sentence-transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+from deltaw.acceleration.accelerated_model import AcceleratedModel, Unsupported
+from deltaw.acceleration.model_calls import BackboneForward, CausalForward
+from deltaw.acceleration.quantization import calibration_rows, is_quantized, quantize_frozen
+from deltaw.acceleration.replaced_forward import ReplacedForward
+from deltaw.acceleration.report import Report
+from deltaw.errors import UserError
+from deltaw.runtime.packed import backbone_of
+
+# Packages whose trainers read outputs only at tokens.
+KNOWN_TRAINERS = frozenset({"transformers", "trl", "sentence_transformers"})
+
+
+class Acceleration:
+    """Replaced forward methods of a model.
+
+    Args:
+        model: The model.
+        logits: False if the caller does not read the logits of training calls with labels.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, logits: bool) -> None:
+        self.report = Report()
+        self.accelerated = AcceleratedModel(model, self.report)
+        self.forwards: list[ReplacedForward] = [BackboneForward(backbone_of(model), self.accelerated)]
+        if model.base_model is not model and model.get_output_embeddings() is not None:
+            self.forwards.append(CausalForward(model, self.accelerated, needs_logits=logits))
+        for forward in self.forwards:
+            forward.install()
+
+    def close(self) -> None:
+        """Use the original forward methods."""
+        for forward in reversed(self.forwards):
+            forward.remove()
+        self.accelerated.close()
+
+
+_ACCELERATIONS: weakref.WeakKeyDictionary[PreTrainedModel, Acceleration] = weakref.WeakKeyDictionary()
+
+
+def accelerate(
+    target: nn.Module | Trainer, *, precision: str | None = None, rows: Iterable[Any] = (), logits: bool = True
+) -> Report:
+    """Accelerate training on a CPU in a script of one's own.
+
+    Recognized blocks run fused, rows run without padding, and prefixes that rows of a batch share are computed once.
+    Parameters, names, hooks and files of the model are unchanged. The first batch is compared with the model's own
+    code, and what differs is not used. ``DELTAW_ACCELERATE=0`` in the environment disables everything.
+
+    Args:
+        target: A model of transformers, plain, with PEFT's or deltaw's adapters, or inside another module; or a trainer
+            of transformers, TRL or sentence-transformers.
+        precision: ``int8`` or ``nf4`` to quantize the frozen linear layers of the blocks in place. :func:`restore` does
+            not undo this.
+        rows: Lists of token ids, with which int8 is calibrated. A trainer's first rows by default.
+        logits: False if a loop of one's own reads only ``loss`` of a call with labels. Then ``logits`` is None while
+            training, and the output head is computed only at labels. Trainers set it themselves.
+
+    Returns:
+        A report, which can be printed. As a context manager, it restores the model at the end.
+
+    Raises:
+        UserError: if the target contains no model of transformers, or if its weights cannot be quantized.
+    """
+    if not isinstance(target, nn.Module | Trainer):
+        raise UserError(f"a {type(target).__name__} is neither a model nor a trainer of transformers")
+    if isinstance(target, nn.Module):
+        return _accelerate_model(target, precision, rows, logits=logits)
+    if (unknown := _unknown_loss(target)) is not None:
+        report = Report()
+        report.refuse("trainer", f"{unknown} is not known; deltaw.accelerate(trainer.model) accelerates its model")
+        return report
+    models = [model for name in ("model", "ref_model") if isinstance(model := getattr(target, name, None), nn.Module)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=bool(getattr(target.args, "bf16", False))):
+        calibration = list(rows) or calibration_rows(getattr(target, "train_dataset", None))
+        reports = [_accelerate_model(m, precision, calibration, logits=_reads_logits(target)) for m in models]
+    return reports[0]
+
+
+def restore(target: nn.Module | Trainer) -> None:
+    """Undo :func:`accelerate`. A model that is not accelerated is unchanged."""
+    models = [target] if isinstance(target, nn.Module) else [target.model, getattr(target, "ref_model", None)]
+    for model in models:
+        acceleration = None if model is None else _ACCELERATIONS.pop(find_model(model), None)
+        if acceleration is not None:
+            acceleration.close()
+
+
+def find_model(module: nn.Module) -> PreTrainedModel:
+    """Return the outermost model of transformers in a module.
+
+    Raises:
+        UserError: if there is none.
+    """
+    for inner in module.modules():
+        if isinstance(inner, PreTrainedModel):
+            return inner
+    raise UserError(f"a {type(module).__name__} contains no model of transformers")
+
+
+def _accelerate_model(module: nn.Module, precision: str | None, rows: Iterable[Any], *, logits: bool) -> Report:
+    model = find_model(module)
+    if model in _ACCELERATIONS:
+        restore(model)
+    quantized = None if precision is None or is_quantized(model) else quantize_frozen(model, precision, rows)
+    acceleration = Acceleration(model, logits=logits)
+    if quantized is not None:
+        acceleration.report.accept("weights", f"{precision}: {quantized}")
+    _ACCELERATIONS[model] = acceleration
+    acceleration.report.restore = lambda: restore(model)
+    with contextlib.suppress(Unsupported):  # the report contains the reason
+        acceleration.accelerated.current_copy()
+    return acceleration.report
+
+
+def _unknown_loss(trainer: Trainer) -> str | None:
+    """Return the name of a loss that may read outputs at padding, which are zero in an accelerated model, or None."""
+    function = vars(trainer).get("compute_loss", type(trainer).compute_loss)
+    if function.__module__.partition(".")[0] not in KNOWN_TRAINERS:
+        return f"{type(trainer).__name__}.compute_loss"
+    return "compute_loss_func" if getattr(trainer, "compute_loss_func", None) is not None else None
+
+
+def _reads_logits(trainer: Trainer) -> bool:
+    """Return True unless a trainer reads only the loss of calls with labels."""
+    own_loss = type(trainer).compute_loss is not Trainer.compute_loss
+    return own_loss or getattr(trainer, "label_smoother", None) is not None

@@ -1,0 +1,213 @@
+"""A model of a script whose calls run on shared copies."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deltaw.acceleration.peft_layers import NotConvertible
+from deltaw.acceleration.report import Report
+from deltaw.acceleration.shared_copy import SharedCopy, drops_out, dtype_of_products, is_observed, state_key
+from deltaw.acceleration.verification import AccelerationWarning, measure, warn_different, without_randomness
+from deltaw.machine.choices import Choice
+from deltaw.runtime.fused_blocks import fused_in_mode
+from deltaw.runtime.packed import PACKED, PACKED_INDEPENDENT, packed_rows
+from deltaw.runtime.packing_checks import can_pack, can_pack_independent
+from deltaw.training.causal_objective import CausalObjective
+
+# Number of states of a model, such as adapters that are switched in each step, whose copies are kept.
+MAX_COPIES = 4
+SWITCH = "DELTAW_ACCELERATE"
+
+
+class Unsupported(Exception):
+    """A call that runs the model's own code. The message is the reason."""
+
+
+@dataclass(eq=False)
+class PackedCopy:
+    """A shared copy that runs packed rows.
+
+    Attributes:
+        shared: The shared copy.
+        share: True if rows may share prefixes.
+        objective: Loss of the labels, for language models with a known output head.
+        verified: Kinds of calls that were compared with the model's own code, with and without gradient.
+    """
+
+    shared: SharedCopy
+    share: bool
+    objective: CausalObjective | None
+    verified: set[tuple[str, bool]] = field(default_factory=set)
+
+
+class AcceleratedModel:
+    """A model with shared copies of it, by its state.
+
+    Args:
+        model: Model of transformers, possibly with layers of PEFT.
+        report: Receives what runs accelerated.
+    """
+
+    def __init__(self, model: PreTrainedModel, report: Report) -> None:
+        self.model = model
+        self.report = report
+        # True while the model's own code is run for a comparison.
+        self.disabled: str | None = None
+        self.paused = False
+        self._copies: OrderedDict[Any, PackedCopy | str] = OrderedDict()
+        self._casts: dict[Any, nn.Parameter] = {}
+
+    def current_copy(self) -> PackedCopy:
+        """Return an updated copy for the model's current state.
+
+        Raises:
+            Unsupported: if the model has to run its own code.
+        """
+        if os.environ.get(SWITCH) == "0":
+            raise Unsupported(f"{SWITCH}=0")
+        if self.disabled is not None:
+            raise Unsupported(self.disabled)
+        if torch.compiler.is_compiling():
+            raise Unsupported("torch.compile")
+        if self.model.device.type != "cpu":
+            raise Unsupported(f"the model is on {self.model.device.type}")
+        if is_observed(self.model):
+            raise Unsupported("modules inside the model have hooks")
+        if drops_out(self.model.base_model):
+            raise Unsupported("dropout in the model")
+        dtype = dtype_of_products(self.model, "cpu")
+        key = state_key(self.model, dtype)
+        if key not in self._copies:
+            self._copies[key] = self._create(dtype)
+            while len(self._copies) > MAX_COPIES:
+                self._release(self._copies.popitem(last=False)[1])
+        self._copies.move_to_end(key)
+        found = self._copies[key]
+        if isinstance(found, str):
+            raise Unsupported(found)
+        found.shared.update()
+        return found
+
+    def fall_back(self, reason: str) -> None:
+        """Record a call that runs the model's own code. Each reason of a training call is reported once."""
+        if os.environ.get(SWITCH) == "0":
+            return
+        if reason not in self.report.fallbacks and self.model.training and torch.is_grad_enabled():
+            message = f"deltaw.accelerate: the model's own code runs: {reason}"
+            warnings.warn(message, AccelerationWarning, stacklevel=4)
+        self.report.count_fallback(reason)
+
+    def verify(
+        self, kind: str, found: PackedCopy, own: Callable[[], Tensor], accelerated: Callable[[], Tensor]
+    ) -> None:
+        """Compare the first call of a kind with the model's own code, and disable what differs.
+
+        Args:
+            kind: Kind of the call.
+            found: SharedCopy of the call.
+            own: Runs the model's code on a sample of the call.
+            accelerated: Computes the same on the copy.
+
+        Raises:
+            Unsupported: if the accelerated result differs from the model's.
+        """
+        key = kind, torch.is_grad_enabled()
+        if key in found.verified:
+            return
+        with without_randomness(self.model):
+            found.shared.update()
+
+            def run_own() -> Tensor:
+                with self._paused():
+                    return own()
+
+            parameters = [source for _, source, _ in found.shared.leaves(found.shared.model)] if key[1] else []
+            differences = measure(run_own, accelerated, parameters)
+            dtype = dtype_of_products(self.model, "cpu") or self.model.dtype
+            if differences.exceed(dtype) and found.share:
+                found.share = False
+                without_sharing = measure(run_own, accelerated, parameters)
+                if not without_sharing.exceed(dtype):
+                    warn_different("sharing of prefixes", differences)
+                    self.report.refuse("shared prefixes", str(differences))
+                differences = without_sharing
+        found.shared.update()
+        if differences.exceed(dtype):
+            warn_different("the accelerated model", differences)
+            self.disabled = f"{kind}: {differences}"
+            self.report.refuse(kind, str(differences))
+            raise Unsupported(self.disabled)
+        found.verified.add(key)
+        self.report.accept(kind, f"compared with the model's own code: {differences}")
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
+
+    def close(self) -> None:
+        """Release all copies."""
+        while self._copies:
+            self._release(self._copies.popitem()[1])
+        self._casts.clear()
+
+    @staticmethod
+    def _release(found: PackedCopy | str) -> None:
+        if isinstance(found, PackedCopy):
+            found.shared.close()
+
+    def _create(self, dtype: torch.dtype | None) -> PackedCopy | str:
+        """Return a copy for the current state, or the reason why there is none."""
+        try:
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                return self._create_in_mode(SharedCopy(self.model, dtype, self._casts))
+        except NotConvertible as error:
+            self.report.refuse("blocks", str(error))
+            return str(error)
+
+    def _create_in_mode(self, shared: SharedCopy) -> PackedCopy | str:
+        shared.update()
+        model = shared.model
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            choice, share = _packing(model)
+            if not choice.value:
+                self.report.refuse("packed rows", choice.why)
+                return choice.why
+            self.report.accept("packed rows", choice.why)
+            fused = fused_in_mode(model, PACKED if share else PACKED_INDEPENDENT)
+            if fused.choice.value:
+                self.report.accept("blocks", f"{len(fused.blocks)} blocks fused; {fused.choice.why}")
+            else:
+                self.report.refuse("blocks", fused.choice.why)
+            shared.enter(packed_rows(model, independent=not share))
+            objective = CausalObjective(model) if share and model.get_output_embeddings() is not None else None
+            if objective is not None and not objective.chunked:
+                self.report.refuse("output head", "the model changes the outputs of its head")
+                objective = None
+        finally:
+            for module in training:
+                module.training = True
+        return PackedCopy(shared, share, objective)
+
+
+def _packing(model: PreTrainedModel) -> tuple[Choice, bool]:
+    """Return whether the model can run packed rows, and True if rows can share prefixes."""
+    choice = can_pack(model)
+    if choice.value:
+        return choice, True
+    return can_pack_independent(model), False

@@ -1,0 +1,113 @@
+"""Comparison of accelerated calls with the model's own code, on rows of the script's first batch."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Rows of a batch are compared up to this number of tokens, at least one row.
+MAX_TOKENS = 512
+MAX_ROWS = 4
+# Maximum relative differences of outputs and of gradients that are attributed to rounding, by type.
+TOLERANCES = {torch.float64: (1e-9, 1e-8), torch.float32: (1e-4, 1e-3), torch.bfloat16: (4e-2, 1.5e-1)}
+# A gradient smaller than this share of all gradients is not compared by itself.
+SMALL_SHARE = 1e-2
+
+
+class AccelerationWarning(UserWarning):
+    """A part is not accelerated, because its result differs from that of the script's own code."""
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Relative differences of outputs, and of gradients if the call has any."""
+
+    outputs: float
+    gradients: float = 0.0
+
+    def exceed(self, dtype: torch.dtype) -> bool:
+        """True if rounding in this type does not explain them."""
+        outputs, gradients = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
+        return not (self.outputs <= outputs and self.gradients <= gradients)
+
+    def __str__(self) -> str:
+        return f"outputs differ by {self.outputs:.1e}, gradients by {self.gradients:.1e}"
+
+
+def sample_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a few short rows of a call's arguments: the tensors with the shape of ``input_ids``, cut by rows."""
+    tokens: Tensor = inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    lengths = torch.full((len(tokens),), tokens.shape[1]) if mask is None else mask.sum(-1)
+    order = lengths.argsort(stable=True).tolist()
+    chosen = [order[0]]
+    total = int(lengths[order[0]])
+    for row in order[1:MAX_ROWS]:
+        total += int(lengths[row])
+        if total > MAX_TOKENS:
+            break
+        chosen.append(row)
+    rows = torch.tensor(sorted(chosen))
+
+    def select(value: Any) -> Any:
+        is_row_tensor = isinstance(value, Tensor) and value.shape[:1] == tokens.shape[:1] and value.dim() == 2
+        return value.index_select(0, rows) if is_row_tensor else value
+
+    return {name: select(value) for name, value in inputs.items()}
+
+
+def measure(
+    own: Callable[[], Tensor], accelerated: Callable[[], Tensor], parameters: Sequence[nn.Parameter]
+) -> Differences:
+    """Compare two computations of the same outputs.
+
+    Args:
+        own: Runs the model's own code. Values that the caller does not use are zero.
+        accelerated: Computes the same.
+        parameters: Trained parameters. Empty to compare only outputs.
+    """
+    expected, expected_gradients = _with_gradients(own, parameters)
+    computed, gradients = _with_gradients(accelerated, parameters)
+    total = float(torch.stack([g.float().norm() for g in expected_gradients]).norm()) if expected_gradients else 0.0
+    worst = 0.0
+    for gradient, reference in zip(gradients, expected_gradients, strict=True):
+        size = max(float(reference.float().norm()), SMALL_SHARE * total)
+        worst = max(worst, float((gradient.float() - reference.float()).norm()) / max(size, 1e-30))
+    difference = float((computed.float() - expected.float()).norm()) / max(float(expected.float().norm()), 1e-30)
+    return Differences(difference, worst)
+
+
+def _with_gradients(run: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
+    with torch.set_grad_enabled(bool(parameters)):
+        output = run()
+    if not parameters or not output.requires_grad:
+        return output.detach(), [torch.zeros_like(p) for p in parameters]
+    slopes = torch.linspace(-1, 1, output.numel(), dtype=torch.float32).view(output.shape).to(output.dtype)
+    found = torch.autograd.grad(output, parameters, slopes, allow_unused=True)
+    zeros = (torch.zeros_like(p) for p in parameters)
+    return output.detach(), [z if g is None else g for g, z in zip(found, zeros, strict=True)]
+
+
+@contextlib.contextmanager
+def without_randomness(model: nn.Module) -> Iterator[None]:
+    """Context in which a model is in evaluation mode, and after which random numbers continue as before."""
+    training = [module for module in model.modules() if module.training]
+    with torch.random.fork_rng(devices=[]):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def warn_different(part: str, differences: Differences) -> None:
+    """Warn that a part is not accelerated."""
+    message = f"deltaw.accelerate: {part} is not used, because {differences} from the model's own code"
+    warnings.warn(message, AccelerationWarning, stacklevel=4)

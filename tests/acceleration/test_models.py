@@ -1,0 +1,320 @@
+"""Accelerated models in a loop of one's own: equal losses and gradients, and an exact way back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import deltaw
+from deltaw.acceleration.verification import AccelerationWarning
+from deltaw.lora.stored import stored_form
+from tests.acceleration.batches import (
+    adapted,
+    fill_factors,
+    largest_difference,
+    loss_and_gradients,
+    padded_batch,
+    peft_model,
+)
+from tests.tiny_models import causal_model
+
+TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize("logits", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "neox", "qwen3", "mistral", "cohere"])
+def test_loss_and_gradients_equal_peft(family, logits):
+    model = peft_model(family)
+    batch = padded_batch(model.config.vocab_size)
+    loss, gradients = loss_and_gradients(model, batch)
+    names = {name: id(parameter) for name, parameter in model.named_parameters()}
+    with deltaw.accelerate(model, logits=logits) as report:
+        for _ in range(2):
+            computed_loss, computed = loss_and_gradients(model, batch)
+            assert computed_loss == pytest.approx(loss, rel=TOLERANCE)
+            assert largest_difference(computed, gradients) < TOLERANCE
+        assert not report.fallbacks and "blocks" in report.parts
+        assert {name: id(parameter) for name, parameter in model.named_parameters()} == names
+    restored_loss, restored = loss_and_gradients(model, batch)
+    assert restored_loss == loss and all(torch.equal(restored[name], gradients[name]) for name in gradients)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"lora_bias": True, "target_modules": ["q_proj"]},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"bias": "all"},
+        {"layers_to_transform": [1], "target_modules": ["q_proj", "down_proj"]},
+    ],
+    ids=str,
+)
+def test_kinds_of_adapters_equal_peft(settings):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft_model(**settings)
+    batch = padded_batch(model.config.vocab_size)
+    loss, gradients = loss_and_gradients(model, batch)
+    report = deltaw.accelerate(model, logits=False)
+    computed_loss, computed = loss_and_gradients(model, batch)
+    assert not report.fallbacks
+    assert computed_loss == pytest.approx(loss, rel=TOLERANCE)
+    assert largest_difference(computed, gradients) < TOLERANCE
+
+
+def test_plain_and_deltaw_models_equal_transformers():
+    batch = padded_batch(causal_model("llama").config.vocab_size)
+    for with_adapter in (False, True):
+        model = causal_model("llama").train()
+        if with_adapter:
+            deltaw.attach(model, deltaw.LoRAConfig(rank=4, target_modules="all-linear"), seed=0)
+            fill_factors(model)
+        loss, gradients = loss_and_gradients(model, batch)
+        report = deltaw.accelerate(model)
+        computed_loss, computed = loss_and_gradients(model, batch)
+        assert not report.fallbacks
+        assert computed_loss == pytest.approx(loss, rel=TOLERANCE)
+        assert largest_difference(computed, gradients) < TOLERANCE
+
+
+def test_adapters_are_switched_disabled_merged_and_saved(tmp_path):
+    model = peft_model()
+    batch = padded_batch(model.config.vocab_size)
+    model.add_adapter("other", model.peft_config["default"])
+    fill_factors(model, seed=1)
+
+    def losses() -> list[float]:
+        values = []
+        for name in ("default", "other"):
+            model.set_adapter(name)
+            values.append(float(model(**batch).loss))
+        with model.disable_adapter():
+            values.append(float(model(**batch).loss))
+        model.merge_adapter()
+        values.append(float(model(**batch).loss))
+        model.unmerge_adapter()
+        return values
+
+    expected = losses()
+    assert len(set(expected)) == 3  # a merged adapter has the same loss
+    report = deltaw.accelerate(model, logits=False)
+    assert losses() == pytest.approx(expected, rel=TOLERANCE)
+    assert not report.fallbacks
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload()
+    assert float(merged(**batch).loss) == pytest.approx(expected[1], rel=TOLERANCE)
+    base = causal_model("llama")
+    loaded = type(model).from_pretrained(base, tmp_path / "adapter" / "other")
+    assert float(loaded(**batch).loss) == pytest.approx(expected[1], rel=TOLERANCE)
+
+
+def test_rows_padded_on_the_left_and_rows_without_padding_equal_peft():
+    model = peft_model()
+    vocabulary = model.config.vocab_size
+    joined = padded_batch(vocabulary)
+    lengths = [24, 10, 14]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = {name: joined[name].reshape(1, -1)[:, : sum(lengths)] for name in ("input_ids", "labels")}
+    batches = [padded_batch(vocabulary, left=True), {**packed, "position_ids": positions, "use_cache": False}]
+    for batch in batches:
+        loss, gradients = loss_and_gradients(model, batch)
+        with deltaw.accelerate(model, logits=False) as report:
+            computed_loss, computed = loss_and_gradients(model, batch)
+            assert not report.fallbacks
+        assert computed_loss == pytest.approx(loss, rel=TOLERANCE)
+        assert largest_difference(computed, gradients) < TOLERANCE
+
+
+def test_autocast_computes_in_bf16():
+    model = peft_model()
+    batch = padded_batch(model.config.vocab_size)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradients = loss_and_gradients(model, batch)
+        report = deltaw.accelerate(model, logits=False)
+        computed_loss, computed = loss_and_gradients(model, batch)
+    assert not report.fallbacks
+    assert computed_loss != loss and computed_loss == pytest.approx(loss, rel=1e-2)
+    assert largest_difference(computed, gradients) < 0.05
+    assert all(g.dtype == torch.float32 for g in computed.values())
+
+
+def test_gradient_checkpointing_equals_peft():
+    model = peft_model()
+    batch = padded_batch(model.config.vocab_size)
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    loss, gradients = loss_and_gradients(model, batch)
+    report = deltaw.accelerate(model, logits=False)
+    computed_loss, computed = loss_and_gradients(model, batch)
+    assert not report.fallbacks
+    assert computed_loss == pytest.approx(loss, rel=TOLERANCE)
+    assert largest_difference(computed, gradients) < TOLERANCE
+
+
+def test_hooks_and_dropout_run_own_code():
+    calls = []
+    model = peft_model()
+    batch = padded_batch(model.config.vocab_size)
+    layer = model.get_base_model().model.layers[0].mlp
+    loss, _ = loss_and_gradients(model, batch)
+    report = deltaw.accelerate(model, logits=False)
+    handle = layer.register_forward_hook(lambda *arguments: calls.append(1))
+    with pytest.warns(AccelerationWarning, match="hooks"):
+        assert loss_and_gradients(model, batch)[0] == loss
+    assert calls and report.fallbacks
+    handle.remove()
+    layer.dropout = torch.nn.Dropout(0.5)  # which its code does not use
+    with pytest.warns(AccelerationWarning, match="dropout"):
+        assert loss_and_gradients(model, batch)[0] == loss
+
+
+def test_dropout_of_the_adapter_is_random_and_has_gradients():
+    torch.manual_seed(0)
+    model = peft_model(lora_dropout=0.5)
+    batch = padded_batch(model.config.vocab_size)
+    report = deltaw.accelerate(model, logits=False)
+    losses = {loss_and_gradients(model, batch)[0] for _ in range(4)}
+    assert len(losses) == 4 and not report.fallbacks
+    model.eval()
+    expected = float(model(**batch).loss)
+    deltaw.restore(model)
+    assert float(model(**batch).loss) == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_generation_between_steps_is_unchanged():
+    model = peft_model()
+    batch = padded_batch(model.config.vocab_size, left=True)
+    prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(**prompts, **options)
+    deltaw.accelerate(model)
+    loss_and_gradients(model, padded_batch(model.config.vocab_size))
+    assert torch.equal(model.generate(**prompts, **options), expected)
+
+
+def test_copies_are_not_accelerated():
+    model = peft_model()
+    batch = padded_batch(model.config.vocab_size)
+    loss, gradients = loss_and_gradients(model, batch)
+    deltaw.accelerate(model, logits=False)
+    loss_and_gradients(model, batch)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            next(p for p in copied.parameters() if p.requires_grad).zero_()
+        changed, _ = loss_and_gradients(copied, batch)
+        assert changed != pytest.approx(loss, rel=TOLERANCE)
+        with deltaw.accelerate(copied, logits=False) as report:
+            assert loss_and_gradients(copied, batch)[0] == pytest.approx(changed, rel=TOLERANCE)
+            assert not report.fallbacks
+        computed_loss, computed = loss_and_gradients(model, batch)
+        assert computed_loss == pytest.approx(loss, rel=TOLERANCE)
+        assert largest_difference(computed, gradients) < TOLERANCE
+
+
+def test_two_models_in_one_process():
+    models = [peft_model("llama"), peft_model("qwen3")]
+    batch = padded_batch(min(model.config.vocab_size for model in models))
+    expected = [loss_and_gradients(model, batch) for model in models]
+    for model in models:
+        deltaw.accelerate(model, logits=False)
+    for _ in range(2):
+        for model, (loss, gradients) in zip(models, expected, strict=True):
+            computed_loss, computed = loss_and_gradients(model, batch)
+            assert computed_loss == pytest.approx(loss, rel=TOLERANCE)
+            assert largest_difference(computed, gradients) < TOLERANCE
+
+
+def test_difference_from_own_code_disables_acceleration():
+    model = peft_model()
+    batch = padded_batch(model.config.vocab_size)
+    report = deltaw.accelerate(model, logits=False)
+    attention = model.get_base_model().model.layers[0].self_attn
+    attention.scaling *= 1.5  # after the copy was created
+    with pytest.warns(AccelerationWarning, match="differ"):
+        computed_loss, computed = loss_and_gradients(model, batch)
+    deltaw.restore(model)
+    loss, gradients = loss_and_gradients(model, batch)
+    assert computed_loss == loss and largest_difference(computed, gradients) == 0
+    assert "loss of labels" in report.refused
+
+
+def test_environment_disables_everything(monkeypatch):
+    monkeypatch.setenv("DELTAW_ACCELERATE", "0")
+    model = peft_model()
+    batch = padded_batch(model.config.vocab_size)
+    loss, gradients = loss_and_gradients(model, batch)
+    report = deltaw.accelerate(model, logits=False)
+    computed_loss, computed = loss_and_gradients(model, batch)
+    assert computed_loss == loss and largest_difference(computed, gradients) == 0 and not report.parts
+
+
+def test_module_without_a_model_is_refused():
+    with pytest.raises(deltaw.UserError, match="no model"):
+        deltaw.accelerate(torch.nn.Linear(2, 2))
+    with pytest.raises(deltaw.UserError, match="neither"):
+        deltaw.accelerate("model")
+
+
+def test_model_of_auto_class_from_files(tmp_path):
+    causal_model("llama").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    batch = padded_batch(model.config.vocab_size)
+    with torch.no_grad():
+        expected = model(**batch, use_cache=False).logits
+        with deltaw.accelerate(model) as report:
+            computed = model(**batch, use_cache=False).logits
+            assert not report.fallbacks
+    assert torch.allclose(computed[batch["attention_mask"] == 1], expected[batch["attention_mask"] == 1], atol=1e-5)
+
+
+def test_gradients_reach_the_reducer_of_ddp():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = peft_model()
+        batch = padded_batch(model.config.vocab_size)
+        loss, gradients = loss_and_gradients(model, batch)
+        deltaw.accelerate(model, logits=False)
+        parallel = DistributedDataParallel(model)
+        computed_loss, computed = loss_and_gradients(parallel, batch)
+        assert computed_loss == pytest.approx(loss, rel=TOLERANCE)
+        assert largest_difference({n.removeprefix("module."): g for n, g in computed.items()}, gradients) < TOLERANCE
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_quantized_weights_are_used_by_own_and_accelerated_code(precision):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = adapted(LlamaForCausalLM(LlamaConfig(vocab_size=97, **sizes)).to(torch.bfloat16))
+    batch = padded_batch(model.config.vocab_size)
+    exact, _ = loss_and_gradients(model, batch)
+    report = deltaw.accelerate(model, precision=precision, rows=batch["input_ids"].tolist(), logits=False)
+    computed_loss, computed = loss_and_gradients(model, batch)
+    assert not report.fallbacks and precision in report.parts["weights"]
+    assert computed_loss != exact and computed_loss == pytest.approx(exact, rel=0.05)
+    deltaw.restore(model)
+    loss, gradients = loss_and_gradients(model, batch)
+    assert computed_loss == pytest.approx(loss, rel=0.01) and largest_difference(computed, gradients) < 0.1
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+    assert stored_form(layer) is not None
+    with pytest.raises(deltaw.UserError, match="merged"):
+        model.merge_adapter()
+
+
+def test_trained_weights_are_not_quantized():
+    with pytest.raises(deltaw.UserError, match="trained"):
+        deltaw.accelerate(causal_model("llama").train(), precision="int8")
+    with pytest.raises(deltaw.UserError, match="int4"):
+        deltaw.accelerate(peft_model(), precision="int4")
