@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from deltaw.acceleration.accelerated_model import AcceleratedModel, Unsupported
+from deltaw.acceleration.generation import GenerateMethod
 from deltaw.acceleration.model_calls import BackboneForward, CausalForward
 from deltaw.acceleration.quantization import calibration_rows, is_quantized, quantize_frozen
-from deltaw.acceleration.replaced_forward import ReplacedForward
+from deltaw.acceleration.replaced_method import ReplacedMethod
 from deltaw.acceleration.report import Report
 from deltaw.errors import UserError
 from deltaw.runtime.packed import backbone_of
@@ -26,26 +27,29 @@ KNOWN_TRAINERS = frozenset({"transformers", "trl", "sentence_transformers"})
 
 
 class Acceleration:
-    """Replaced forward methods of a model.
+    """Replaced methods of a model.
 
     Args:
         model: The model.
         logits: False if the caller does not read the logits of training calls with labels.
+        tokenizer: Tokenizer of a model that generates completions for a trainer, or None.
     """
 
-    def __init__(self, model: PreTrainedModel, *, logits: bool) -> None:
+    def __init__(self, model: PreTrainedModel, *, logits: bool, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self.report = Report()
         self.accelerated = AcceleratedModel(model, self.report)
-        self.forwards: list[ReplacedForward] = [BackboneForward(backbone_of(model), self.accelerated)]
+        self.methods: list[ReplacedMethod] = [BackboneForward(backbone_of(model), self.accelerated)]
         if model.base_model is not model and model.get_output_embeddings() is not None:
-            self.forwards.append(CausalForward(model, self.accelerated, needs_logits=logits))
-        for forward in self.forwards:
-            forward.install()
+            self.methods.append(CausalForward(model, self.accelerated, needs_logits=logits))
+        if tokenizer is not None:
+            self.methods.append(GenerateMethod(model, self.accelerated, tokenizer))
+        for method in self.methods:
+            method.install()
 
     def close(self) -> None:
-        """Use the original forward methods."""
-        for forward in reversed(self.forwards):
-            forward.remove()
+        """Use the original methods."""
+        for method in reversed(self.methods):
+            method.remove()
         self.accelerated.close()
 
 
@@ -79,7 +83,7 @@ def accelerate(
     if not isinstance(target, nn.Module | Trainer):
         raise UserError(f"a {type(target).__name__} is neither a model nor a trainer of transformers")
     if isinstance(target, nn.Module):
-        return _accelerate_model(target, precision, rows, logits=logits)
+        return _accelerate_model(target, precision, rows, logits=logits, tokenizer=None)
     if (unknown := _unknown_loss(target)) is not None:
         report = Report()
         report.refuse("trainer", f"{unknown} is not known; deltaw.accelerate(trainer.model) accelerates its model")
@@ -87,8 +91,14 @@ def accelerate(
     models = [model for name in ("model", "ref_model") if isinstance(model := getattr(target, name, None), nn.Module)]
     with torch.autocast("cpu", torch.bfloat16, enabled=bool(getattr(target.args, "bf16", False))):
         calibration = list(rows) or calibration_rows(getattr(target, "train_dataset", None))
-        reports = [_accelerate_model(m, precision, calibration, logits=_reads_logits(target)) for m in models]
-    return reports[0]
+        reports = []
+        for model in models:
+            tokenizer = _tokenizer_of_generation(target) if model is target.model else None
+            logits = _reads_logits(target)
+            reports.append(_accelerate_model(model, precision, calibration, logits=logits, tokenizer=tokenizer))
+    report = reports[0]
+    report.restore = lambda: restore(target)
+    return report
 
 
 def restore(target: nn.Module | Trainer) -> None:
@@ -112,12 +122,19 @@ def find_model(module: nn.Module) -> PreTrainedModel:
     raise UserError(f"a {type(module).__name__} contains no model of transformers")
 
 
-def _accelerate_model(module: nn.Module, precision: str | None, rows: Iterable[Any], *, logits: bool) -> Report:
+def _accelerate_model(
+    module: nn.Module,
+    precision: str | None,
+    rows: Iterable[Any],
+    *,
+    logits: bool,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Report:
     model = find_model(module)
     if model in _ACCELERATIONS:
         restore(model)
     quantized = None if precision is None or is_quantized(model) else quantize_frozen(model, precision, rows)
-    acceleration = Acceleration(model, logits=logits)
+    acceleration = Acceleration(model, logits=logits, tokenizer=tokenizer)
     if quantized is not None:
         acceleration.report.accept("weights", f"{precision}: {quantized}")
     _ACCELERATIONS[model] = acceleration
@@ -125,6 +142,13 @@ def _accelerate_model(module: nn.Module, precision: str | None, rows: Iterable[A
     with contextlib.suppress(Unsupported):  # the report contains the reason
         acceleration.accelerated.current_copy()
     return acceleration.report
+
+
+def _tokenizer_of_generation(trainer: Trainer) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of a trainer that generates completions, or None."""
+    tokenizer = getattr(trainer, "processing_class", None)
+    generates = isinstance(getattr(trainer, "generation_config", None), GenerationConfig)
+    return tokenizer if generates and isinstance(tokenizer, PreTrainedTokenizerBase) else None
 
 
 def _unknown_loss(trainer: Trainer) -> str | None:

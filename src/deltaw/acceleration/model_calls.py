@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from deltaw.acceleration import trl_head
 from deltaw.acceleration.accelerated_model import AcceleratedModel, PackedCopy, Unsupported
 from deltaw.acceleration.bridge import run_bridged
-from deltaw.acceleration.replaced_forward import ReplacedForward
+from deltaw.acceleration.replaced_method import ReplacedMethod
 from deltaw.acceleration.rows import NotPackable, PackedCall, pack_call
 from deltaw.acceleration.verification import sample_of
 from deltaw.runtime.packed import backbone_of, without_cache
@@ -30,7 +30,7 @@ _WITHOUT_EFFECT = frozenset(
 )
 
 
-class BackboneForward(ReplacedForward):
+class BackboneForward(ReplacedMethod):
     """Forward of a backbone, with the same arguments and the outputs of each token in the shape of the call."""
 
     def __init__(self, backbone: PreTrainedModel, accelerated: AcceleratedModel) -> None:
@@ -218,7 +218,7 @@ class LabelLogProbs:
         return values.new_zeros(rows * columns).index_copy(0, self.cells, values).view(rows, columns)
 
 
-class CausalForward(ReplacedForward):
+class CausalForward(ReplacedMethod):
     """Forward of a language model that computes only the loss for calls with labels.
 
     Attributes:

@@ -93,7 +93,7 @@ def pack_call(model: nn.Module, inputs: Mapping[str, Any], *, share: bool) -> Pa
     if mask is not None and mask.shape != tokens.shape:
         raise NotPackable("the attention mask is not a mask of padding")
     table = None if positions is None else np.broadcast_to(positions.numpy(), ids.shape)
-    spans = _spans_without_padding(ids, table) if mask is None else _spans_of_mask(mask.numpy() != 0)
+    spans = _spans_without_padding(ids, table) if mask is None else spans_of_mask(mask.numpy() != 0)
     if table is None:
         _check_positions(model, spans)
     elif any(np.any(np.diff(table[row, start:stop]) != 1) for row, start, stop in spans):
@@ -123,7 +123,7 @@ def pack_call(model: nn.Module, inputs: Mapping[str, Any], *, share: bool) -> Pa
     )
 
 
-def _spans_of_mask(mask: np.ndarray) -> list[tuple[int, int, int]]:
+def spans_of_mask(mask: np.ndarray) -> list[tuple[int, int, int]]:
     """Return (row, start, stop) of the tokens of each row."""
     spans = []
     for row, visible in enumerate(mask):

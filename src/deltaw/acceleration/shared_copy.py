@@ -28,7 +28,7 @@ from deltaw.acceleration.peft_layers import (
     is_peft_module,
     state_of,
 )
-from deltaw.acceleration.replaced_forward import ReplacedForward
+from deltaw.acceleration.replaced_method import ReplacedMethod
 from deltaw.kernels.torch_modules import are_hooked, cast_module, direct_modules, direct_parameters
 from deltaw.kernels.torch_private import version_of
 from deltaw.lora.layers import LoRALayer
@@ -151,7 +151,7 @@ class SharedCopy:
         copied = cast_module(type(module), module)
         table = vars(copied)
         forward = table.pop("forward", None)
-        if forward is not None and module is not self._source and not isinstance(forward, ReplacedForward):
+        if forward is not None and module is not self._source and not isinstance(forward, ReplacedMethod):
             raise NotConvertible(f"the forward method of a {type(module).__name__} was replaced")
         for name in _HOOK_TABLES:
             if name in table:
@@ -185,6 +185,12 @@ def state_key(model: nn.Module, dtype: torch.dtype | None) -> tuple[Any, ...]:
     """
     parameters = tuple((id(p), p.requires_grad, p.dtype, _value_key(p, dtype)) for p in model.parameters())
     return dtype, parameters, tuple(state_of(module) for module in model.modules() if is_peft_module(module))
+
+
+def frozen_values(model: nn.Module) -> tuple[Any, ...]:
+    """Return a key that changes with the values of the frozen parameters."""
+    frozen = (p for p in model.parameters() if not p.requires_grad)
+    return tuple((p.data_ptr(), -1 if p.is_inference() else version_of(p)) for p in frozen)
 
 
 def _value_key(parameter: nn.Parameter, dtype: torch.dtype | None) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""Replacement of a module's forward method that can be undone exactly."""
+"""Replacement of a model's method that can be undone exactly."""
 
 from __future__ import annotations
 
@@ -12,49 +12,53 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-def own_forward(module: nn.Module, previous: Callable[..., Any] | None) -> Callable[..., Any]:
-    """Return the forward method of a module before it was replaced: ``previous``, or that of its class."""
-    return types.MethodType(type(module).forward, module) if previous is None else previous
+def own_method(module: nn.Module, name: str, previous: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Return a method of a module before it was replaced: ``previous``, or that of its class."""
+    return types.MethodType(getattr(type(module), name), module) if previous is None else previous
 
 
-class ReplacedForward:
-    """Forward method of one module. Subclasses implement ``__call__``.
+class ReplacedMethod:
+    """A method of one model. Subclasses implement ``__call__``.
+
+    Args:
+        module: The model.
+        name: Name of the method.
 
     Attributes:
-        module: The module.
-        original: Its forward method before, bound.
+        original: The method before, bound.
     """
 
-    def __init__(self, module: PreTrainedModel) -> None:
+    def __init__(self, module: PreTrainedModel, name: str = "forward") -> None:
         self.module = module
-        self.original: Callable[..., Any] = module.forward
-        self._previous = vars(module).get("forward")
-        self.__name__ = "forward"
+        self.original: Callable[..., Any] = getattr(module, name)
+        self._previous = vars(module).get(name)
+        self.__name__ = name
         # Trainers and generate() read the names of the arguments.
         self.__signature__ = inspect.signature(self.original)
 
     def install(self) -> None:
-        """Use this forward method."""
-        vars(self.module)["forward"] = self
+        """Use this method."""
+        vars(self.module)[self.__name__] = self
 
     def remove(self) -> None:
         """Use the method from before. Does nothing if other code has replaced this one."""
-        if vars(self.module).get("forward") is not self:
+        methods = vars(self.module)
+        if methods.get(self.__name__) is not self:
             return
         if self._previous is None:
-            del vars(self.module)["forward"]
+            del methods[self.__name__]
         else:
-            vars(self.module)["forward"] = self._previous
+            methods[self.__name__] = self._previous
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.original(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
-        """Copies of the module are not accelerated."""
-        return own_forward(copy.deepcopy(self.module, memo), copy.deepcopy(self._previous, memo))
+        """Copies of the model are not accelerated."""
+        return own_method(copy.deepcopy(self.module, memo), self.__name__, copy.deepcopy(self._previous, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return own_forward, (self.module, self._previous)
+        return own_method, (self.module, self.__name__, self._previous)
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call by name.
