@@ -301,6 +301,7 @@ VARIABLES = {
     "DELTAW_API_KEY": "API key that requests to deltaw serve must send",
     "DELTAW_PEER_SECONDS": "timeout of processes that train together, in seconds",
     "DELTAW_TRACEBACK": "1: unexpected errors print a traceback",
+    "DELTAW_ACCELERATE": "0: deltaw.accelerate changes nothing",
     "DELTAW_TARGET": "the system and CPU that kernels are compiled for",
     "DELTAW_VARIANTS": "which kernels are compiled at installation",
     EMULATED_TILES: "1: emulates AMX tiles with arrays, for tests of the kernels",
