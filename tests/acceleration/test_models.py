@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import deltaw
-from deltaw.acceleration.verification import AccelerationWarning
+from deltaw.acceleration.peft_layers import Factor
+from deltaw.acceleration.verification import AccelerationWarning, Differences, measure
 from deltaw.lora.stored import stored_form
 from tests.acceleration.batches import (
     adapted,
@@ -318,3 +319,67 @@ def test_trained_weights_are_not_quantized():
         deltaw.accelerate(causal_model("llama").train(), precision="int8")
     with pytest.raises(deltaw.UserError, match="int4"):
         deltaw.accelerate(peft_model(), precision="int4")
+
+
+def test_gradient_that_is_not_a_number_is_a_difference():
+    parameter = torch.nn.Parameter(torch.ones(3))
+
+    class WithoutGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, values):
+            return 2 * values
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * float("nan")
+
+    differences = measure(lambda: 2 * parameter, lambda: WithoutGradient.apply(parameter), [parameter])
+    assert differences.exceed(torch.float32) and not Differences(0.0, 0.0).exceed(torch.float32)
+
+
+def test_comparison_includes_factors_whose_other_factor_is_zero():
+    model = peft_model()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    batch = padded_batch(model.config.vocab_size)
+    report = deltaw.accelerate(model, logits=False)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    gradient = Factor.gradient
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Factor, "gradient", lambda factor, g: gradient(factor, g) * (0 if factor.attribute == "lora_A" else 1)
+        )
+        with pytest.warns(AccelerationWarning, match="differ"):
+            loss_and_gradients(model, batch)
+    assert "loss of labels" in report.refused
+    assert not any(layer.lora_B["default"].weight.detach().flatten())
+
+
+def test_changed_modules_and_values_are_used():
+    model = peft_model()
+    batch = padded_batch(model.config.vocab_size)
+    deltaw.accelerate(model, logits=False)
+    loss, _ = loss_and_gradients(model, batch)
+    block = model.get_base_model().model.layers[0]
+    block.mlp.act_fn = torch.nn.ReLU()
+    changed, _ = loss_and_gradients(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, _ = loss_and_gradients(model, batch)
+        block.mlp.down_proj.base_layer.weight.data.mul_(3)
+        scaled, _ = loss_and_gradients(model, batch)
+        deltaw.restore(model)
+        expected, _ = loss_and_gradients(model, batch)
+    assert changed != loss
+    assert rounded != scaled and scaled == pytest.approx(expected, rel=1e-2)
+
+
+def test_training_of_all_weights_under_autocast_runs_own_code():
+    model = causal_model("llama").train()
+    batch = padded_batch(model.config.vocab_size)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = loss_and_gradients(model, batch)
+        report = deltaw.accelerate(model, logits=False)
+        with pytest.warns(AccelerationWarning, match="autocast"):
+            computed, _ = loss_and_gradients(model, batch)
+    assert computed == loss and report.fallbacks

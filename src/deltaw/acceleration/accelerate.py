@@ -5,6 +5,7 @@ sentence-transformers.
 from __future__ import annotations
 
 import contextlib
+import os
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from deltaw.acceleration.accelerated_model import AcceleratedModel, Unsupported
+from deltaw.acceleration.accelerated_model import SWITCH, AcceleratedModel, Unsupported
 from deltaw.acceleration.generation import GenerateMethod
 from deltaw.acceleration.model_calls import BackboneForward, CausalForward
 from deltaw.acceleration.quantization import calibration_rows, is_quantized, quantize_frozen
@@ -82,6 +83,10 @@ def accelerate(
     """
     if not isinstance(target, nn.Module | Trainer):
         raise UserError(f"a {type(target).__name__} is neither a model nor a trainer of transformers")
+    if os.environ.get(SWITCH) == "0":
+        report = Report()
+        report.refuse("everything", f"{SWITCH}=0")
+        return report
     if isinstance(target, nn.Module):
         return _accelerate_model(target, precision, rows, logits=logits, tokenizer=None)
     if (unknown := _unknown_loss(target)) is not None:
@@ -153,10 +158,19 @@ def _tokenizer_of_generation(trainer: Trainer) -> PreTrainedTokenizerBase | None
 
 def _unknown_loss(trainer: Trainer) -> str | None:
     """Return the name of a loss that may read outputs at padding, which are zero in an accelerated model, or None."""
-    function = vars(trainer).get("compute_loss", type(trainer).compute_loss)
-    if function.__module__.partition(".")[0] not in KNOWN_TRAINERS:
-        return f"{type(trainer).__name__}.compute_loss"
+    for name in ("compute_loss", "_compute_loss", "training_step"):
+        function = vars(trainer).get(name, getattr(type(trainer), name, None))
+        if function is not None and not _is_known(function):
+            return f"{type(trainer).__name__}.{name}"
+    loss = getattr(trainer, "loss", None)  # of sentence-transformers
+    for module in loss.values() if isinstance(loss, dict) else [loss]:
+        if isinstance(module, nn.Module) and not _is_known(type(module)):
+            return f"the loss {type(module).__name__}"
     return "compute_loss_func" if getattr(trainer, "compute_loss_func", None) is not None else None
+
+
+def _is_known(function_or_class: Any) -> bool:
+    return str(function_or_class.__module__).partition(".")[0] in KNOWN_TRAINERS
 
 
 def _reads_logits(trainer: Trainer) -> bool:

@@ -17,7 +17,13 @@ from transformers import PreTrainedModel
 from deltaw.acceleration.peft_layers import NotConvertible
 from deltaw.acceleration.report import Report
 from deltaw.acceleration.shared_copy import SharedCopy, drops_out, dtype_of_products, is_observed, state_key
-from deltaw.acceleration.verification import AccelerationWarning, measure, warn_different, without_randomness
+from deltaw.acceleration.verification import (
+    AccelerationWarning,
+    measure,
+    nonzero_factors,
+    warn_different,
+    without_randomness,
+)
 from deltaw.machine.choices import Choice
 from deltaw.runtime.fused_blocks import fused_in_mode
 from deltaw.runtime.packed import PACKED, PACKED_INDEPENDENT, packed_rows
@@ -64,8 +70,9 @@ class AcceleratedModel:
         # True while the model's own code is run for a comparison.
         self.disabled: str | None = None
         self.paused = False
+        self._reported: set[str] = set()
         self._copies: OrderedDict[Any, PackedCopy | str] = OrderedDict()
-        self._casts: dict[Any, nn.Parameter] = {}
+        self._casts: dict[int, tuple[Any, nn.Parameter]] = {}
 
     def current_copy(self) -> PackedCopy:
         """Return an updated copy for the model's current state.
@@ -102,7 +109,8 @@ class AcceleratedModel:
         """Record a call that runs the model's own code. Each reason of a training call is reported once."""
         if os.environ.get(SWITCH) == "0":
             return
-        if reason not in self.report.fallbacks and self.model.training and torch.is_grad_enabled():
+        if reason not in self._reported and self.model.training and torch.is_grad_enabled():
+            self._reported.add(reason)
             message = f"deltaw.accelerate: the model's own code runs: {reason}"
             warnings.warn(message, AccelerationWarning, stacklevel=4)
         self.report.count_fallback(reason)
@@ -124,14 +132,15 @@ class AcceleratedModel:
         key = kind, torch.is_grad_enabled()
         if key in found.verified:
             return
-        with without_randomness(self.model):
+        leaves = found.shared.leaves(found.shared.model)
+        with without_randomness(self.model), nonzero_factors(source for _, source, _ in leaves):
             found.shared.update()
 
             def run_own() -> Tensor:
                 with self._paused():
                     return own()
 
-            parameters = [source for _, source, _ in found.shared.leaves(found.shared.model)] if key[1] else []
+            parameters = [source for _, source, _ in leaves] if key[1] else []
             differences = measure(run_own, accelerated, parameters)
             dtype = dtype_of_products(self.model, "cpu") or self.model.dtype
             if differences.exceed(dtype) and found.share:

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from deltaw.acceleration.peft_layers import (
@@ -39,6 +39,8 @@ from deltaw.runtime.fused import has_dropout
 _HARMLESS_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Attributes that scripts change after a copy is created.
+# Number of values of a parameter that show if code has changed it.
+SAMPLED_VALUES = 8
 _FLAGS = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
 
 
@@ -63,7 +65,7 @@ class SharedCopy:
         self,
         source: PreTrainedModel,
         dtype: torch.dtype | None,
-        casts: dict[Any, nn.Parameter],
+        casts: dict[int, tuple[Any, nn.Parameter]],
         *,
         without_adapters: bool = False,
     ) -> None:
@@ -162,7 +164,9 @@ class SharedCopy:
         children = direct_modules(copied)
         children.update({name: self._copy(child) for name, child in children.items() if child is not None})
         parameters = direct_parameters(copied)
-        parameters.update({name: self._cast(p) for name, p in parameters.items() if p is not None})
+        factors = module.trained if isinstance(module, LoRALayer) else ()
+        others = {name: p for name, p in parameters.items() if p is not None and name not in factors}
+        parameters.update({name: self._cast(p) for name, p in others.items()})
         self._pairs.append((vars(module), table))
         return copied
 
@@ -171,10 +175,12 @@ class SharedCopy:
             return parameter
         if parameter.requires_grad:
             raise NotConvertible("autocast with trained parameters other than factors")
-        key = id(parameter), _value_key(parameter, self._dtype)
-        if key not in self._casts:
-            self._casts[key] = nn.Parameter(parameter.data.to(self._dtype), requires_grad=False)
-        return self._casts[key]
+        key = _value_key(parameter, self._dtype)
+        cached = self._casts.get(id(parameter))
+        if cached is None or cached[0] != key:
+            cached = key, nn.Parameter(parameter.data.to(self._dtype), requires_grad=False)
+            self._casts[id(parameter)] = cached
+        return cached[1]
 
 
 def state_key(model: nn.Module, dtype: torch.dtype | None) -> tuple[Any, ...]:
@@ -184,20 +190,28 @@ def state_key(model: nn.Module, dtype: torch.dtype | None) -> tuple[Any, ...]:
         dtype: Type of the frozen parameters, if their values are converted to it.
     """
     parameters = tuple((id(p), p.requires_grad, p.dtype, _value_key(p, dtype)) for p in model.parameters())
-    return dtype, parameters, tuple(state_of(module) for module in model.modules() if is_peft_module(module))
+    modules = tuple((id(m), type(m), m is model or "forward" in vars(m)) for m in model.modules())
+    states = tuple(state_of(module) for module in model.modules() if is_peft_module(module))
+    return dtype, parameters, modules, states
 
 
 def frozen_values(model: nn.Module) -> tuple[Any, ...]:
     """Return a key that changes with the values of the frozen parameters."""
-    frozen = (p for p in model.parameters() if not p.requires_grad)
-    return tuple((p.data_ptr(), -1 if p.is_inference() else version_of(p)) for p in frozen)
+    return tuple(_sampled(p) for p in model.parameters() if not p.requires_grad)
 
 
-def _value_key(parameter: nn.Parameter, dtype: torch.dtype | None) -> tuple[int, int] | None:
+def _value_key(parameter: nn.Parameter, dtype: torch.dtype | None) -> tuple[Any, ...] | None:
     """Return a key that changes with the values of a parameter that is copied, or None if it is shared."""
-    if dtype is None or parameter.requires_grad or parameter.dtype == dtype or parameter.is_inference():
-        return None
-    return parameter.data_ptr(), version_of(parameter)
+    return None if dtype is None or parameter.requires_grad or parameter.dtype == dtype else _sampled(parameter)
+
+
+def _sampled(parameter: nn.Parameter) -> tuple[Any, ...]:
+    """Return a key that changes with the values: address, version, and some values, because code that changes ``data``
+    leaves the version unchanged.
+    """
+    values = parameter.detach().reshape(-1)
+    step = max(1, len(values) // SAMPLED_VALUES)
+    return parameter.data_ptr(), -1 if parameter.is_inference() else version_of(parameter), *values[::step].tolist()
 
 
 def is_observed(model: nn.Module) -> bool:
@@ -230,5 +244,6 @@ def dtype_of_products(model: nn.Module, device_type: str) -> torch.dtype | None:
     if not torch.is_autocast_enabled(device_type):
         return None
     dtype: torch.dtype = torch.get_autocast_dtype(device_type)
-    wide = any(isinstance(p, Tensor) and p.dtype == torch.float32 and not p.requires_grad for p in model.parameters())
+    adapted = any(is_peft_module(module) or isinstance(module, LoRALayer) for module in model.modules())
+    wide = any(p.dtype == torch.float32 and not (adapted and p.requires_grad) for p in model.parameters())
     return dtype if wide else None

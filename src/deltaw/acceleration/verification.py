@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,11 +75,13 @@ def measure(
     """
     expected, expected_gradients = _with_gradients(own, parameters)
     computed, gradients = _with_gradients(accelerated, parameters)
-    total = float(torch.stack([g.float().norm() for g in expected_gradients]).norm()) if expected_gradients else 0.0
-    worst = 0.0
-    for gradient, reference in zip(gradients, expected_gradients, strict=True):
-        size = max(float(reference.float().norm()), SMALL_SHARE * total)
-        worst = max(worst, float((gradient.float() - reference.float()).norm()) / max(size, 1e-30))
+    sizes = [float(g.float().norm()) for g in expected_gradients]
+    smallest = max(SMALL_SHARE * math.hypot(*sizes), 1e-30)
+    differences = [
+        float((gradient.float() - reference.float()).norm()) / max(size, smallest)
+        for gradient, reference, size in zip(gradients, expected_gradients, sizes, strict=True)
+    ]
+    worst = float(torch.tensor([0.0, *differences]).max())  # NaN if one is NaN
     difference = float((computed.float() - expected.float()).norm()) / max(float(expected.float().norm()), 1e-30)
     return Differences(difference, worst)
 
@@ -111,3 +114,18 @@ def warn_different(part: str, differences: Differences) -> None:
     """Warn that a part is not accelerated."""
     message = f"deltaw.accelerate: {part} is not used, because {differences} from the model's own code"
     warnings.warn(message, AccelerationWarning, stacklevel=4)
+
+
+@contextlib.contextmanager
+def nonzero_factors(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Context in which trained factors that are zero have random values, so that the other factor has a gradient."""
+    zeros = [p for p in parameters if p.dim() > 1 and not bool(p.detach().any())]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in zeros:
+            parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+        try:
+            yield
+        finally:
+            for parameter in zeros:
+                parameter.zero_()
