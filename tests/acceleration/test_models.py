@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -383,3 +385,14 @@ def test_training_of_all_weights_under_autocast_runs_own_code():
         with pytest.warns(AccelerationWarning, match="autocast"):
             computed, _ = loss_and_gradients(model, batch)
     assert computed == loss and report.fallbacks
+
+
+def test_model_is_freed_without_restore():
+    model = causal_model("llama").train()
+    batch = padded_batch(model.config.vocab_size)
+    deltaw.accelerate(model, logits=False)
+    loss_and_gradients(model, batch)
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -45,6 +44,7 @@ class Acceleration:
         if tokenizer is not None:
             self.methods.append(GenerateMethod(model, self.accelerated, tokenizer))
         for method in self.methods:
+            method.owner = self
             method.install()
 
     def close(self) -> None:
@@ -52,9 +52,6 @@ class Acceleration:
         for method in reversed(self.methods):
             method.remove()
         self.accelerated.close()
-
-
-_ACCELERATIONS: weakref.WeakKeyDictionary[PreTrainedModel, Acceleration] = weakref.WeakKeyDictionary()
 
 
 def accelerate(
@@ -110,9 +107,16 @@ def restore(target: nn.Module | Trainer) -> None:
     """Undo :func:`accelerate`. A model that is not accelerated is unchanged."""
     models = [target] if isinstance(target, nn.Module) else [target.model, getattr(target, "ref_model", None)]
     for model in models:
-        acceleration = None if model is None else _ACCELERATIONS.pop(find_model(model), None)
+        acceleration = None if model is None else _acceleration_of(find_model(model))
         if acceleration is not None:
             acceleration.close()
+
+
+def _acceleration_of(model: PreTrainedModel) -> Acceleration | None:
+    """Return the acceleration of a model, which its replaced method refers to, or None."""
+    method = vars(backbone_of(model)).get("forward")
+    owner = method.owner if isinstance(method, ReplacedMethod) else None
+    return owner if isinstance(owner, Acceleration) else None
 
 
 def find_model(module: nn.Module) -> PreTrainedModel:
@@ -136,13 +140,11 @@ def _accelerate_model(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Report:
     model = find_model(module)
-    if model in _ACCELERATIONS:
-        restore(model)
+    restore(model)
     quantized = None if precision is None or is_quantized(model) else quantize_frozen(model, precision, rows)
     acceleration = Acceleration(model, logits=logits, tokenizer=tokenizer)
     if quantized is not None:
         acceleration.report.accept("weights", f"{precision}: {quantized}")
-    _ACCELERATIONS[model] = acceleration
     acceleration.report.restore = lambda: restore(model)
     with contextlib.suppress(Unsupported):  # the report contains the reason
         acceleration.accelerated.current_copy()

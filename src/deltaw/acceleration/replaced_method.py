@@ -26,10 +26,12 @@ class ReplacedMethod:
 
     Attributes:
         original: The method before, bound.
+        owner: Object that installed the method. It lives as long as the model.
     """
 
     def __init__(self, module: PreTrainedModel, name: str = "forward") -> None:
         self.module = module
+        self.owner: object = None
         self.original: Callable[..., Any] = getattr(module, name)
         self._previous = vars(module).get(name)
         self.__name__ = name
