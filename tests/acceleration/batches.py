@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -59,6 +60,15 @@ def loss_and_gradients(model: nn.Module, batch: dict[str, Tensor]) -> tuple[floa
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return float(loss), gradients
+
+
+def assert_equal_gradients(
+    model: nn.Module, batch: dict[str, Tensor], expected: tuple[float, dict[str, Tensor]], tolerance: float = 1e-5
+) -> None:
+    """Compare loss and gradients of a batch with those of :func:`loss_and_gradients`."""
+    loss, gradients = loss_and_gradients(model, batch)
+    assert loss == pytest.approx(expected[0], rel=tolerance)
+    assert largest_difference(gradients, expected[1]) < tolerance
 
 
 def largest_difference(computed: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

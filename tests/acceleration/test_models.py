@@ -19,6 +19,7 @@ from deltaw.acceleration.verification import AccelerationWarning, Differences, m
 from deltaw.lora.stored import stored_form
 from tests.acceleration.batches import (
     adapted,
+    assert_equal_gradients,
     fill_factors,
     largest_difference,
     loss_and_gradients,
@@ -39,9 +40,7 @@ def test_loss_and_gradients_equal_peft(family, logits):
     names = {name: id(parameter) for name, parameter in model.named_parameters()}
     with deltaw.accelerate(model, logits=logits) as report:
         for _ in range(2):
-            computed_loss, computed = loss_and_gradients(model, batch)
-            assert computed_loss == pytest.approx(loss, rel=TOLERANCE)
-            assert largest_difference(computed, gradients) < TOLERANCE
+            assert_equal_gradients(model, batch, (loss, gradients))
         assert not report.fallbacks and "blocks" in report.parts
         assert {name: id(parameter) for name, parameter in model.named_parameters()} == names
     restored_loss, restored = loss_and_gradients(model, batch)
@@ -68,12 +67,10 @@ def test_kinds_of_adapters_equal_peft(settings):
         warnings.simplefilter("ignore")
         model = peft_model(**settings)
     batch = padded_batch(model.config.vocab_size)
-    loss, gradients = loss_and_gradients(model, batch)
+    expected = loss_and_gradients(model, batch)
     report = deltaw.accelerate(model, logits=False)
-    computed_loss, computed = loss_and_gradients(model, batch)
+    assert_equal_gradients(model, batch, expected)
     assert not report.fallbacks
-    assert computed_loss == pytest.approx(loss, rel=TOLERANCE)
-    assert largest_difference(computed, gradients) < TOLERANCE
 
 
 def test_plain_and_deltaw_models_equal_transformers():
@@ -83,12 +80,10 @@ def test_plain_and_deltaw_models_equal_transformers():
         if with_adapter:
             deltaw.attach(model, deltaw.LoRAConfig(rank=4, target_modules="all-linear"), seed=0)
             fill_factors(model)
-        loss, gradients = loss_and_gradients(model, batch)
+        expected = loss_and_gradients(model, batch)
         report = deltaw.accelerate(model)
-        computed_loss, computed = loss_and_gradients(model, batch)
+        assert_equal_gradients(model, batch, expected)
         assert not report.fallbacks
-        assert computed_loss == pytest.approx(loss, rel=TOLERANCE)
-        assert largest_difference(computed, gradients) < TOLERANCE
 
 
 def test_adapters_are_switched_disabled_merged_and_saved(tmp_path):
@@ -131,12 +126,10 @@ def test_rows_padded_on_the_left_and_rows_without_padding_equal_peft():
     packed = {name: joined[name].reshape(1, -1)[:, : sum(lengths)] for name in ("input_ids", "labels")}
     batches = [padded_batch(vocabulary, left=True), {**packed, "position_ids": positions, "use_cache": False}]
     for batch in batches:
-        loss, gradients = loss_and_gradients(model, batch)
+        expected = loss_and_gradients(model, batch)
         with deltaw.accelerate(model, logits=False) as report:
-            computed_loss, computed = loss_and_gradients(model, batch)
+            assert_equal_gradients(model, batch, expected)
             assert not report.fallbacks
-        assert computed_loss == pytest.approx(loss, rel=TOLERANCE)
-        assert largest_difference(computed, gradients) < TOLERANCE
 
 
 def test_autocast_computes_in_bf16():
@@ -157,12 +150,10 @@ def test_gradient_checkpointing_equals_peft():
     batch = padded_batch(model.config.vocab_size)
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
-    loss, gradients = loss_and_gradients(model, batch)
+    expected = loss_and_gradients(model, batch)
     report = deltaw.accelerate(model, logits=False)
-    computed_loss, computed = loss_and_gradients(model, batch)
+    assert_equal_gradients(model, batch, expected)
     assert not report.fallbacks
-    assert computed_loss == pytest.approx(loss, rel=TOLERANCE)
-    assert largest_difference(computed, gradients) < TOLERANCE
 
 
 def test_hooks_and_dropout_run_own_code():
@@ -232,10 +223,8 @@ def test_two_models_in_one_process():
     for model in models:
         deltaw.accelerate(model, logits=False)
     for _ in range(2):
-        for model, (loss, gradients) in zip(models, expected, strict=True):
-            computed_loss, computed = loss_and_gradients(model, batch)
-            assert computed_loss == pytest.approx(loss, rel=TOLERANCE)
-            assert largest_difference(computed, gradients) < TOLERANCE
+        for model, values in zip(models, expected, strict=True):
+            assert_equal_gradients(model, batch, values)
 
 
 def test_difference_from_own_code_disables_acceleration():

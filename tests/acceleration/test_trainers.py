@@ -270,32 +270,39 @@ def test_reference_model_is_accelerated_and_restored(tokenizer, tmp_path):
     assert "forward" not in vars(trainer.ref_model.model) and "forward" not in vars(trainer.model.model)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_sentence_transformers_log_the_same_loss(dropout, tmp_path):
+def sentence_trainer(kind: str, folder: Path, dropout: float) -> Any:
+    """Return a trainer of sentence-transformers for a BERT model, for embeddings or as a cross-encoder."""
     reason = "sentence-transformers is not installed"
-    sentence_transformers = pytest.importorskip("sentence_transformers", reason=reason)
-    losses = importlib.import_module("sentence_transformers.losses")
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    library = pytest.importorskip("sentence_transformers", reason=reason)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    BertModel(BertConfig(vocab_size=20, **sizes, **rates)).save_pretrained(tmp_path)
-    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    BertModel(BertConfig(vocab_size=20, **sizes, **rates)).save_pretrained(folder)
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     generator = random.Random(0)
     pairs = [{"anchor": sentence(generator, 2, 20), "positive": sentence(generator, 2, 20)} for _ in range(24)]
+    settings = arguments(folder / "run", learning_rate=1e-4)
+    del settings["gradient_checkpointing"]
+    if kind == "embedding":
+        model = library.SentenceTransformer(str(folder), device="cpu")
+        options = library.SentenceTransformerTrainingArguments(**settings)
+        loss = importlib.import_module("sentence_transformers.losses").MultipleNegativesRankingLoss(model)
+        data = Dataset.from_list(pairs)
+        return library.SentenceTransformerTrainer(model=model, args=options, train_dataset=data, loss=loss)
+    cross_encoder = importlib.import_module("sentence_transformers.cross_encoder")
+    model = library.CrossEncoder(str(folder), num_labels=1, device="cpu")
+    options = cross_encoder.CrossEncoderTrainingArguments(**settings)
+    loss = importlib.import_module("sentence_transformers.cross_encoder.losses").BinaryCrossEntropyLoss(model)
+    data = Dataset.from_list([{**pair, "label": float(n % 2)} for n, pair in enumerate(pairs)])
+    return cross_encoder.CrossEncoderTrainer(model=model, args=options, train_dataset=data, loss=loss)
 
-    def make() -> Any:
-        model = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
-        settings = arguments(tmp_path / "run", learning_rate=1e-4)
-        del settings["gradient_checkpointing"]
-        options = sentence_transformers.SentenceTransformerTrainingArguments(**settings)
-        loss = losses.MultipleNegativesRankingLoss(model)
-        return sentence_transformers.SentenceTransformerTrainer(
-            model=model, args=options, train_dataset=Dataset.from_list(pairs), loss=loss
-        )
 
-    expected = history(make())
-    trainer = make()
+@pytest.mark.parametrize("kind", ["embedding", "cross-encoder"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_sentence_transformers_log_the_same_loss(kind, dropout, tmp_path):
+    expected = history(sentence_trainer(kind, tmp_path, dropout))
+    trainer = sentence_trainer(kind, tmp_path, dropout)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AccelerationWarning)
         report = deltaw.accelerate(trainer)

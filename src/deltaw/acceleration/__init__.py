@@ -1,1 +1,1 @@
-"""Acceleration of models and trainers in a script of one's own: :func:`accelerate` and :func:`restore`."""
+"""Acceleration of models and trainers in scripts for transformers, PEFT, TRL or sentence-transformers."""

@@ -22,8 +22,8 @@ from deltaw.acceleration.report import Report
 from deltaw.errors import UserError
 from deltaw.runtime.packed import backbone_of
 
-# Packages whose trainers read outputs only at tokens.
-KNOWN_TRAINERS = frozenset({"transformers", "trl", "sentence_transformers"})
+# Libraries whose trainers read outputs only at tokens, not at padding.
+SUPPORTED_LIBRARIES = frozenset({"transformers", "trl", "sentence_transformers"})
 
 
 class Acceleration:
@@ -57,11 +57,11 @@ class Acceleration:
 def accelerate(
     target: nn.Module | Trainer, *, precision: str | None = None, rows: Iterable[Any] = (), logits: bool = True
 ) -> Report:
-    """Accelerate training on a CPU in a script of one's own.
+    """Accelerate training on a CPU in a script for another library.
 
     Recognized blocks run fused, rows run without padding, and prefixes that rows of a batch share are computed once.
-    Parameters, names, hooks and files of the model are unchanged. The first batch is compared with the model's own
-    code, and what differs is not used. ``DELTAW_ACCELERATE=0`` in the environment disables everything.
+    Parameters, names, hooks and files of the model are unchanged. The first batch is compared with the model's
+    original code, which runs if they differ. ``DELTAW_ACCELERATE=0`` in the environment disables everything.
 
     Args:
         target: A model of transformers, plain, with PEFT's or deltaw's adapters, or inside another module; or a trainer
@@ -69,7 +69,7 @@ def accelerate(
         precision: ``int8`` or ``nf4`` to quantize the frozen linear layers of the blocks in place. :func:`restore` does
             not undo this.
         rows: Lists of token ids, with which int8 is calibrated. A trainer's first rows by default.
-        logits: False if a loop of one's own reads only ``loss`` of a call with labels. Then ``logits`` is None while
+        logits: False if your loop reads only ``loss`` of a call with labels. Then ``logits`` is None while
             training, and the output head is computed only at labels. Trainers set it themselves.
 
     Returns:
@@ -88,7 +88,7 @@ def accelerate(
         return _accelerate_model(target, precision, rows, logits=logits, tokenizer=None)
     if (unknown := _unknown_loss(target)) is not None:
         report = Report()
-        report.refuse("trainer", f"{unknown} is not known; deltaw.accelerate(trainer.model) accelerates its model")
+        report.refuse("trainer", f"{unknown} is not supported; deltaw.accelerate(trainer.model) accelerates its model")
         return report
     models = [model for name in ("model", "ref_model") if isinstance(model := getattr(target, name, None), nn.Module)]
     with torch.autocast("cpu", torch.bfloat16, enabled=bool(getattr(target.args, "bf16", False))):
@@ -123,7 +123,7 @@ def find_model(module: nn.Module) -> PreTrainedModel:
     """Return the outermost model of transformers in a module.
 
     Raises:
-        UserError: if there is none.
+        UserError: if the module contains no such model.
     """
     for inner in module.modules():
         if isinstance(inner, PreTrainedModel):
@@ -162,20 +162,20 @@ def _unknown_loss(trainer: Trainer) -> str | None:
     """Return the name of a loss that may read outputs at padding, which are zero in an accelerated model, or None."""
     for name in ("compute_loss", "_compute_loss", "training_step"):
         function = vars(trainer).get(name, getattr(type(trainer), name, None))
-        if function is not None and not _is_known(function):
+        if function is not None and not _is_of_library(function):
             return f"{type(trainer).__name__}.{name}"
     loss = getattr(trainer, "loss", None)  # of sentence-transformers
     for module in loss.values() if isinstance(loss, dict) else [loss]:
-        if isinstance(module, nn.Module) and not _is_known(type(module)):
+        if isinstance(module, nn.Module) and not _is_of_library(type(module)):
             return f"the loss {type(module).__name__}"
     return "compute_loss_func" if getattr(trainer, "compute_loss_func", None) is not None else None
 
 
-def _is_known(function_or_class: Any) -> bool:
-    return str(function_or_class.__module__).partition(".")[0] in KNOWN_TRAINERS
+def _is_of_library(function_or_class: Any) -> bool:
+    return str(function_or_class.__module__).partition(".")[0] in SUPPORTED_LIBRARIES
 
 
 def _reads_logits(trainer: Trainer) -> bool:
     """Return True unless a trainer reads only the loss of calls with labels."""
-    own_loss = type(trainer).compute_loss is not Trainer.compute_loss
-    return own_loss or getattr(trainer, "label_smoother", None) is not None
+    is_overridden = type(trainer).compute_loss is not Trainer.compute_loss
+    return is_overridden or getattr(trainer, "label_smoother", None) is not None

@@ -1,4 +1,4 @@
-"""A model of a script whose calls run on shared copies."""
+"""Run the calls of a script's model on shared copies of it."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from deltaw.runtime.packed import PACKED, PACKED_INDEPENDENT, packed_rows
 from deltaw.runtime.packing_checks import can_pack, can_pack_independent
 from deltaw.training.causal_objective import CausalObjective
 
-# Number of states of a model, such as adapters that are switched in each step, whose copies are kept.
+# Maximum number of copies of a model. There is one per state, for example per active adapter.
 MAX_COPIES = 4
 SWITCH = "DELTAW_ACCELERATE"
 
 
 class Unsupported(Exception):
-    """A call that runs the model's own code. The message is the reason."""
+    """The model's original code has to run. The message is the reason."""
 
 
 @dataclass(eq=False)
@@ -47,7 +47,7 @@ class PackedCopy:
         shared: The shared copy.
         share: True if rows may share prefixes.
         objective: Loss of the labels, for language models with a known output head.
-        verified: Kinds of calls that were compared with the model's own code, with and without gradient.
+        verified: Kinds of calls that were compared with the model's original code, with and without gradient.
     """
 
     shared: SharedCopy
@@ -61,14 +61,14 @@ class AcceleratedModel:
 
     Args:
         model: Model of transformers, possibly with layers of PEFT.
-        report: Receives what runs accelerated.
+        report: Receives the accelerated parts.
     """
 
     def __init__(self, model: PreTrainedModel, report: Report) -> None:
         self.model = model
         self.report = report
-        # True while the model's own code is run for a comparison.
         self.disabled: str | None = None
+        # True while the model's original code runs for a comparison.
         self.paused = False
         self._reported: set[str] = set()
         self._copies: OrderedDict[Any, PackedCopy | str] = OrderedDict()
@@ -78,7 +78,7 @@ class AcceleratedModel:
         """Return an updated copy for the model's current state.
 
         Raises:
-            Unsupported: if the model has to run its own code.
+            Unsupported: if the model has to run its original code.
         """
         if os.environ.get(SWITCH) == "0":
             raise Unsupported(f"{SWITCH}=0")
@@ -106,24 +106,24 @@ class AcceleratedModel:
         return found
 
     def fall_back(self, reason: str) -> None:
-        """Record a call that runs the model's own code. Each reason of a training call is reported once."""
+        """Record a call that runs the model's original code. Each reason of a training call is reported once."""
         if os.environ.get(SWITCH) == "0":
             return
         if reason not in self._reported and self.model.training and torch.is_grad_enabled():
             self._reported.add(reason)
-            message = f"deltaw.accelerate: the model's own code runs: {reason}"
+            message = f"deltaw.accelerate: the model's original code runs: {reason}"
             warnings.warn(message, AccelerationWarning, stacklevel=4)
         self.report.count_fallback(reason)
 
     def verify(
-        self, kind: str, found: PackedCopy, own: Callable[[], Tensor], accelerated: Callable[[], Tensor]
+        self, kind: str, found: PackedCopy, original: Callable[[], Tensor], accelerated: Callable[[], Tensor]
     ) -> None:
-        """Compare the first call of a kind with the model's own code, and disable what differs.
+        """Compare the first call of a kind with the model's original code, and disable acceleration if they differ.
 
         Args:
             kind: Kind of the call.
-            found: SharedCopy of the call.
-            own: Runs the model's code on a sample of the call.
+            found: Copy that runs the call.
+            original: Runs the model's code on a sample of the call.
             accelerated: Computes the same on the copy.
 
         Raises:
@@ -136,16 +136,16 @@ class AcceleratedModel:
         with without_randomness(self.model), nonzero_factors(source for _, source, _ in leaves):
             found.shared.update()
 
-            def run_own() -> Tensor:
+            def run_original() -> Tensor:
                 with self._paused():
-                    return own()
+                    return original()
 
             parameters = [source for _, source, _ in leaves] if key[1] else []
-            differences = measure(run_own, accelerated, parameters)
+            differences = measure(run_original, accelerated, parameters)
             dtype = dtype_of_products(self.model, "cpu") or self.model.dtype
             if differences.exceed(dtype) and found.share:
                 found.share = False
-                without_sharing = measure(run_own, accelerated, parameters)
+                without_sharing = measure(run_original, accelerated, parameters)
                 if not without_sharing.exceed(dtype):
                     warn_different("sharing of prefixes", differences)
                     self.report.refuse("shared prefixes", str(differences))
@@ -157,7 +157,7 @@ class AcceleratedModel:
             self.report.refuse(kind, str(differences))
             raise Unsupported(self.disabled)
         found.verified.add(key)
-        self.report.accept(kind, f"compared with the model's own code: {differences}")
+        self.report.accept(kind, f"compared with the model's original code: {differences}")
 
     @contextlib.contextmanager
     def _paused(self) -> Iterator[None]:
@@ -179,7 +179,7 @@ class AcceleratedModel:
             found.shared.close()
 
     def _create(self, dtype: torch.dtype | None) -> PackedCopy | str:
-        """Return a copy for the current state, or the reason why there is none."""
+        """Return a copy for the current state, or the reason if it cannot be created."""
         try:
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 return self._create_in_mode(SharedCopy(self.model, dtype, self._casts))
@@ -190,9 +190,7 @@ class AcceleratedModel:
     def _create_in_mode(self, shared: SharedCopy) -> PackedCopy | str:
         shared.update()
         model = shared.model
-        training = [module for module in model.modules() if module.training]
-        model.eval()
-        try:
+        with without_randomness(model):
             choice, share = _packing(model)
             if not choice.value:
                 self.report.refuse("packed rows", choice.why)
@@ -208,9 +206,6 @@ class AcceleratedModel:
             if objective is not None and not objective.chunked:
                 self.report.refuse("output head", "the model changes the outputs of its head")
                 objective = None
-        finally:
-            for module in training:
-                module.training = True
         return PackedCopy(shared, share, objective)
 
 

@@ -18,7 +18,7 @@ from deltaw.acceleration.shared_copy import SharedCopy, frozen_values
 from deltaw.decoding.adapters import ActiveAdapter, AdapterInfo, FixedAdapters
 from deltaw.decoding.attached_adapter import Packer
 from deltaw.decoding.batch import BatchLimits, RunningBatch
-from deltaw.decoding.decodable import Decodable, build_decodable, logit_difference, tolerance
+from deltaw.decoding.decodable import Decodable, build_decodable, eval_mode, logit_difference, tolerance
 from deltaw.decoding.engine import Engine
 from deltaw.decoding.generation import MAX_CONCURRENT_SAMPLES
 from deltaw.decoding.probes import NotDecodable
@@ -129,13 +129,8 @@ class GenerateMethod(ReplacedMethod):
             NotDecodable: if they differ by more than rounding.
         """
         sample = torch.randint(0, decodable.entry.num_tokens, (_SAMPLE,), generator=torch.Generator().manual_seed(1))
-        training = [module for module in model.modules() if module.training]
-        model.eval()
-        try:
+        with eval_mode(model):
             error = logit_difference(decodable, model, adapter=adapter, tokens=sample[: decodable.positions])
-        finally:
-            for module in training:
-                module.training = True
         if not error < tolerance(model):
             raise NotDecodable(f"the decoder's logits differ from the model's by {error:.1e}")
         self.accelerated.report.accept("generation", f"decoding engine; logits differ by {error:.1e}")
@@ -182,8 +177,8 @@ def _settings(model: PreTrainedModel, given: GenerationConfig | None) -> dict[st
     Raises:
         Unsupported: if a setting has no equivalent.
     """
-    own = getattr(model, "generation_config", None)
-    values: dict[str, Any] = {} if own is None else own.to_dict()
+    of_model = getattr(model, "generation_config", None)
+    values: dict[str, Any] = {} if of_model is None else of_model.to_dict()
     values.update({} if given is None else {k: v for k, v in given.to_dict().items() if v is not None})
     defaults = GenerationConfig().to_dict()
     for name, value in values.items():

@@ -23,8 +23,8 @@ from deltaw.runtime.packed import backbone_of, without_cache
 
 IGNORED_LABEL = -100
 _ROW_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids"})
-# Arguments without effect here: packed rows for attention implementations that are not used on a CPU, whose positions
-# contain the same, and the number of labels, which only losses use.
+# Arguments that do not change the result of a backbone: the packed rows, which its positions also describe, and the
+# number of labels.
 _WITHOUT_EFFECT = frozenset(
     {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "num_items_in_batch"}
 )
@@ -69,7 +69,7 @@ class BackboneForward(ReplacedMethod):
         call = pack_call(self.module, sample, share=False)
         mask = call.token_mask()[..., None]
 
-        def own() -> Tensor:
+        def original() -> Tensor:
             hidden: Tensor = self.original(**sample, **without_cache(self.module)).last_hidden_state
             return hidden * mask.to(hidden.dtype)
 
@@ -77,7 +77,7 @@ class BackboneForward(ReplacedMethod):
             hidden: Tensor = self._run(found, pack_call(self.module, sample, share=found.share)).last_hidden_state
             return hidden
 
-        self.accelerated.verify("backbone", found, own, accelerated)
+        self.accelerated.verify("backbone", found, original, accelerated)
 
     def _inputs(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the inputs of the rows.
@@ -152,7 +152,7 @@ class LabelLogProbs:
     """Log-probabilities of the labels of a call.
 
     Args:
-        found: SharedCopy with an objective.
+        found: Copy with an objective.
         call: Packed rows.
         targets: (rows, columns) label that the token in each cell predicts, or -100.
     """
@@ -267,10 +267,10 @@ class CausalForward(ReplacedMethod):
         return head.output_class(loss=loss, label_mask=mask, **fields)
 
     def _find_labels(self, inputs: dict[str, Any], labels: Tensor, temperature: float = 1.0) -> LabelLogProbs:
-        """Return the labels of a call, after a comparison with the model's own code for the first call.
+        """Return the labels of a call, after a comparison with the model's original code for the first call.
 
         Raises:
-            Unsupported, NotPackable: if the model has to run its own code.
+            Unsupported, NotPackable: if the model has to run its original code.
         """
         found = self.accelerated.current_copy()
         sample = sample_of({**inputs, "labels": labels})
@@ -279,14 +279,14 @@ class CausalForward(ReplacedMethod):
         def accelerated() -> Tensor:
             return find_labels(found, self.module, sample, targets).log_probs(temperature)[0]
 
-        def own() -> Tensor:
+        def original() -> Tensor:
             logits = self.original(**sample, **without_cache(self.module)).logits.flatten(0, 1)
             flat = torch.from_numpy(targets.ravel())
             cells = (flat != IGNORED_LABEL).nonzero()[:, 0]
             log_probs = (logits.index_select(0, cells).float() / temperature).log_softmax(-1)
             return log_probs.gather(1, flat[cells, None])[:, 0]
 
-        self.accelerated.verify("loss of labels", found, own, accelerated)
+        self.accelerated.verify("loss of labels", found, original, accelerated)
         return find_labels(found, self.module, inputs, next_tokens(labels))
 
     def _check_router(self) -> None:
@@ -330,7 +330,7 @@ def find_labels(
     """Return the labels of a call on a shared copy.
 
     Raises:
-        Unsupported, NotPackable: if the model has to run its own code.
+        Unsupported, NotPackable: if the model has to run its original code.
     """
     if found.objective is None:
         raise Unsupported("an unknown output head")

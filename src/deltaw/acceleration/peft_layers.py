@@ -63,7 +63,7 @@ def is_peft_module(module: nn.Module) -> bool:
 
 
 def state_of(module: nn.Module) -> tuple[Any, ...]:
-    """Return everything that decides how a module of PEFT computes, except its tensors."""
+    """Return the state of a module of PEFT that determines its computation, except its tensors."""
     adapters = tuple(getattr(module, "active_adapters", ()))
     scaling = getattr(module, "scaling", None)
     values = tuple(scaling.get(name) for name in adapters) if isinstance(scaling, Mapping) else ()

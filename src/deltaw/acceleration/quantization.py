@@ -29,7 +29,7 @@ def quantize_frozen(model: PreTrainedModel, precision: str, rows: Iterable[Any])
         rows: Lists of token ids, for the calibration of int8.
 
     Returns:
-        What was quantized, and the change of the loss on the rows.
+        Description of the quantized layers, and the change of the loss on the rows.
 
     Raises:
         UserError: if the precision is unknown, or if weights of the blocks are trained.
@@ -51,7 +51,7 @@ def quantize_frozen(model: PreTrainedModel, precision: str, rows: Iterable[Any])
 
 
 def calibration_rows(dataset: Any) -> list[Any]:
-    """Return token ids of the first rows of a trainer's data set, or nothing if it has none."""
+    """Return token ids of the first rows of a trainer's data set. Empty if its rows have no token ids."""
     columns = getattr(dataset, "column_names", None) or []
     name = next((column for column in ("input_ids", "prompt_ids", "prompt_input_ids") if column in columns), None)
     return [] if name is None else [row[name] for row in dataset.select(range(min(CALIBRATION_ROWS, len(dataset))))]

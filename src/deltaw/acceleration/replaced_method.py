@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-def own_method(module: nn.Module, name: str, previous: Callable[..., Any] | None) -> Callable[..., Any]:
+def original_method(module: nn.Module, name: str, previous: Callable[..., Any] | None) -> Callable[..., Any]:
     """Return a method of a module before it was replaced: ``previous``, or that of its class."""
     return types.MethodType(getattr(type(module), name), module) if previous is None else previous
 
@@ -57,10 +57,10 @@ class ReplacedMethod:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
         """Copies of the model are not accelerated."""
-        return own_method(copy.deepcopy(self.module, memo), self.__name__, copy.deepcopy(self._previous, memo))
+        return original_method(copy.deepcopy(self.module, memo), self.__name__, copy.deepcopy(self._previous, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return own_method, (self.module, self.__name__, self._previous)
+        return original_method, (self.module, self.__name__, self._previous)
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call by name.

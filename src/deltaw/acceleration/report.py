@@ -1,4 +1,4 @@
-"""Report of what runs accelerated, and of the reasons for the rest."""
+"""Report of the parts that run accelerated, and of the reasons for the others."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Report:
-    """What :func:`deltaw.accelerate` changed. ``print(report)`` shows it as a table.
+    """Effect of :func:`deltaw.accelerate`. ``print(report)`` shows it as a table.
 
     Attributes:
         parts: Accelerated parts with a description, in the order of the computation.
-        refused: Parts that run the model's or the trainer's own code, with the reason.
-        fallbacks: Number of calls that ran the model's own code, by reason. It grows during training.
+        refused: Parts that run the original code of the model or the trainer, with the reason.
+        fallbacks: Number of calls that ran the model's original code, by reason, updated during training.
         restore: Undoes the acceleration.
     """
 
@@ -28,12 +28,12 @@ class Report:
         self.parts[part] = description
 
     def refuse(self, part: str, reason: str) -> None:
-        """Record that a part runs its own code."""
+        """Record that a part runs its original code."""
         self.parts.pop(part, None)
         self.refused[part] = reason
 
     def count_fallback(self, reason: str) -> None:
-        """Count a call that ran the model's own code."""
+        """Count a call that ran the model's original code."""
         self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
 
     def __enter__(self) -> Report:

@@ -34,13 +34,13 @@ from deltaw.kernels.torch_private import version_of
 from deltaw.lora.layers import LoRALayer
 from deltaw.runtime.fused import has_dropout
 
-# Hook of transformers and PEFT on the input embeddings, which a copy does not need: it makes their output require a
-# gradient, for reentrant checkpointing.
+# Hooks of transformers and PEFT that set requires_grad of the embeddings for reentrant checkpointing. Copies do not
+# need them.
 _HARMLESS_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Attributes that scripts change after a copy is created.
-# Number of values of a parameter that show if code has changed it.
+# Number of values of a parameter that are compared to detect a change. A change of other values is not detected.
 SAMPLED_VALUES = 8
+# Attributes that scripts change after a copy is created.
 _FLAGS = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
 
 
@@ -49,7 +49,7 @@ class SharedCopy:
 
     Args:
         source: The script's model.
-        dtype: Type of the frozen parameters, or None for their own. Used for autocast.
+        dtype: Type of the frozen parameters, or None for the type of each parameter. Used for autocast.
         casts: Frozen parameters in ``dtype`` by the original, shared by all copies of the model.
         without_adapters: True to copy the base model of PEFT's layers.
 
@@ -110,7 +110,7 @@ class SharedCopy:
         return result
 
     def replace_in_source(self) -> list[nn.Module]:
-        """Replace layers of the script's model for which code has replaced the copy in the copy.
+        """Replace layers of the script's model by those that replaced their copies.
 
         Returns:
             The layers of PEFT whose base layer was replaced.

@@ -34,7 +34,7 @@ class TRLHead:
 
 
 def find_head(forward: Callable[..., Any]) -> TRLHead | None:
-    """Return the options of the head that ``forward`` contains, or None if it has none that is supported."""
+    """Return the options of the head that ``forward`` contains, or None without a supported head."""
     function = getattr(forward, "__func__", forward)
     code = getattr(function, "__code__", None)
     if code is None or FLAG not in code.co_varnames:

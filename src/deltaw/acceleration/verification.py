@@ -1,4 +1,4 @@
-"""Comparison of accelerated calls with the model's own code, on rows of the script's first batch."""
+"""Comparison of accelerated calls with the model's original code, on rows of the script's first batch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ MAX_TOKENS = 512
 MAX_ROWS = 4
 # Maximum relative differences of outputs and of gradients that are attributed to rounding, by type.
 TOLERANCES = {torch.float64: (1e-9, 1e-8), torch.float32: (1e-4, 1e-3), torch.bfloat16: (4e-2, 1.5e-1)}
-# A gradient smaller than this share of all gradients is not compared by itself.
+# A gradient smaller than this share of all gradients is not compared separately.
 SMALL_SHARE = 1e-2
 
 
 class AccelerationWarning(UserWarning):
-    """A part is not accelerated, because its result differs from that of the script's own code."""
+    """A part is not accelerated, because its result differs from that of the original code."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,16 @@ def sample_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measure(
-    own: Callable[[], Tensor], accelerated: Callable[[], Tensor], parameters: Sequence[nn.Parameter]
+    original: Callable[[], Tensor], accelerated: Callable[[], Tensor], parameters: Sequence[nn.Parameter]
 ) -> Differences:
     """Compare two computations of the same outputs.
 
     Args:
-        own: Runs the model's own code. Values that the caller does not use are zero.
+        original: Runs the model's original code. Values that the caller does not use are zero.
         accelerated: Computes the same.
         parameters: Trained parameters. Empty to compare only outputs.
     """
-    expected, expected_gradients = _with_gradients(own, parameters)
+    expected, expected_gradients = _with_gradients(original, parameters)
     computed, gradients = _with_gradients(accelerated, parameters)
     sizes = [float(g.float().norm()) for g in expected_gradients]
     smallest = max(SMALL_SHARE * math.hypot(*sizes), 1e-30)
@@ -112,7 +112,7 @@ def without_randomness(model: nn.Module) -> Iterator[None]:
 
 def warn_different(part: str, differences: Differences) -> None:
     """Warn that a part is not accelerated."""
-    message = f"deltaw.accelerate: {part} is not used, because {differences} from the model's own code"
+    message = f"deltaw.accelerate: {part} is not used, because {differences} from the model's original code"
     warnings.warn(message, AccelerationWarning, stacklevel=4)
 
 
