@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import deltaw
 from deltaw.acceleration.peft_layers import Factor
 from deltaw.acceleration.verification import AccelerationWarning, Differences, measure
+from deltaw.kernels.dropout import constant_dropout
 from deltaw.lora.stored import stored_form
+from deltaw.runtime.block_roles import dropout_rates
 from tests.acceleration.batches import (
     adapted,
     assert_equal_gradients,
@@ -156,7 +158,7 @@ def test_gradient_checkpointing_equals_peft():
     assert not report.fallbacks
 
 
-def test_hooks_and_dropout_run_own_code():
+def test_hooks_run_own_code():
     calls = []
     model = peft_model()
     batch = padded_batch(model.config.vocab_size)
@@ -168,9 +170,32 @@ def test_hooks_and_dropout_run_own_code():
         assert loss_and_gradients(model, batch)[0] == loss
     assert calls and report.fallbacks
     handle.remove()
-    layer.dropout = torch.nn.Dropout(0.5)  # which its code does not use
-    with pytest.warns(AccelerationWarning, match="dropout"):
-        assert loss_and_gradients(model, batch)[0] == loss
+    assert loss_and_gradients(model, batch)[0] == pytest.approx(loss, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neox", "llama"])
+def test_dropout_acts_in_the_places_of_the_models_code(family):
+    model = peft_model(family, lora_dropout=0.2)
+    model.set_attn_implementation("eager")  # torch's attention has a dropout of its own
+    rates = dropout_rates_of(model)
+    assert rates
+    for table, name in rates:
+        table[name] = 0.3
+    batch = padded_batch(model.config.vocab_size)
+    plain = loss_and_gradients(model.eval(), batch)[0]
+    model.train()
+    with constant_dropout():
+        expected = loss_and_gradients(model, batch)
+        report = deltaw.accelerate(model, logits=False)
+        assert_equal_gradients(model, batch, expected)
+    assert not report.fallbacks and abs(expected[0] - plain) > 1e-3
+    assert len({loss_and_gradients(model, batch)[0] for _ in range(3)}) == 3
+
+
+def dropout_rates_of(model):
+    """Return the rates of all modules except adapters, each as a table of attributes and a name."""
+    modules = [module for name, module in model.named_modules() if "lora" not in name]
+    return [(vars(module), name) for module in modules for name in dropout_rates(vars(module))]
 
 
 def test_dropout_of_the_adapter_is_random_and_has_gradients():

@@ -28,7 +28,6 @@ from transformers import (
 )
 
 import deltaw
-from deltaw.acceleration.verification import AccelerationWarning
 from tests.acceleration.batches import fill_factors
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
@@ -303,8 +302,10 @@ def sentence_trainer(kind: str, folder: Path, dropout: float) -> Any:
 def test_sentence_transformers_log_the_same_loss(kind, dropout, tmp_path):
     expected = history(sentence_trainer(kind, tmp_path, dropout))
     trainer = sentence_trainer(kind, tmp_path, dropout)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", AccelerationWarning)
-        report = deltaw.accelerate(trainer)
-        assert_equal(history(trainer), expected)
-    assert bool(report.fallbacks) is (dropout > 0)
+    report = deltaw.accelerate(trainer)
+    computed = history(trainer)
+    assert not report.fallbacks
+    if dropout == 0.0:
+        assert_equal(computed, expected)
+    else:  # other random numbers
+        assert computed != expected and computed[0]["loss"] == pytest.approx(expected[0]["loss"], rel=0.2)

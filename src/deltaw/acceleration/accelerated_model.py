@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from deltaw.acceleration.peft_layers import NotConvertible
 from deltaw.acceleration.report import Report
-from deltaw.acceleration.shared_copy import SharedCopy, drops_out, dtype_of_products, is_observed, state_key
+from deltaw.acceleration.shared_copy import SharedCopy, dtype_of_products, is_observed, state_key
 from deltaw.acceleration.verification import (
     AccelerationWarning,
     measure,
@@ -90,8 +90,6 @@ class AcceleratedModel:
             raise Unsupported(f"the model is on {self.model.device.type}")
         if is_observed(self.model):
             raise Unsupported("modules inside the model have hooks")
-        if drops_out(self.model.base_model):
-            raise Unsupported("dropout in the model")
         dtype = dtype_of_products(self.model, "cpu")
         key = state_key(self.model, dtype)
         if key not in self._copies:

@@ -32,7 +32,6 @@ from deltaw.acceleration.replaced_method import ReplacedMethod
 from deltaw.kernels.torch_modules import are_hooked, cast_module, direct_modules, direct_parameters
 from deltaw.kernels.torch_private import version_of
 from deltaw.lora.layers import LoRALayer
-from deltaw.runtime.fused import has_dropout
 
 # Hooks of transformers and PEFT that set requires_grad of the embeddings for reentrant checkpointing. Copies do not
 # need them.
@@ -223,20 +222,6 @@ def is_observed(model: nn.Module) -> bool:
 def _hooks_of(table: Mapping[str, Any]) -> list[Any]:
     hooks: Iterator[Any] = (hook for name in _HOOK_TABLES for hook in table.get(name, {}).values())
     return [hook for hook in hooks if getattr(hook, "__name__", "") not in _HARMLESS_HOOKS]
-
-
-def drops_out(model: nn.Module) -> bool:
-    """True if a part of a model other than an adapter applies dropout now."""
-    of_adapters = {id(m) for module in model.modules() for m in _dropout_of_adapter(module)}
-    return any(m.training and id(m) not in of_adapters and has_dropout(vars(m)) for m in model.modules())
-
-
-def _dropout_of_adapter(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules that apply the dropout of an adapter."""
-    if isinstance(module, LoRALayer):
-        yield module
-    elif is_peft_module(module) and (dropout := direct_modules(module).get("lora_dropout")) is not None:
-        yield from dropout.modules()
 
 
 def dtype_of_products(model: nn.Module, device_type: str) -> torch.dtype | None:

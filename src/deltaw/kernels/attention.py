@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from deltaw.kernels import gpu_attention, loader
+from deltaw.kernels.dropout import derived_seed, drop
 from deltaw.kernels.layout import Layout, TileBatch, Tiles
 from deltaw.kernels.operators import accumulation_dtype, check_positions, check_shape, define, simulated_device
 from deltaw.kernels.torch_private import softmax_backward
@@ -35,8 +36,10 @@ class AttentionOptions(TypedDict, total=False):
         scaling: Factor applied to the attention scores. Required.
         window: Sliding-window size in positions (see :meth:`Layout.visible`), or None for full attention.
         softcap: If set, scores become ``softcap · tanh(scores / softcap)`` (Gemma 2, arXiv 2408.00118, section 2).
-        causal: Apply a causal mask within each segment. Only the compiled kernel supports False.
+        causal: Apply a causal mask within each segment. Without dropout, only the compiled kernel supports False.
         sinks: (heads) frozen logits that take part in the softmax of each head without a value, or None.
+        dropout: Rate of dropout of the attention weights, which are then computed in tiles.
+        seed: Seed of the dropout, see :func:`deltaw.kernels.dropout.drop`.
     """
 
     scaling: float
@@ -44,6 +47,8 @@ class AttentionOptions(TypedDict, total=False):
     softcap: float | None
     causal: bool
     sinks: Tensor | None
+    dropout: float
+    seed: Tensor | None
 
 
 # Attention weights are saved for the backward if they take at most this multiple of the memory of q, k and v.
@@ -71,13 +76,15 @@ def packed_attention(
     score_options = options["scaling"], options.get("window"), options.get("softcap")
     causal = options.get("causal", True)
     sinks = options.get("sinks")
+    dropout = options.get("dropout", 0.0)
     if sinks is not None and sinks.requires_grad:
         raise NotImplementedError("trained attention sinks require padded rows")
-    if causal and sinks is None:
+    if causal and sinks is None and not dropout:
         _check_inputs(*of_tokens, layout, None)
         if (out := gpu_attention.attend(query, key, value, layout, packed_reference, *score_options)) is not None:
             return out
-    return _PackedAttention.apply(*of_tokens, layout, *score_options, causal, sinks).transpose(0, 1)
+    random = dropout, options.get("seed")
+    return _PackedAttention.apply(*of_tokens, layout, *score_options, causal, sinks, *random).transpose(0, 1)
 
 
 def packed_reference(
@@ -100,11 +107,15 @@ def packed_reference(
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, layout, scaling, window, softcap, causal, sinks):  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx, query, key, value, layout, scaling, window, softcap, causal, sinks, dropout, seed
+    ):
         options = {"scaling": scaling, "window": window, "softcap": softcap, "causal": causal, "sinks": sinks}
+        options |= {"dropout": dropout, "seed": seed}
         out, saved = attend(query, key, value, layout, **options)
         # The backward pass of the tiles does not use the outputs.
-        ctx.save_for_backward(query, key, value, out if is_compiled(query, key, value) else None, *saved)
+        needs_out = not dropout and is_compiled(query, key, value)
+        ctx.save_for_backward(query, key, value, out if needs_out else None, *saved)
         ctx.layout = layout
         ctx.options = options
         return out
@@ -114,7 +125,7 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx, grad_out):  # type: ignore[override]
         query, key, value, out, *saved = ctx.saved_tensors
         grads = attend_backward(grad_out, query, key, value, out, saved, ctx.layout, **ctx.options)
-        return *grads, None, None, None, None, None, None
+        return *grads, *[None] * 8
 
 
 def attend(
@@ -145,14 +156,16 @@ def attend(
         NotImplementedError: if attention is bidirectional and the compiled kernel is not available.
     """
     _check_inputs(query, key, value, layout, rows)
-    if is_compiled(query, key, value):
+    dropout = options.get("dropout", 0.0)
+    causal = options.get("causal", True)
+    if not dropout and is_compiled(query, key, value):
         out, logs = _attention(query, key, value, layout.segments(), *_kernel_options(options), rows)
         sinks = options.get("sinks")
         return (out, [logs]) if sinks is None else _add_sinks(out, logs, sinks)
-    if not options.get("causal", True):
+    if not causal and not dropout:
         raise NotImplementedError("bidirectional attention requires the compiled kernel")
     q, k, v = (t.transpose(0, 1) for t in (spread_rows(query, rows, len(key)), key, value))
-    out, saved = _forward(q, k, v, layout.tiles(options.get("window")), options)
+    out, saved = _forward(q, k, v, layout.tiles(options.get("window"), causal=causal), options)
     out = out.transpose(0, 1)
     return (out if rows is None else out.index_select(0, rows)), saved
 
@@ -195,13 +208,14 @@ def attend_backward(
         ValueError: if the shape of ``grad`` is not that of the outputs.
     """
     check_shape("the gradient", grad, *query.shape[:2], value.shape[-1])
-    if out is not None and is_compiled(query, key, value):
+    if out is not None and not options.get("dropout") and is_compiled(query, key, value):
         (logs,) = saved
         segments = layout.segments()
         return _attention_backward(grad, query, key, value, out, logs, segments, *_kernel_options(options), rows)
     scattered = (spread_rows(t, rows, len(key)) for t in (grad, query))
     d, q, k, v = (t.transpose(0, 1) for t in (*scattered, key, value))
-    grads = _backward(d, q, k, v, saved, layout.tiles(options.get("window")), options)
+    tiles = layout.tiles(options.get("window"), causal=options.get("causal", True))
+    grads = _backward(d, q, k, v, saved, tiles, options)
     grad_query, grad_key, grad_value = (t.transpose(0, 1) for t in grads)
     return (grad_query if rows is None else grad_query.index_select(0, rows)), grad_key, grad_value
 
@@ -332,10 +346,11 @@ def _forward(
     num_weights = query.shape[0] * sum(batch.count * batch.queries * batch.keys.shape[1] for batch in tiles.batches)
     max_bytes = MAX_SAVED_WEIGHTS * sum(t.nbytes for t in (query, key, value))
     save_weights = softcap is None and num_weights * dtype.itemsize <= max_bytes
-    for batch in tiles.batches:
+    for index, batch in enumerate(tiles.batches):
         rows = _folded(queries[:, start : start + batch.count * batch.queries], key_heads, batch)
         weights, _ = _weights(rows, _gathered(cast_key, batch), batch, softcap, options.get("sinks"))
-        products.append(_unfolded(torch.bmm(weights.to(value.dtype), _gathered(value, batch)), key_heads, batch))
+        kept = _dropped(weights, index, options).to(value.dtype)
+        products.append(_unfolded(torch.bmm(kept, _gathered(value, batch)), key_heads, batch))
         if save_weights:
             saved.append(weights)
         start += batch.count * batch.queries
@@ -375,8 +390,10 @@ def _backward(
         else:
             weights, slope = _weights(rows.to(dtype).mul(scaling), keys.to(dtype), batch, softcap, options.get("sinks"))
         key_indices = _key_indices(batch, key_heads, key.shape[1])
-        _scatter(grad_value, key_indices, torch.bmm(weights.to(value.dtype).transpose(1, 2), grad))
-        grad_scores = softmax_backward(torch.bmm(grad, values.transpose(1, 2)).to(dtype), weights, -1, dtype)
+        kept = _dropped(weights, batch_index, options).to(value.dtype)
+        _scatter(grad_value, key_indices, torch.bmm(kept.transpose(1, 2), grad))
+        grad_weights = _dropped(torch.bmm(grad, values.transpose(1, 2)).to(dtype), batch_index, options)
+        grad_scores = softmax_backward(grad_weights, weights, -1, dtype)
         if slope is not None:
             grad_scores.mul_(slope)
         grad_scores = grad_scores.mul_(scaling).to(query.dtype)
@@ -386,6 +403,12 @@ def _backward(
     grad_key = grad_key.view_as(key)
     grad_value = grad_value.view_as(value)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+def _dropped(weights: Tensor, batch_index: int, options: AttentionOptions) -> Tensor:
+    """Apply the dropout to the weights of a batch of tiles, or to their gradient."""
+    seed = options.get("seed")
+    return weights if seed is None else drop(weights, derived_seed(seed, batch_index), options.get("dropout", 0.0))
 
 
 def _folded(rows: Tensor, key_heads: int, batch: TileBatch) -> Tensor:

@@ -108,7 +108,7 @@ class Layout:
     stops: np.ndarray
     parents: np.ndarray
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    _tiles: dict[int | None, Tiles] = field(default_factory=dict, repr=False)
+    _tiles: dict[tuple[int | None, bool], Tiles] = field(default_factory=dict, repr=False)
     _segments: Tensor | None = field(default=None, repr=False)
     masks: dict[Any, Any] = field(default_factory=dict, repr=False)
     cached_tensors: dict[Any, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
@@ -182,13 +182,19 @@ class Layout:
         indices = np.arange(self.length)
         return self._visibility(window)(indices, indices)
 
-    def tiles(self, window: int | None = None) -> Tiles:
-        """Return tiles that cover all visible pairs at approximately minimal cost. The result is cached per window."""
-        if window not in self._tiles:
-            self._tiles[window] = self._batched(self._plan(window), window)
-        return self._tiles[window]
+    def tiles(self, window: int | None = None, *, causal: bool = True) -> Tiles:
+        """Return tiles that cover all visible pairs at approximately minimal cost. The result is cached.
 
-    def _visibility(self, window: int | None) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+        Args:
+            window: Sliding-window size, as for :meth:`visible`.
+            causal: False if tokens also attend to later tokens of their segment.
+        """
+        key = window, causal
+        if key not in self._tiles:
+            self._tiles[key] = self._batched(self._plan(window, causal), window, causal)
+        return self._tiles[key]
+
+    def _visibility(self, window: int | None, causal: bool = True) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
         """Return a function from query indices (L) and key indices (K) to a bool mask (L, K)."""
         ancestry = np.eye(len(self.parents), dtype=bool)  # [i, j]: segment j is i or an ancestor of i
         for segment, parent in enumerate(self.parents):
@@ -199,14 +205,15 @@ class Layout:
 
         def visible(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
             distance = positions[queries][:, None] - positions[keys]
-            mask = ancestry[segments[queries][:, None], segments[keys]] & (distance >= 0)
+            mask = ancestry[segments[queries][:, None], segments[keys]]
+            mask = mask & (distance >= 0) if causal else mask
             return mask & (distance < window) if window is not None else mask
 
         return visible
 
-    def _plan(self, window: int | None) -> list[Tile]:
+    def _plan(self, window: int | None, causal: bool) -> list[Tile]:
         """Merge adjacent atoms into tiles by dynamic programming over the last cut."""
-        atoms = self._atoms(window)
+        atoms = self._atoms(window, causal)
         best = [0.0] + [float("inf")] * len(atoms)
         tiles: list[Tile | None] = [None] * (len(atoms) + 1)
         cut = [0] * (len(atoms) + 1)
@@ -234,7 +241,7 @@ class Layout:
             end = cut[end]
         return chosen[::-1]
 
-    def _atoms(self, window: int | None) -> list[_Atom]:
+    def _atoms(self, window: int | None, causal: bool) -> list[_Atom]:
         """Split segments into atoms of at most MAX_ATOM_QUERIES queries, with the key ranges that they attend to."""
         atoms: list[_Atom] = []
         offsets = self.offsets()
@@ -245,7 +252,7 @@ class Layout:
                 spans: dict[int, tuple[int, int]] = {}
                 ancestor = segment
                 while ancestor >= 0:
-                    last = high if ancestor == segment else int(self.stops[ancestor])
+                    last = high if causal and ancestor == segment else int(self.stops[ancestor])
                     first = int(self.starts[ancestor]) + max(0, earliest - int(offsets[ancestor]))
                     if first < last:
                         spans[ancestor] = (first, last)
@@ -253,9 +260,9 @@ class Layout:
                 atoms.append(_Atom(low, high, spans))
         return atoms
 
-    def _batched(self, tiles: list[Tile], window: int | None) -> Tiles:
+    def _batched(self, tiles: list[Tile], window: int | None, causal: bool) -> Tiles:
         by_shape = _group_by_shape(tiles)
-        visible = self._visibility(window)
+        visible = self._visibility(window, causal)
         batches = []
         gather = []
         padding = []

@@ -148,7 +148,7 @@ def mismatched_struct(library: ctypes.CDLL) -> str | None:
 
 
 # Expected result of dw_abi(). Increment it in csrc/kernels.h too when functions or structs change.
-ABI = 11
+ABI = 12
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
 
 # Result and argument types of functions that do not return a status, then the argument types of all functions. See
@@ -183,6 +183,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "dw_norm": [_I, _L, _L, _P, _L, _P, _P, _F, _F, _I, _P, _P],
     "dw_norm_backward": [_I, _L, _L, _P, _P, _L, _P, _F, _I, _P, _P, _P],
     "dw_add": [_I, _L, _P, _P, _P],
+    "dw_dropout": [_I, _L, _P, _L, _F, _F, _P],
     "dw_activation": [_I, _I, _L, _L, _P, _P, _P],
     "dw_activation_backward": [_I, _I, _L, _L, _P, _P, _P, _P, _P, _P],
     "dw_rotate": [_I, _L, _L, _L, _L, _P, _L, _P, _P, _I, _P, _L],

@@ -63,6 +63,41 @@ class Norms:
         return tuple(path for path in (self.before, self.after, self.post) if path is not None)
 
 
+# Where a block applies dropout: to the attention weights, or to the result of a half's output projection.
+DropoutPlace = Literal["attention", "first", "second"]
+
+
+@dataclass(frozen=True)
+class DropoutRole:
+    """A rate of dropout in a block.
+
+    Args:
+        path: Path of the module that has the rate.
+        attribute: Name of the attribute.
+        places: Where the dropout is applied. Empty if the rate has no effect.
+    """
+
+    path: str
+    attribute: str
+    places: tuple[DropoutPlace, ...]
+
+
+def dropout_rates(table: dict[str, Any]) -> dict[str, float]:
+    """Return the rates of dropout of a module, by attribute: of ``nn.Dropout``, or of a name that contains it.
+
+    Args:
+        table: Attributes of the module.
+    """
+    names = [name for name in table if "dropout" in name] + (["p"] if "inplace" in table else [])
+    numbers = {name: table.get(name) for name in names}
+    return {name: v for name, v in numbers.items() if isinstance(v, float | int) and not isinstance(v, bool)}
+
+
+def has_dropout(table: dict[str, Any]) -> bool:
+    """True if a module in training applies dropout."""
+    return any(rate > 0.0 for rate in dropout_rates(table).values())
+
+
 @dataclass(frozen=True)
 class AttentionRoles:
     """Attention of a block.
@@ -149,6 +184,7 @@ class BlockRoles:
         extra_outputs: Number of values (all None) after the hidden states in the returned tuple, or None if the block
             returns a tensor.
         multiplier: Factor of the results of both halves before they are added to the residual stream.
+        dropout: Rates of dropout whose place is known.
     """
 
     attention: AttentionRoles
@@ -156,6 +192,7 @@ class BlockRoles:
     parallel: bool = False
     extra_outputs: int | None = None
     multiplier: float = 1.0
+    dropout: tuple[DropoutRole, ...] = ()
 
     @property
     def is_basic(self) -> bool:
@@ -199,13 +236,13 @@ class NormForm:
 
 
 def module_at(block: nn.Module, path: str) -> nn.Module:
-    """Return the current module at ``path`` in a block.
+    """Return the current module at ``path`` in a block. An empty path is the block.
 
     Raises:
         KeyError: if the path does not exist.
     """
     module: nn.Module | None = block
-    for name in path.split("."):
+    for name in filter(None, path.split(".")):
         module = None if module is None else direct_modules(module)[name]
     if module is None:
         raise KeyError(path)

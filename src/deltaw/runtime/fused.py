@@ -5,13 +5,14 @@ the compiled kernels support the entire block and torch calls are not observed, 
 each (``kernels.block``).
 
 Parts are looked up on every call, and derived objects are cached until a part or its tensors change. The block runs the
-model's code if parameters other than low-rank factors are trained, dropout is active, hooks are registered inside, or
-the call has unsupported arguments.
+model's code if parameters other than low-rank factors are trained, dropout is active in an unknown place, hooks are
+registered inside, or the call has unsupported arguments.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, Protocol
@@ -28,7 +29,7 @@ from deltaw.kernels.operators import PLAIN_TYPES, can_call_directly
 from deltaw.kernels.rows import HalfNorms, Norm, split_pairs
 from deltaw.kernels.torch_modules import are_hooked, direct_buffers, direct_modules, direct_parameters
 from deltaw.lora.layers import LoRAConv1D, LoRALinear
-from deltaw.runtime.block_roles import BlockRoles, Norms, Rotary, module_at
+from deltaw.runtime.block_roles import BlockRoles, DropoutPlace, Norms, Rotary, dropout_rates, module_at
 from deltaw.runtime.halves import (
     AttentionContext,
     AttentionHalf,
@@ -167,6 +168,8 @@ class FusedBlock:
         self._layers: list[nn.Module] = []
         self._parameters: list[nn.Parameter] = []
         self._state: list[Any] = []
+        self._dropout: list[tuple[dict[str, Any], str]] = []
+        self._known_rates: set[tuple[int, str]] = set()
         self._halves: Halves | None = None
         self._compiled: Block | None = None
         self._factors: list[Tensor] = []
@@ -212,7 +215,7 @@ class FusedBlock:
         """Return the halves for the block's current parts, or None to run the model's code."""
         if not self._has_same_modules():
             self._look_up()
-        state: list[Any] = [self.config, hidden.dtype]
+        state: list[Any] = [self.config, hidden.dtype, *self._current_rates()]
         for layer in self._layers:
             _append_settings(layer, state)
         _append_tensors([*self._norms, *self._layers], state)
@@ -241,6 +244,14 @@ class FusedBlock:
         if signature(self.block) == self._signature:
             self._layers = [module_at(self.block, path) for path in self.roles.layers]
             self._norms = [module_at(self.block, path) for path in self.roles.norms]
+            tables = [vars(module_at(self.block, role.path)) for role in self.roles.dropout]
+            self._dropout = [(table, role.attribute) for table, role in zip(tables, self.roles.dropout, strict=True)]
+            self._known_rates = {(id(table), attribute) for table, attribute in self._dropout}
+            self._known_rates |= {(id(vars(layer)), "dropout") for layer in self._layers}
+
+    def _current_rates(self) -> list[float]:
+        """Return the rates of dropout of the block's roles, 0 for modules that are not in training mode."""
+        return [table[attribute] if table["training"] else 0.0 for table, attribute in self._dropout]
 
     def _can_run(self, hidden: Tensor) -> bool:
         """True if all layers are supported, only their factors are trained, and norms have the type of the input."""
@@ -256,6 +267,11 @@ class FusedBlock:
         adapted = [layer for layer in self._layers if isinstance(layer, LoRALinear | LoRAConv1D)]
         factors = {id(factor) for layer in adapted for factor in (layer.lora_A, layer.lora_B)}
         return all(id(p) in factors for p in self._parameters if p.requires_grad)
+
+    def _rate_at(self, place: DropoutPlace) -> float:
+        """Return the probability that dropout at a place sets a number to 0."""
+        rates = zip(self.roles.dropout, self._current_rates(), strict=True)
+        return 1.0 - math.prod(1.0 - rate for role, rate in rates if place in role.places)
 
     def _build_halves(self) -> Halves | None:
         norms = {p: make_norm(m) for p, m in zip(self.roles.norms, self._norms, strict=True)}
@@ -287,6 +303,8 @@ class FusedBlock:
             gate=layers.get(attention.gate or ""),
             residual=self.roles.mlp is not None,
             multiplier=self.roles.multiplier,
+            dropout=self._rate_at("first"),
+            attention_dropout=self._rate_at("attention"),
         )
         mlp = self.roles.mlp
         if mlp is None:
@@ -298,22 +316,28 @@ class FusedBlock:
             gated=mlp.gated,
             kind=mlp.kind,
             multiplier=self.roles.multiplier,
+            dropout=self._rate_at("second"),
         )
         return first, second
 
     def _is_observed(self) -> bool:
-        """True if modules inside the block have hooks, a replaced forward or active dropout."""
-        if are_hooked(self._tables):
+        """True if modules inside the block have hooks, a replaced forward or active dropout in an unknown place."""
+        if are_hooked(self._tables) or any("forward" in table for table in self._tables):
             return True
-        for table in self._tables:
-            if "forward" in table or (table["training"] and has_dropout(table)):
+        for table in [*self._tables, vars(self.block)]:
+            if table["training"] and self._has_unknown_dropout(table):
                 return True
-        return self.block.training and has_dropout(vars(self.block))
+        return False
+
+    def _has_unknown_dropout(self, table: dict[str, Any]) -> bool:
+        rates = dropout_rates(table).items()
+        return any(rate > 0.0 and (id(table), name) not in self._known_rates for name, rate in rates)
 
     def _run(self, hidden: Tensor, halves: Halves, context: AttentionContext, checkpointed: bool) -> Tensor:
         x = hidden.flatten(0, 1)
         indices = context.output_indices
-        use_compiled = context.partial is None and can_call_directly(hidden) and hidden.is_contiguous()
+        drops = any(half is not None and half.drops for half in halves)
+        use_compiled = not drops and context.partial is None and can_call_directly(hidden) and hidden.is_contiguous()
         compiled = self._compiled_block(x, halves, context) if use_compiled else None
         if compiled is not None:
             if checkpointed:  # recomputation may run after the weights have moved
@@ -364,13 +388,6 @@ def _uses_shared_keys(attention: nn.Module) -> bool:
 
 def is_on_supported_device(hidden: Tensor) -> bool:
     return hidden.device.type in ("cpu", "cuda") and not torch.is_autocast_enabled(hidden.device.type)
-
-
-def has_dropout(table: dict[str, Any]) -> bool:
-    """True if a module in training applies dropout: as ``nn.Dropout``, or by an attribute with a dropout rate."""
-    if table.get("p", 0.0) and "inplace" in table:
-        return True
-    return any(isinstance(value, float) and value > 0 for name, value in table.items() if "dropout" in name)
 
 
 def _append_settings(layer: nn.Module, state: list[Any]) -> None:

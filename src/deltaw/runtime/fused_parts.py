@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from deltaw.kernels.rows import HalfNorms
 from deltaw.kernels.torch_modules import are_hooked, direct_modules
 from deltaw.lora.layers import LoRALayer
-from deltaw.runtime.block_roles import norm_form
+from deltaw.runtime.block_roles import has_dropout, norm_form
 from deltaw.runtime.experts import FusedExperts, experts_form
-from deltaw.runtime.fused import FusedNorm, has_dropout, is_on_supported_device
+from deltaw.runtime.fused import FusedNorm, is_on_supported_device
 from deltaw.runtime.halves import MLPHalf, run_mlp
 from deltaw.runtime.mlp_forms import MLPForm, mlp_form
 from deltaw.runtime.projections import Projection, can_project
@@ -47,7 +47,8 @@ class FusedMLP:
         tables = [vars(module) for module in self.module.modules()]
         if are_hooked(tables[1:]) or any("forward" in table for table in tables[1:]):
             return None
-        if any(table["training"] and has_dropout(table) for table in tables):
+        others = [module for module in self.module.modules() if not isinstance(module, LoRALayer)]
+        if any(module.training and has_dropout(vars(module)) for module in others):
             return None
         if not all(can_project(layer) and _trains_only_factors(layer) for layer in present):
             return None

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from deltaw.kernels import rows
 from deltaw.kernels.attention import attend, attend_backward, packed_attention, spread_rows
+from deltaw.kernels.dropout import derived_seed, drop, new_seed
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.rows import HalfNorms, Norm
 from deltaw.kernels.torch_private import multiply_each
@@ -39,6 +40,8 @@ class Half:
     Args:
         residual: True to add the result to the residual stream.
         multiplier: Factor of the result before it is added.
+        dropout: Rate of dropout of the output projection's result.
+        seed: Seed of the dropout of a call. None to apply none.
     """
 
     norms: HalfNorms
@@ -46,6 +49,8 @@ class Half:
     output: Projection
     residual: bool = field(default=True, kw_only=True)
     multiplier: float = field(default=1.0, kw_only=True)
+    dropout: float = field(default=0.0, kw_only=True)
+    seed: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def projections(self) -> list[Projection]:
@@ -55,6 +60,20 @@ class Half:
         """Return a copy with replaced projections, by the id of the original."""
         inputs = [by_id.get(id(layer), layer) for layer in self.inputs]
         return replace(self, inputs=inputs, output=by_id.get(id(self.output), self.output))
+
+    @property
+    def drops(self) -> bool:
+        """True if a part of the half applies dropout."""
+        return self.dropout > 0.0 or any(layer.dropout > 0.0 for layer in self.projections)
+
+    def with_seeds(self: _Half) -> _Half:
+        """Return a copy with new random seeds of its dropout."""
+        if not self.drops:
+            return self
+        seed = new_seed()
+        adapted = [layer for layer in self.projections if layer.dropout > 0.0]
+        by_id = {id(layer): layer.with_seed(derived_seed(seed, number)) for number, layer in enumerate(adapted, 1)}
+        return replace(self.with_layers(by_id), seed=seed if self.dropout > 0.0 else None)
 
 
 @dataclass
@@ -68,6 +87,7 @@ class AttentionHalf(Half):
         norms_after_rotary: True if queries and keys are normalized after their rotation.
         joint_gate: True if the query projection computes, for each head, its query and a gate of its output.
         gate: Projection of a gate of each head, or of each number, of the output.
+        attention_dropout: Rate of dropout of the attention weights.
     """
 
     heads: int
@@ -82,6 +102,7 @@ class AttentionHalf(Half):
     norms_after_rotary: bool = False
     joint_gate: bool = False
     gate: Projection | None = None
+    attention_dropout: float = 0.0
 
     @property
     def projections(self) -> list[Projection]:
@@ -95,6 +116,17 @@ class AttentionHalf(Half):
     def with_layers(self, by_id: dict[int, Projection]) -> AttentionHalf:
         half = super().with_layers(by_id)
         return half if self.gate is None else replace(half, gate=by_id.get(id(self.gate), self.gate))
+
+    @property
+    def drops(self) -> bool:
+        return self.attention_dropout > 0.0 or super().drops
+
+    def with_seeds(self) -> AttentionHalf:
+        half = super().with_seeds()
+        if self.attention_dropout == 0.0:
+            return half
+        random = {"dropout": self.attention_dropout, "seed": new_seed()}
+        return replace(half, options={**half.options, **random})
 
 
 @dataclass
@@ -150,6 +182,7 @@ def run_mlp(x: Tensor, stream: Tensor | None, half: MLPHalf) -> Tensor:
     """Run the second half of a block on rows x (T, hidden), and add it to ``stream`` (T, hidden) or to x, unless the
     half has no residual stream.
     """
+    half = half.with_seeds()
     return _MLP.apply(x, stream, half, *factors_of(half.projections))
 
 
@@ -245,6 +278,7 @@ def run_attention(x: Tensor, half: AttentionHalf, context: AttentionContext) -> 
 
     On a device, attention is a separate function that autograd differentiates. Its kernels have no other interface.
     """
+    half = half.with_seeds()
     if x.device.type == "cpu":
         return _Attention.apply(x, half, context, *factors_of(half.projections))
     indices = context.output_indices
@@ -484,8 +518,10 @@ def _input_backward(
 def _finish_half(half: Half, x: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     """Return the result of the half, x·A of its output projection, and tensors for :func:`_finish_half_backward`."""
     norms = half.norms
-    is_added_last = norms.after is not None or half.multiplier != 1.0
+    is_added_last = norms.after is not None or half.multiplier != 1.0 or half.seed is not None
     y, h = half.output(x, RoundedInput(), None if is_added_last else stream)
+    if half.seed is not None:
+        y = drop(y, half.seed, half.dropout)
     before_after = stats_after = total = stats_post = None
     if norms.after is not None:
         before_after = y
@@ -507,6 +543,8 @@ def _finish_half_backward(grad: Tensor, tensors: Sequence[Tensor | None], half: 
     output_grad = grad if half.multiplier == 1.0 else grad * half.multiplier
     if norms.after is not None and before_after is not None and stats_after is not None:
         output_grad = norms.after.backward(output_grad, before_after, stats_after)
+    if half.seed is not None:
+        output_grad = drop(output_grad, half.seed, half.dropout)
     return grad, output_grad
 
 

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from deltaw.hub.transformers_private import attention_name
 from deltaw.kernels.attention import packed_attention
+from deltaw.kernels.dropout import new_seed
 from deltaw.kernels.layout import Layout
 from deltaw.lora.adapted import ACTIVE_KEYWORD, Activation
 from deltaw.runtime.attention_choice import use_attention
@@ -53,8 +54,6 @@ def _attend_packed(
         raise RuntimeError(f"{type(module).__name__} does not pass the layout to its attention")
     if query.shape[2] != packed_layout.length or key.shape[2] != packed_layout.length:
         raise RuntimeError("attention over a cache cannot run on packed rows")
-    if dropout:
-        raise RuntimeError("attention dropout is not supported on packed rows. Put the model in eval mode")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     record_config(module, scale, sliding_window, softcap)
     options: dict[str, Any] = {"scaling": scale, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
@@ -63,6 +62,8 @@ def _attend_packed(
     q = query[0]
     k = key[0]
     v = value[0]
+    if dropout:
+        options |= {"dropout": dropout, "seed": new_seed()}
     if isinstance(packed_layout, PartialLayout):
         out = partial_attention(q, k, v, packed_layout, layer_index_of(module), **options)
     else:

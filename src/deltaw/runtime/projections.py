@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from deltaw.kernels import linear as products
 from deltaw.kernels import quantize
+from deltaw.kernels.dropout import drop
 from deltaw.kernels.rows import Norm
 from deltaw.kernels.torch_modules import direct_parameters
 from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, is_conv1d
@@ -35,6 +36,8 @@ class Projection:
         lora_A: Factor A of the update, if any.
         lora_B: Factor B of the update, if any.
         scaling: Scaling of the update. 1 without an update.
+        dropout: Rate of dropout of the update's input.
+        seed: Seed of the dropout of a call. None to apply none.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -45,6 +48,8 @@ class Projection:
         self.lora_A: Tensor | None = None if adapted is None else adapted.lora_A
         self.lora_B: Tensor | None = None if adapted is None else adapted.lora_B
         self.scaling: float = 1.0 if adapted is None else adapted.scaling
+        self.dropout: float = adapted.dropout if adapted is not None and adapted.training else 0.0
+        self.seed: Tensor | None = None
         update = self.lora_A, self.lora_B, self.scaling
         self.product = product(weight, stored_form(module), by_column(module), bias, *update)
 
@@ -53,12 +58,37 @@ class Projection:
         return None if self.lora_A is None or self.lora_B is None else (self.lora_A, self.lora_B)
 
     def __call__(self, x: Tensor, rounded: RoundedInput, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return x·Wᵀ + b + s·(x·A)·B + added for rows x (M, in), and x·A."""
-        return products.linear(x, self.product, added, *rounded.of(x, self.product))
+        """Return x·Wᵀ + b + s·(dropout(x)·A)·B + added for rows x (M, in), and dropout(x)·A."""
+        if self.seed is None:
+            return products.linear(x, self.product, added, *rounded.of(x, self.product))
+        h = drop(x, self.seed, self.dropout) @ self._factor_A(x)
+        update = h @ self._scaled_B(x)
+        y, _ = products.linear(x, self._frozen, update, *rounded.of(x, self.product))
+        return (y if added is None else y.add_(added)), h
 
     def backward(self, grad: Tensor, added: Tensor | None, need_x: bool) -> tuple[Tensor, Tensor]:
         """Return ∂L/∂x plus ``added``, and the narrow gradient for :meth:`factors_backward`."""
-        return multiply_backward(grad, self.product, added, need_x)
+        if self.seed is None:
+            return multiply_backward(grad, self.product, added, need_x)
+        narrow = grad @ self._scaled_B(grad).t()
+        if not need_x:
+            return grad.new_empty(0), narrow
+        update = drop(narrow @ self._factor_A(grad).t(), self.seed, self.dropout)
+        d_x, _ = multiply_backward(grad, self._frozen, update)
+        return (d_x if added is None else d_x.add_(added)), narrow
+
+    @property
+    def _frozen(self) -> products.LinearProduct:
+        """The layer without its update."""
+        return self.product._replace(lora_A=None, lora_B=None, scaling=1.0)
+
+    def _factor_A(self, x: Tensor) -> Tensor:
+        assert self.product.lora_A is not None
+        return self.product.lora_A.to(x.dtype)
+
+    def _scaled_B(self, x: Tensor) -> Tensor:
+        assert self.product.lora_B is not None
+        return (self.product.lora_B * self.product.scaling).to(x.dtype)
 
     def factors_backward(
         self, x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor
@@ -67,7 +97,14 @@ class Projection:
         if self.lora_A is None or not self.lora_A.requires_grad:
             return None, None
         backward = products.factors_backward if x.device.type == "cpu" else products.factor_products
+        x = x if self.seed is None else drop(x, self.seed, self.dropout)
         return backward(x, h, grad, narrow, self.scaling)
+
+    def with_seed(self, seed: Tensor) -> Projection:
+        """Return a copy that applies dropout to the update's input."""
+        copied = copy.copy(self)
+        copied.seed = seed
+        return copied
 
     def with_factors(self, lora_A: Tensor, scaled_B: Tensor) -> Projection:
         """Return a copy that multiplies by converted factors. Gradients are still those of the original ones."""
@@ -107,12 +144,10 @@ def factors_of(layers: Sequence[Projection]) -> list[Tensor]:
 
 
 def can_project(layer: nn.Module) -> bool:
-    """True if :class:`Projection` supports a layer: a frozen linear layer, plain or with low-rank factors without
-    dropout.
-    """
+    """True if :class:`Projection` supports a layer: a frozen linear layer, plain or with low-rank factors."""
     kind = type(layer)
     if isinstance(layer, LoRALayer) and kind in (LoRALinear, LoRAConv1D):
-        if layer.is_partially_active or (layer.training and vars(layer)["dropout"] > 0.0):
+        if layer.is_partially_active:
             return False
     elif not (kind is nn.Linear or kind.__name__ in PLAIN_LINEAR_CLASSES or is_conv1d(layer) or stored_form(layer)):
         return False

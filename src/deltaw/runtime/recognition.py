@@ -333,6 +333,16 @@ def find_roles(
     return None, reason
 
 
+def call_difference(call: BlockCall, replacement: Callable[..., Any]) -> float:
+    """Return the relative difference between a block and its replacement, or infinity if it does not support the
+    call.
+    """
+    try:
+        return relative_difference(call, replacement)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return math.inf
+
+
 def relative_difference(call: BlockCall, replacement: Callable[..., Any]) -> float:
     """Return the relative difference of outputs and input gradients between a block and its replacement."""
     return max(map(_difference, _with_gradient(replacement, call), _with_gradient(call.block.forward, call)))

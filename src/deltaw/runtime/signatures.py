@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from deltaw.kernels.torch_modules import direct_parameters
-from deltaw.runtime.block_roles import stores_in_out
+from deltaw.runtime.block_roles import dropout_rates, stores_in_out
 
 # Attributes that differ between blocks with the same code. runtime/fused.py checks "store_full_length_kv" separately.
 _PER_LAYER_FLAGS = (
@@ -18,7 +18,8 @@ Signature = tuple[tuple[str, ...], ...]
 
 
 def signature(block: nn.Module) -> Signature:
-    """Return the properties that a block's code depends on: the class and flags of each module inside it.
+    """Return the properties that a block's code depends on: the class and flags of each module inside it, without rates
+    of dropout.
 
     Adapted and int8-quantized layers count as the layers that they replace.
     """
@@ -38,8 +39,9 @@ def _kind_of(module: nn.Module) -> tuple[str, ...]:
 def _flags_of(module: nn.Module) -> Iterator[str]:
     if isinstance(module, nn.Linear) or stores_in_out(module):
         return
+    rates = dropout_rates(vars(module))
     for name, value in sorted(vars(module).items()):
-        if name.startswith("_") or name in _PER_LAYER_FLAGS:
+        if name.startswith("_") or name in _PER_LAYER_FLAGS or name in rates:
             continue
         is_integer = isinstance(value, int) and not isinstance(value, bool)
         if isinstance(value, bool | float | str) or (is_integer and name.startswith("use")):

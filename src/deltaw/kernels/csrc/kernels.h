@@ -7,7 +7,7 @@
 
 // Increment if a function's arguments, its supported types, or a struct in block.h, blocks.h or decode.h changes. The
 // loader compares it with its expected value.
-const int DW_ABI = 11;
+const int DW_ABI = 12;
 
 #ifdef _WIN32
 #define DW_EXPORT __declspec(dllexport)
@@ -81,6 +81,7 @@ DW_EXPORT int dw_norm(int type, int64_t M, int64_t D, const void *x, int64_t ld,
 DW_EXPORT int dw_norm_backward(int type, int64_t M, int64_t D, const void *dy, const void *x, int64_t ld, const void *weight, float offset,
                                int centered, const float *stats, const void *addend, void *dx);
 DW_EXPORT int dw_add(int type, int64_t count, const void *a, const void *b, void *out);
+DW_EXPORT int dw_dropout(int type, int64_t count, const void *x, int64_t seed, float dropped, float scale, void *out);
 DW_EXPORT int dw_activation(int type, int kind, int64_t M, int64_t D, const void *gate, const void *up, void *y);
 DW_EXPORT int dw_activation_backward(int type, int kind, int64_t M, int64_t D, const void *dy, const void *gate, const void *up, void *d_gate,
                                      void *d_up, void *y);

@@ -44,6 +44,7 @@ inline I16 operator+(I16 a, I16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline I16 operator*(I16 a, I16 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 inline I16 operator&(I16 a, I16 b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline I16 operator|(I16 a, I16 b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline I16 operator^(I16 a, I16 b) { return {_mm512_xor_si512(a.v, b.v)}; }
 inline I16 operator<<(I16 a, int n) { return {_mm512_slli_epi32(a.v, n)}; }
 inline I16 operator>>(I16 a, int n) { return {(__m512i)((__v16su)a.v >> n)}; }  // for nonnegative numbers
 inline I16 max(I16 a, I16 b) { return {_mm512_max_epi32(a.v, b.v)}; }

@@ -113,6 +113,7 @@ DW_INLINE I16 operator+(I16 a, I16 b) { DW_PARTS(I16, a.p[i] + b.p[i]); }
 DW_INLINE I16 operator*(I16 a, I16 b) { DW_PARTS(I16, a.p[i] * b.p[i]); }
 DW_INLINE I16 operator&(I16 a, I16 b) { DW_PARTS(I16, a.p[i] & b.p[i]); }
 DW_INLINE I16 operator|(I16 a, I16 b) { DW_PARTS(I16, a.p[i] | b.p[i]); }
+DW_INLINE I16 operator^(I16 a, I16 b) { DW_PARTS(I16, a.p[i] ^ b.p[i]); }
 DW_INLINE I16 operator<<(I16 a, int n) { DW_PARTS(I16, a.p[i] << n); }
 DW_INLINE I16 operator>>(I16 a, int n) { DW_PARTS(I16, a.p[i] >> n); }  // for nonnegative numbers
 DW_INLINE I16 max(I16 a, I16 b) { DW_PARTS(I16, a.p[i] > b.p[i] ? a.p[i] : b.p[i]); }
