@@ -72,6 +72,26 @@ void test_activation(int kind, int64_t M, int64_t D, bool gated) {
     if (gated) expect_close(d_up.numbers(), expected_up, tolerance<T>(), what + " of up");
 }
 
+uint32_t random_bits(uint32_t index, uint64_t seed) {
+    uint32_t h = index + (uint32_t)seed;
+    h ^= h >> 16, h = h * 0x7feb352du + (uint32_t)(seed >> 32);
+    h ^= h >> 15, h *= 0x846ca68bu;
+    return (h ^ h >> 16) >> 8;
+}
+
+template <class T>
+void test_dropout(int64_t count) {
+    const std::string what = "dropout of " + std::to_string(count) + " type " + std::to_string(type_of<T>());
+    Buffer<T> x(count), y(count), expected(count);
+    x.fill();
+    const int64_t seed = -0x123456789abcdefll;
+    const float scale = 1.25f;
+    for (int64_t i = 0; i < count; i++)
+        expected[i] = random_bits((uint32_t)i, (uint64_t)seed) < (1u << 24) / 5 ? from_double<T>(0) : from_double<T>((float)x.at(i) * scale);
+    expect(dw_dropout(type_of<T>(), count, x.data(), seed, (float)((1u << 24) / 5), scale, y.data()) == 0 && y.same(expected), what);
+    expect(dw_dropout(type_of<T>(), count, x.data(), seed, (float)((1u << 24) / 5), scale, x.data()) == 0 && x.same(expected), what + " in place");
+}
+
 template <class T>
 void test_rotate(int64_t M, int64_t heads, int64_t half, int64_t rest) {
     const int64_t turned = 2 * half, d = turned + rest;
@@ -205,6 +225,7 @@ template <class T>
 void test_type() {
     for (int64_t D : {5, 15, 16, 17, 100}) test_norm<T>(7, D, false), test_norm<T>(900, D, true);
     for (int kind = 0; kind < 4; kind++) test_activation<T>(kind, 5, 37, true), test_activation<T>(kind, 3, 16, false);
+    for (int64_t count : {1, 15, 16, 5000}) test_dropout<T>(count);
     test_rotate<T>(6, 3, 5, 0), test_rotate<T>(4, 2, 20, 7), test_rotate<T>(1, 1, 1, 1);
     for (int64_t V : {2, 16, 49, 1000}) test_cross_entropy<T>(1, V, 1, 0), test_cross_entropy<T>(41, V, 0.5, 3);
 }
