@@ -192,11 +192,13 @@ def _lora(job: dict[str, Any], task: str) -> Any:
 
 def _folder(reference: str) -> str:
     """Return a folder with the model in the format of transformers."""
+    import torch
+
     from deltaw.hub.folders import config_folder
     from deltaw.hub.loading import load
 
     if reference == MINILM:
-        return str(config_folder(MINILM))
+        return str(config_folder(MINILM, torch.float32, False))
     folder = Path(tempfile.gettempdir()) / "deltaw-benchmarks" / "smollm2-fp32"
     if not (folder / "config.json").is_file():
         loaded = load(reference, precision="fp32", device="cpu", log=lambda line: None)
@@ -274,18 +276,19 @@ def _dropout(job: dict[str, Any]) -> dict[str, Any]:
 
 def _embedding_trainer(job: dict[str, Any], scratch: str) -> Any:
     from datasets import Dataset
+    from peft import get_peft_model
     from sentence_transformers import (
         SentenceTransformer,
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
     )
-    from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     model = SentenceTransformer(
         _folder(MINILM), model_kwargs={"dtype": _dtype(job)}, config_kwargs=_dropout(job), device="cpu"
     )
     if not job["script"].endswith("all-parameters"):
-        model.add_adapter(_lora(job, "FEATURE_EXTRACTION"))
+        model[0].auto_model = get_peft_model(model[0].auto_model, _lora(job, "FEATURE_EXTRACTION"))
     reviews = _reviews(1024)
     pairs = [{"anchor": row["film"], "positive": row["text"]} for row in reviews]
     return SentenceTransformerTrainer(

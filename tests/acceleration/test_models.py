@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import deltaw
 from deltaw.acceleration.peft_layers import Factor
@@ -390,15 +390,35 @@ def test_changed_modules_and_values_are_used():
     assert rounded != scaled and scaled == pytest.approx(expected, rel=1e-2)
 
 
-def test_training_of_all_weights_under_autocast_runs_own_code():
+def test_training_of_all_weights_under_autocast():
     model = causal_model("llama").train()
     batch = padded_batch(model.config.vocab_size)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = loss_and_gradients(model, batch)
+        loss, gradients = loss_and_gradients(model, batch)
         report = deltaw.accelerate(model, logits=False)
-        with pytest.warns(AccelerationWarning, match="autocast"):
-            computed, _ = loss_and_gradients(model, batch)
-    assert computed == loss and report.fallbacks
+        computed_loss, computed = loss_and_gradients(model, batch)
+    assert not report.fallbacks
+    assert computed_loss == pytest.approx(loss, rel=1e-2)
+    assert largest_difference(computed, gradients) < 0.05
+    assert all(g.dtype == torch.float32 for g in computed.values())
+
+
+def test_trained_head_of_a_classifier_under_autocast():
+    torch.manual_seed(0)
+    config = causal_model("llama").config
+    config.pad_token_id = 0
+    model = adapted(AutoModelForSequenceClassification.from_config(config), task_type="SEQ_CLS")
+    batch = padded_batch(config.vocab_size)
+    batch["input_ids"] *= batch["attention_mask"]  # padding is found by its token
+    batch["labels"] = torch.tensor([0, 1, 1, 0])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradients = loss_and_gradients(model, batch)
+        report = deltaw.accelerate(model)
+        computed_loss, computed = loss_and_gradients(model, batch)
+    assert not report.fallbacks and "fused" in report.parts["blocks"]
+    assert any("score" in name for name in computed)
+    assert computed_loss == pytest.approx(loss, rel=1e-2)
+    assert largest_difference(computed, gradients) < 0.05
 
 
 def test_model_is_freed_without_restore():

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from deltaw.acceleration.peft_layers import NotConvertible
 from deltaw.acceleration.report import Report
-from deltaw.acceleration.shared_copy import SharedCopy, dtype_of_products, is_observed, state_key
+from deltaw.acceleration.shared_copy import SharedCopy, dtype_of_products, is_observed, state_key, trains_base
 from deltaw.acceleration.verification import (
     AccelerationWarning,
     measure,
@@ -47,13 +48,19 @@ class PackedCopy:
         shared: The shared copy.
         share: True if rows may share prefixes.
         objective: Loss of the labels, for language models with a known output head.
+        autocast_dtype: Type of autocast in which the copy runs, or None to run it in the types of its parameters.
         verified: Kinds of calls that were compared with the model's original code, with and without gradient.
     """
 
     shared: SharedCopy
     share: bool
     objective: CausalObjective | None
+    autocast_dtype: torch.dtype | None
     verified: set[tuple[str, bool]] = field(default_factory=set)
+
+    def types(self) -> AbstractContextManager[Any]:
+        """Return a context with the types in which the copy runs."""
+        return torch.autocast("cpu", self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
 
 class AcceleratedModel:
@@ -180,12 +187,15 @@ class AcceleratedModel:
         """Return a copy for the current state, or the reason if it cannot be created."""
         try:
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                return self._create_in_mode(SharedCopy(self.model, dtype, self._casts))
+                shared = SharedCopy(self.model, dtype, self._casts)
+                if dtype is None or not trains_base(shared.model):
+                    return self._create_in_mode(shared, None)
+                return self._create_in_mode(SharedCopy(self.model, None, self._casts), dtype)
         except NotConvertible as error:
             self.report.refuse("blocks", str(error))
             return str(error)
 
-    def _create_in_mode(self, shared: SharedCopy) -> PackedCopy | str:
+    def _create_in_mode(self, shared: SharedCopy, autocast_dtype: torch.dtype | None) -> PackedCopy | str:
         shared.update()
         model = shared.model
         with without_randomness(model):
@@ -204,7 +214,7 @@ class AcceleratedModel:
             if objective is not None and not objective.chunked:
                 self.report.refuse("output head", "the model changes the outputs of its head")
                 objective = None
-        return PackedCopy(shared, share, objective)
+        return PackedCopy(shared, share, objective, autocast_dtype)
 
 
 def _packing(model: PreTrainedModel) -> tuple[Choice, bool]:

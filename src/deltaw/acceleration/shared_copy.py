@@ -48,7 +48,8 @@ class SharedCopy:
 
     Args:
         source: The script's model.
-        dtype: Type of the frozen parameters, or None for the type of each parameter. Used for autocast.
+        dtype: Type of the frozen parameters, or None for the type of each parameter. Used for autocast. Trained
+            parameters keep their type.
         casts: Frozen parameters in ``dtype`` by the original, shared by all copies of the model.
         without_adapters: True to copy the base model of PEFT's layers.
 
@@ -173,7 +174,7 @@ class SharedCopy:
         if self._dtype is None or parameter.dtype == self._dtype or not parameter.is_floating_point():
             return parameter
         if parameter.requires_grad:
-            raise NotConvertible("autocast with trained parameters other than factors")
+            return parameter
         key = _value_key(parameter, self._dtype)
         cached = self._casts.get(id(parameter))
         if cached is None or cached[0] != key:
@@ -222,6 +223,14 @@ def is_observed(model: nn.Module) -> bool:
 def _hooks_of(table: Mapping[str, Any]) -> list[Any]:
     hooks: Iterator[Any] = (hook for name in _HOOK_TABLES for hook in table.get(name, {}).values())
     return [hook for hook in hooks if getattr(hook, "__name__", "") not in _HARMLESS_HOOKS]
+
+
+def trains_base(model: PreTrainedModel) -> bool:
+    """True if parameters of a copy's backbone or output head other than low-rank factors are trained."""
+    factors = {id(p) for layer in model.modules() if isinstance(layer, LoRALayer) for p in layer.parameters()}
+    head = model.get_output_embeddings()
+    parts = [model.base_model, *([] if head is None else [head])]
+    return any(p.requires_grad and id(p) not in factors for part in parts for p in part.parameters())
 
 
 def dtype_of_products(model: nn.Module, device_type: str) -> torch.dtype | None:

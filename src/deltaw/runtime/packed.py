@@ -54,6 +54,9 @@ def _attend_packed(
         raise RuntimeError(f"{type(module).__name__} does not pass the layout to its attention")
     if query.shape[2] != packed_layout.length or key.shape[2] != packed_layout.length:
         raise RuntimeError("attention over a cache cannot run on packed rows")
+    if torch.is_autocast_enabled(query.device.type):  # as torch's attention
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (t.to(dtype) for t in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     record_config(module, scale, sliding_window, softcap)
     options: dict[str, Any] = {"scaling": scale, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
