@@ -142,7 +142,7 @@ def run_side(job: dict[str, Any]) -> dict[str, Any]:
             report = deltaw.accelerate(trainer, precision=job.get("quantized"))
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    print(report)
+    print("REPORT", report, sep="\n", file=sys.stderr)
     return {
         "first": clock.times[0],
         "step": statistics.median(clock.times[1:] or clock.times),

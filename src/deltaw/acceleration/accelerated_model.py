@@ -162,7 +162,8 @@ class AcceleratedModel:
             self.report.refuse(kind, str(differences))
             raise Unsupported(self.disabled)
         found.verified.add(key)
-        self.report.accept(kind, f"compared with the model's original code: {differences}")
+        if key[1] or kind not in self.report.parts:
+            self.report.accept(kind, f"compared with the model's original code: {differences}")
 
     @contextlib.contextmanager
     def _paused(self) -> Iterator[None]:
