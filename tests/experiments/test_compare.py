@@ -320,6 +320,7 @@ def test_unrelated_folder_is_rejected(local_worker, study_settings, finished_run
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.slow
 def test_worker_process_inherits_rates_and_reports_errors(study_settings, tmp_path, monkeypatch):
     monkeypatch.delenv("DELTAW_MEASURED")
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))

@@ -133,6 +133,7 @@ def test_main_kernel_is_forced_for_short_rows(traced_on_cpu, monkeypatch):
     assert options and all(value["FORCE_USE_FLEX_ATTENTION"] for value in options)
 
 
+@pytest.mark.slow
 def test_lengths_windows_and_trained_inputs_do_not_recompile(traced_on_cpu):
     for length in (300, 128, 257):
         for window in (32, 48):

@@ -275,6 +275,7 @@ def test_full_batch_matches_sentence_transformers(make_config, models, tmp_path,
 
 
 @pytest.mark.parametrize("family", [pytest.param("bert", marks=pytest.mark.slow), "llama"])
+@pytest.mark.slow
 def test_memory_grows_with_batch_only_by_its_vectors(make_config, family):
     rows = [{"anchor": f"query {n:04} {'x' * 30}", "positive": f"passage {n:04} {'y' * 28}"} for n in range(96)]
 
@@ -339,6 +340,7 @@ def test_resume_rejects_changed_scores(make_config, tmp_path):
 @pytest.mark.each_value
 @pytest.mark.parametrize("method", slow_except("full", "bias", "prompt"))
 @pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.slow
 def test_other_methods_train_or_raise(make_config, tmp_path, family, method):
     changes = {"train": RUN | {"learning_rate": 1e-3}, "data": {"eval": 0.2}, **METHODS[method]}
     settings = make_config(family, triplets(40), **changes)

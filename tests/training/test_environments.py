@@ -214,6 +214,7 @@ def test_encoded_reply_matches_the_template(family):
     assert "yes" not in texts(tokenizer, suffix)
 
 
+@pytest.mark.slow
 def test_environment_run_trains_and_resumes_bit_identically(tmp_path, long_context_folder):
     (tmp_path / "own.py").write_text(ENVIRONMENTS)
     rows = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"say {n}"} for n in range(6)])

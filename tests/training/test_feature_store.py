@@ -70,6 +70,7 @@ def test_store_without_space_is_rejected_with_its_size(tmp_path, monkeypatch):
     refusal(open_store, "a", SHAPE, folder=tmp_path / "file", match="cannot be stored")
 
 
+@pytest.mark.slow
 def test_killed_process_leaves_flushed_rows_without_lock(tmp_path):
     code = (
         "import sys, time, pathlib, numpy as np, torch\n"

@@ -36,6 +36,7 @@ def rate_of(run):
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.slow
 def test_few_rows_train_at_lower_default_rate(make_config, loss):
     few = RecordingCallback()
     many = RecordingCallback()

@@ -152,6 +152,7 @@ def test_non_finite_step_of_one_process_stops_or_is_skipped_by_all(make_config, 
         assert (skipped, trained) == ([3], [1, 2, 4, 5, 6])
 
 
+@pytest.mark.slow
 def test_run_with_killed_process_resumes_with_another_process_count(make_config, tmp_path):
     fit(make_config(tmp_path / "whole"))
     config = make_config(tmp_path / "run", train={"checkpoint_every": 1000})  # no checkpoint is due before the kill

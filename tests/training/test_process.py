@@ -57,6 +57,7 @@ def custom_state():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_plan_run_and_failed_run_restore_process_state(custom_state, settings, tmp_path):
     deltaw.plan(settings(tmp_path / "run", threads=1))
     assert process_state() == custom_state

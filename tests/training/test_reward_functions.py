@@ -232,6 +232,7 @@ def test_failing_judge_is_retried_then_reported_without_key(judge_server, monkey
         waited.set()
 
 
+@pytest.mark.slow
 def test_reward_model_scores_match_its_evaluation(settings, tmp_path):
     rows = [{"prompt": f"paint it {c}", "chosen": c[0] * 3, "rejected": c[1:3] + "!"} for c in COLORS]
     path = write_rows(tmp_path / "pairs.jsonl", rows)

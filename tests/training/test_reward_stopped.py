@@ -43,6 +43,7 @@ def make_settings(tmp_path, model_folder):
 
 
 @needs_gloo
+@pytest.mark.slow
 def test_two_processes_match_one(make_settings):
     single, parallel = (make_settings(name, max_steps=3, drift=False) for name in ("one", "two"))
     deltaw.fit(single)

@@ -137,6 +137,7 @@ def test_continued_training_matches_peft(make, model_folder, gpt2_folder, tmp_pa
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "lora"])
+@pytest.mark.slow
 def test_other_methods_continue(make, tmp_path, method):
     first = deltaw.fit(make(tmp_path / "first", **METHODS[method])).output
     continued = make(tmp_path / "second", **METHODS[method], start_from=str(first), train={"max_steps": 1})
@@ -371,6 +372,7 @@ def test_start_works_with_stored_features(make, tmp_path):
 
 @needs_gloo
 @pytest.mark.parametrize("mode", ["continue", "stack"])
+@pytest.mark.slow
 def test_two_processes_match_one(make, sft, pairs_file, tmp_path, mode):
     options = {"task": "preference", "data": {"train": str(pairs_file)}, "start_from": str(sft), "start_mode": mode}
     single, several = (make(tmp_path / name, **options) for name in ("single", "several"))

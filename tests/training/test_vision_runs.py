@@ -270,6 +270,7 @@ def test_connector_is_trained_on_steps_without_images(settings, folder, tmp_path
     ],
     ids=lambda value: value.get("method", "") if isinstance(value, dict) else None,
 )
+@pytest.mark.slow
 def test_methods_train_a_new_connector_and_their_own_parameters(settings, parts, tmp_path, method, trained):
     deltaw.fit(settings(tmp_path / "run", model=parts, **method))
     tensors = adapter(tmp_path / "run")
