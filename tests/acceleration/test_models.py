@@ -147,10 +147,12 @@ def test_autocast_computes_in_bf16():
     assert all(g.dtype == torch.float32 for g in computed.values())
 
 
-def test_gradient_checkpointing_equals_peft():
-    model = peft_model()
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("frozen", [True, False], ids=["adapter", "all weights"])
+def test_gradient_checkpointing_equals_peft(reentrant, frozen):
+    model = peft_model() if frozen else causal_model("llama").train()
     batch = padded_batch(model.config.vocab_size)
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     expected = loss_and_gradients(model, batch)
     report = deltaw.accelerate(model, logits=False)

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
 from deltaw.acceleration.peft_layers import (
@@ -40,7 +42,10 @@ _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_bac
 # Number of values of a parameter that are compared to detect a change. A change of other values is not detected.
 SAMPLED_VALUES = 8
 # Attributes that scripts change after a copy is created.
-_FLAGS = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
+_FLAGS = ("training", "gradient_checkpointing")
+# Function with which blocks of transformers checkpoint. Copies use one that autograd.grad supports.
+_CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
+_checkpoint = functools.partial(checkpoint, use_reentrant=False)
 
 
 class SharedCopy:
@@ -96,6 +101,8 @@ class SharedCopy:
             for name in _FLAGS:
                 if name in source:
                     copied[name] = source[name]
+            if _CHECKPOINT_FUNCTION in source:
+                copied[_CHECKPOINT_FUNCTION] = _checkpoint
         for factor in self.factors:
             factor.copy_value()
 
