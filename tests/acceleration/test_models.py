@@ -392,16 +392,19 @@ def test_changed_modules_and_values_are_used():
     assert rounded != scaled and scaled == pytest.approx(expected, rel=1e-2)
 
 
-def test_training_of_all_weights_under_autocast():
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_training_of_all_weights_under_autocast(dropout):
     model = causal_model("llama").train()
+    for table, name in dropout_rates_of(model):
+        table[name] = dropout
     batch = padded_batch(model.config.vocab_size)
     with torch.autocast("cpu", torch.bfloat16):
         loss, gradients = loss_and_gradients(model, batch)
         report = deltaw.accelerate(model, logits=False)
         computed_loss, computed = loss_and_gradients(model, batch)
     assert not report.fallbacks
-    assert computed_loss == pytest.approx(loss, rel=1e-2)
-    assert largest_difference(computed, gradients) < 0.05
+    assert computed_loss == pytest.approx(loss, rel=1e-2 if dropout == 0.0 else 0.1)
+    assert dropout > 0.0 or largest_difference(computed, gradients) < 0.05
     assert all(g.dtype == torch.float32 for g in computed.values())
 
 
@@ -421,6 +424,15 @@ def test_trained_head_of_a_classifier_under_autocast():
     assert any("score" in name for name in computed)
     assert computed_loss == pytest.approx(loss, rel=1e-2)
     assert largest_difference(computed, gradients) < 0.05
+
+
+def test_second_backward_pass_is_refused():
+    model = peft_model()
+    deltaw.accelerate(model, logits=False)
+    loss = model(**padded_batch(model.config.vocab_size)).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        loss.backward()
 
 
 def test_model_is_freed_without_restore():

@@ -41,10 +41,15 @@ class _Bridge(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.output.requires_grad:
+        output = ctx.output
+        if output is None:
+            hint = "call deltaw.restore before a backward pass with retain_graph=True"
+            raise RuntimeError(f"the graph of an accelerated call supports one backward pass; {hint}")
+        ctx.output = None
+        if not output.requires_grad:
             return None, None, *(None for _ in ctx.leaves)
         parameters = [parameter for parameter, _, _ in ctx.leaves]
-        computed = torch.autograd.grad(ctx.output, parameters, grads[0], allow_unused=True)
+        computed = torch.autograd.grad(output, parameters, grads[0], allow_unused=True)
         converted = (_in_layout(g, factor) for g, (_, _, factor) in zip(computed, ctx.leaves, strict=True))
         return None, None, *converted
 

@@ -112,7 +112,8 @@ class _PackedAttention(torch.autograd.Function):
     ):
         options = {"scaling": scaling, "window": window, "softcap": softcap, "causal": causal, "sinks": sinks}
         options |= {"dropout": dropout, "seed": seed}
-        out, saved = attend(query, key, value, layout, **options)
+        with torch.autocast(query.device.type, enabled=False):  # scores of tiles are fp32
+            out, saved = attend(query, key, value, layout, **options)
         # The backward pass of the tiles does not use the outputs.
         needs_out = not dropout and is_compiled(query, key, value)
         ctx.save_for_backward(query, key, value, out if needs_out else None, *saved)
