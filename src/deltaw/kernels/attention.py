@@ -125,7 +125,8 @@ class _PackedAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):  # type: ignore[override]
         query, key, value, out, *saved = ctx.saved_tensors
-        grads = attend_backward(grad_out, query, key, value, out, saved, ctx.layout, **ctx.options)
+        with torch.autocast(query.device.type, enabled=False):
+            grads = attend_backward(grad_out, query, key, value, out, saved, ctx.layout, **ctx.options)
         return *grads, *[None] * 8
 
 
