@@ -32,6 +32,9 @@ from tests.acceleration.batches import fill_factors
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 
+# Versions of TRL without a fused head compute logits, also without gradient.
+HAS_FUSED_HEAD = any("fused_lm_head" in file.read_text() for file in Path(trl.__file__).parent.glob("**/*.py"))
+
 WORDS = [
     "the",
     "quick",
@@ -179,7 +182,8 @@ def test_trainer_logs_the_same_values(kind, tokenizer, tmp_path):
         vars(trainer.model.get_base_model()).pop("generate")
     assert_equal(history(trainer), expected)
     assert "blocks" in report.parts and not report.refused
-    assert not [reason for reason in report.fallbacks if "cache" not in reason]  # calls of generation
+    of_generation = ("cache", "keys and values")
+    assert not [reason for reason in report.fallbacks if not any(word in reason for word in of_generation)]
 
 
 @pytest.mark.parametrize(
@@ -248,6 +252,7 @@ def test_evaluation_of_a_trainer_is_equal(tokenizer, tmp_path):
         assert computed[name] == pytest.approx(expected[name], rel=TOLERANCE)
 
 
+@pytest.mark.skipif(not HAS_FUSED_HEAD, reason="this version of TRL has no fused head")
 def test_entropy_without_gradient_fails_instead_of_training_without_it(tokenizer, tmp_path):
     trainer = make_trainer("sft", tokenizer, tmp_path)
     deltaw.accelerate(trainer)

@@ -168,7 +168,8 @@ def _unknown_loss(trainer: Trainer) -> str | None:
     for module in loss.values() if isinstance(loss, dict) else [loss]:
         if isinstance(module, nn.Module) and not _is_of_library(type(module)):
             return f"the loss {type(module).__name__}"
-    return "compute_loss_func" if getattr(trainer, "compute_loss_func", None) is not None else None
+    # Some versions of TRL set a text, which disables a scaling of the loss.
+    return "compute_loss_func" if callable(getattr(trainer, "compute_loss_func", None)) else None
 
 
 def _is_of_library(function_or_class: Any) -> bool:
