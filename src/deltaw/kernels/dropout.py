@@ -32,9 +32,8 @@ _constant = _Constant()
 
 
 def new_seed() -> Tensor:
-    """Return a seed (1) from torch's random numbers. A constant mask needs none."""
-    seed = torch.zeros(1, dtype=torch.int64)
-    return seed if _constant.active else seed.random_()
+    """Return a seed (1) from torch's random numbers."""
+    return torch.empty(1, dtype=torch.int64).random_()
 
 
 def derived_seed(seed: Tensor, number: int) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
+import torch
 from torch import nn
 
 from deltaw.kernels.dropout import constant_dropout
@@ -39,7 +40,7 @@ def with_dropout_roles(
     rates = [(path, attribute) for path, module in modules.items() for attribute in dropout_rates(vars(module))]
     found = []
     for path, attribute in rates:
-        with _active(modules, path, attribute), constant_dropout():
+        with _active(modules, path, attribute), constant_dropout(), torch.random.fork_rng(devices=[]):
             for places in _PLACES:
                 role = DropoutRole(path, attribute, places)
                 replacement = run(call.block, replace(roles, dropout=(role,)), config)
