@@ -31,9 +31,9 @@ class _Constant(threading.local):
 _constant = _Constant()
 
 
-def new_seed() -> Tensor:
-    """Return a seed (1) from torch's random numbers."""
-    return torch.empty(1, dtype=torch.int64).random_()
+def new_seed(device: torch.device | None = None) -> Tensor:
+    """Return a seed (1) from torch's random numbers of a device, by default the CPU."""
+    return torch.empty(1, dtype=torch.int64, device=device).random_()
 
 
 def derived_seed(seed: Tensor, number: int) -> Tensor:
@@ -46,7 +46,7 @@ def drop(x: Tensor, seed: Tensor, rate: float) -> Tensor:
 
     Args:
         x: Any shape, with at most 2³² elements.
-        seed: (1) int64.
+        seed: (1) int64, on the device of x.
         rate: Probability that an element is set to 0, 0 ≤ rate < 1.
     """
     if _constant.active:
@@ -57,8 +57,8 @@ def drop(x: Tensor, seed: Tensor, rate: float) -> Tensor:
 def drop_reference(x: Tensor, seed: Tensor, rate: float) -> Tensor:
     """Reference implementation of :func:`drop`."""
     index = torch.arange(x.numel(), dtype=torch.int64, device=x.device)
-    low = seed.to(x.device) & _MASK
-    high = (seed.to(x.device) >> 32) & _MASK
+    low = seed & _MASK
+    high = (seed >> 32) & _MASK
     h = (index + low) & _MASK
     h = h ^ (h >> 16)
     h = (h * 0x7FEB352D + high) & _MASK

@@ -66,11 +66,11 @@ class Half:
         """True if a part of the half applies dropout."""
         return self.dropout > 0.0 or any(layer.dropout > 0.0 for layer in self.projections)
 
-    def with_seeds(self: _Half) -> _Half:
+    def with_seeds(self: _Half, device: torch.device) -> _Half:
         """Return a copy with new random seeds of its dropout."""
         if not self.drops:
             return self
-        seed = new_seed()
+        seed = new_seed(device)
         adapted = [layer for layer in self.projections if layer.dropout > 0.0]
         by_id = {id(layer): layer.with_seed(derived_seed(seed, number)) for number, layer in enumerate(adapted, 1)}
         return replace(self.with_layers(by_id), seed=seed if self.dropout > 0.0 else None)
@@ -121,11 +121,11 @@ class AttentionHalf(Half):
     def drops(self) -> bool:
         return self.attention_dropout > 0.0 or super().drops
 
-    def with_seeds(self) -> AttentionHalf:
-        half = super().with_seeds()
+    def with_seeds(self, device: torch.device) -> AttentionHalf:
+        half = super().with_seeds(device)
         if self.attention_dropout == 0.0:
             return half
-        random = {"dropout": self.attention_dropout, "seed": new_seed()}
+        random = {"dropout": self.attention_dropout, "seed": new_seed(device)}
         return replace(half, options={**half.options, **random})
 
 
@@ -182,7 +182,7 @@ def run_mlp(x: Tensor, stream: Tensor | None, half: MLPHalf) -> Tensor:
     """Run the second half of a block on rows x (T, hidden), and add it to ``stream`` (T, hidden) or to x, unless the
     half has no residual stream.
     """
-    half = half.with_seeds()
+    half = half.with_seeds(x.device)
     return _MLP.apply(x, stream, half, *factors_of(half.projections))
 
 
@@ -278,7 +278,7 @@ def run_attention(x: Tensor, half: AttentionHalf, context: AttentionContext) -> 
 
     On a device, attention is a separate function that autograd differentiates. Its kernels have no other interface.
     """
-    half = half.with_seeds()
+    half = half.with_seeds(x.device)
     if x.device.type == "cpu":
         return _Attention.apply(x, half, context, *factors_of(half.projections))
     indices = context.output_indices

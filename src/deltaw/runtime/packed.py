@@ -66,7 +66,7 @@ def _attend_packed(
     k = key[0]
     v = value[0]
     if dropout:
-        options |= {"dropout": dropout, "seed": new_seed()}
+        options |= {"dropout": dropout, "seed": new_seed(query.device)}
     if isinstance(packed_layout, PartialLayout):
         out = partial_attention(q, k, v, packed_layout, layer_index_of(module), **options)
     else:
