@@ -30,7 +30,7 @@ def test_losses_equal_cpu_in_fp32():
 def test_gradients_equal_cpu_on_prefix_tree(checkpointing):
     gradients = [prefix_tree_gradients(device, checkpointing) for device in ("cpu", "cuda")]
     for expected, actual in zip(*gradients, strict=True):
-        torch.testing.assert_close(actual.cpu(), expected, rtol=1e-4, atol=1e-5)
+        assert float((actual.cpu() - expected).norm()) < 1e-5 * float(expected.norm())
 
 
 def prefix_tree_gradients(device: str, checkpointing: bool) -> list[torch.Tensor]:
