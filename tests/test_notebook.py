@@ -66,11 +66,11 @@ def test_notebook_matches_the_script() -> None:
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     outputs = ["".join(line for stream in cell["outputs"] for line in stream["text"]) for cell in cells]
     assert notebook == notebook_of(script, outputs), "regenerate it: python -m tests.test_notebook"
-    assert len(cells) == 6
+    assert len(cells) == 7
     for cell, output in zip(cells, outputs, strict=True):
         compile("".join(cell["source"]), "cell", "exec")
         assert bool(output) == bool(re.search(r"(?m)^(print|result|run)\b", "".join(cell["source"])))
-    assert "held-out" in outputs[3] and "adapter:" in outputs[4]
+    assert "held-out" in outputs[3] and "adapter:" in outputs[4] and "accelerated: loss" in outputs[6]
 
 
 @pytest.mark.slow
