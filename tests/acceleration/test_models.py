@@ -194,6 +194,20 @@ def test_dropout_acts_in_the_places_of_the_models_code(family):
     assert len({loss_and_gradients(model, batch)[0] for _ in range(3)}) == 3
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_rates_of_dropout_that_change_later_are_used(family):
+    model = peft_model(family, lora_dropout=0.3)
+    batch = padded_batch(model.config.vocab_size)
+    deltaw.accelerate(model, logits=False)
+    loss_and_gradients(model, batch)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    computed = loss_and_gradients(model, batch)
+    deltaw.restore(model)
+    assert_equal_gradients(model, batch, computed)
+
+
 def dropout_rates_of(model):
     """Return the rates of all modules except adapters, each as a table of attributes and a name."""
     modules = [module for name, module in model.named_modules() if "lora" not in name]

@@ -68,7 +68,10 @@ def state_of(module: nn.Module) -> tuple[Any, ...]:
     scaling = getattr(module, "scaling", None)
     values = tuple(scaling.get(name) for name in adapters) if isinstance(scaling, Mapping) else ()
     merged = tuple(getattr(module, "merged_adapters", ()))
-    return adapters, values, bool(getattr(module, "disable_adapters", False)), merged
+    dropout = direct_modules(module).get("lora_dropout")
+    modules = direct_modules(dropout) if dropout is not None else {}
+    rates = tuple(getattr(modules.get(name), "p", 0.0) for name in adapters)
+    return adapters, values, bool(getattr(module, "disable_adapters", False)), merged, rates
 
 
 def inner_module(module: nn.Module) -> nn.Module | None:
@@ -77,7 +80,7 @@ def inner_module(module: nn.Module) -> nn.Module | None:
     Raises:
         NotConvertible: if the module is not a known wrapper.
     """
-    adapters, _, disabled, merged = state_of(module)
+    adapters, _, disabled, merged, _ = state_of(module)
     children = direct_modules(module)
     if type(module).__name__ == _SAVED_MODULE:
         copies = children.get("modules_to_save")

@@ -34,6 +34,7 @@ from deltaw.acceleration.replaced_method import ReplacedMethod
 from deltaw.kernels.torch_modules import are_hooked, cast_module, direct_modules, direct_parameters
 from deltaw.kernels.torch_private import version_of
 from deltaw.lora.layers import LoRALayer
+from deltaw.runtime.block_roles import dropout_rates
 
 # Hooks of transformers and PEFT that set requires_grad of the embeddings for reentrant checkpointing. Copies do not
 # need them.
@@ -101,6 +102,7 @@ class SharedCopy:
             for name in _FLAGS:
                 if name in source:
                     copied[name] = source[name]
+            copied.update(dropout_rates(source))
             if _CHECKPOINT_FUNCTION in source:
                 copied[_CHECKPOINT_FUNCTION] = _checkpoint
         for factor in self.factors:
