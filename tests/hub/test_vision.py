@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from packaging.version import parse
 
 from deltaw.hub.checkpoint import read_checkpoint
 from deltaw.hub.parameter_names import match_names
@@ -18,7 +20,9 @@ OTHER_ATTENTION = ("paligemma", "gemma3")
 # Families with features of images in several blocks.
 DEEPSTACK = ("qwen3_vl",)
 # Families whose complete model, unlike the causal class of their language model, does not scale the logits.
-OTHER_LOGITS = ("cohere2_vision", "aya_vision")
+OTHER_LOGITS = ("cohere2_vision",)
+if parse(transformers.__version__) < parse("5.25"):
+    OTHER_LOGITS += ("aya_vision",)
 # Families with a connector that maps features one by one.
 STORED_INPUTS = ("llava", "vipllava", "smolvlm", "idefics3", "internvl", "paligemma")
 CAUSAL = [name for name in FAMILIES if name not in (*OTHER_ATTENTION, *DEEPSTACK, *OTHER_LOGITS)]

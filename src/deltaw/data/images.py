@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ class ImageEncoder:
         self._folder = folder
         self._processor = None
         try:
-            options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+            options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
             config = AutoConfig.from_pretrained(folder, **options)
             if (folder / _PREPROCESSOR).is_file():
                 self._processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **options)

@@ -110,7 +110,7 @@ def padded_rows(model: PreTrainedModel, *, fused: bool = True) -> Iterator[None]
         yield
         return
     with contextlib.ExitStack() as stack:
-        # Falcon and similar models do not dispatch attention, so only their blocks can be replaced.
+        # Some models do not dispatch attention (Falcon before transformers 5.25), so only their blocks can be replaced.
         if dispatches_attention(model):
             stack.enter_context(use_attention(model, PADDED_ATTENTION, must=False))
         if fused:

@@ -81,6 +81,8 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
         if getattr(config, name, None) is not None:
             setattr(small, name, num_keys if getattr(config, name) == keys else num_heads)
     _set(small, "hidden_size", HIDDEN if has_head_size else num_heads * size)
+    if _heads(small)[2] != size:  # a property that divides the hidden size (Falcon)
+        _set(small, "hidden_size", num_heads * size)
     for name in _INNER:
         if isinstance(getattr(config, name, None), int):
             setattr(small, name, INNER)
