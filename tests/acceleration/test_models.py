@@ -176,7 +176,7 @@ def test_hooks_run_own_code():
 
 
 @pytest.mark.parametrize("family", ["gpt2", "neox", "llama"])
-def test_dropout_acts_in_the_places_of_the_models_code(family):
+def test_dropout_is_applied_at_the_sites_of_the_model(family):
     model = peft_model(family, lora_dropout=0.2)
     model.set_attn_implementation("eager")  # torch's attention has a dropout of its own
     rates = dropout_rates_of(model)

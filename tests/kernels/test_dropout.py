@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deltaw.kernels.attention import packed_attention, packed_reference
-from deltaw.kernels.dropout import constant_dropout, derived_seed, drop, drop_reference, new_seed
+from deltaw.kernels.dropout import apply_dropout, apply_dropout_reference, constant_dropout, derived_seed, new_seed
 from deltaw.kernels.layout import Layout
 
 TREE = Layout.of_lengths([9, 5, 7, 12], [-1, 0, 0, -1])
@@ -20,13 +20,13 @@ ROWS = Layout.of_lengths([9, 5, 7, 12])
 def test_kernel_equals_reference(dtype: torch.dtype, size: int) -> None:
     x = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
     seed = torch.tensor([0x123456789ABCDEF])
-    assert torch.equal(drop(x, seed, 0.1), drop_reference(x, seed, 0.1))
+    assert torch.equal(apply_dropout(x, seed, 0.1), apply_dropout_reference(x, seed, 0.1))
 
 
 def test_share_of_zeros_and_mean() -> None:
     torch.manual_seed(0)
     count = 1 << 20
-    y = drop(torch.ones(count), new_seed(), 0.1)
+    y = apply_dropout(torch.ones(count), new_seed(), 0.1)
     deviation = math.sqrt(0.1 * 0.9 / count)
     assert abs(float((y == 0).double().mean()) - 0.1) < 5 * deviation
     assert y.unique().tolist() == pytest.approx([0.0, 1 / 0.9])
@@ -38,7 +38,7 @@ def test_masks_of_derived_seeds_are_independent(distance: int) -> None:
     count = 1 << 20
     seed = new_seed()
     x = torch.ones(count)
-    masks = [(drop(x, derived_seed(seed, number), 0.1) == 0).double() - 0.1 for number in range(3)]
+    masks = [(apply_dropout(x, derived_seed(seed, number), 0.1) == 0).double() - 0.1 for number in range(3)]
     for first in range(3):
         for second in range(3):
             if first == second and distance == 0:
@@ -49,7 +49,7 @@ def test_masks_of_derived_seeds_are_independent(distance: int) -> None:
 
 def test_rate_of_zero_changes_nothing() -> None:
     x = torch.randn(5)
-    assert drop(x, new_seed(), 0.0) is x
+    assert apply_dropout(x, new_seed(), 0.0) is x
 
 
 @pytest.mark.parametrize("layout", [TREE, ROWS], ids=["tree", "rows"])

@@ -1,4 +1,4 @@
-"""Fused blocks with dropout: in the places of the model's code, found by a constant mask."""
+"""Fused blocks with dropout: at the sites of the model's code, found by a constant factor."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def rows_of_tokens() -> list[Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_places_of_dropout_equal_the_models(family: str) -> None:
+def test_sites_of_dropout_equal_those_of_the_model(family: str) -> None:
     model = model_of(family)
     attach(model, LoRAConfig(rank=2, alpha=4, target_modules="all-linear", init="gaussian"), seed=0)
     fill_factors(model)
@@ -103,7 +103,7 @@ def test_places_of_dropout_equal_the_models(family: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_is_unbiased_and_differs_in_each_call(dtype: torch.dtype) -> None:
+def test_dropout_differs_in_each_call_and_repeats_with_the_seed(dtype: torch.dtype) -> None:
     model = model_of("bert").to(dtype)
     rows = rows_of_tokens()
     first_block = model.encoder.layer[0]
@@ -146,7 +146,7 @@ def test_adapter_dropout_of_a_fused_block_is_that_of_the_layer() -> None:
     assert float((error / deviation).max()) < 5
 
 
-def test_unknown_place_runs_the_models_code() -> None:
+def test_dropout_at_an_unknown_site_runs_the_models_code() -> None:
     model = model_of("bert")
     block = model.encoder.layer[0]
     rows = rows_of_tokens()

@@ -168,7 +168,7 @@ def _unknown_loss(trainer: Trainer) -> str | None:
     for module in loss.values() if isinstance(loss, dict) else [loss]:
         if isinstance(module, nn.Module) and not _is_of_library(type(module)):
             return f"the loss {type(module).__name__}"
-    # Some versions of TRL set a text, which disables a scaling of the loss.
+    # TRL 1.0 sets a string, which makes transformers skip its scaling of the loss.
     return "compute_loss_func" if callable(getattr(trainer, "compute_loss_func", None)) else None
 
 

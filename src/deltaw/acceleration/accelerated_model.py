@@ -58,8 +58,8 @@ class PackedCopy:
     autocast_dtype: torch.dtype | None
     verified: set[tuple[str, bool]] = field(default_factory=set)
 
-    def types(self) -> AbstractContextManager[Any]:
-        """Return a context with the types in which the copy runs."""
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context of autocast in which the copy runs. It is disabled without ``autocast_dtype``."""
         return torch.autocast("cpu", self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
 
@@ -162,7 +162,8 @@ class AcceleratedModel:
             self.report.refuse(kind, str(differences))
             raise Unsupported(self.disabled)
         found.verified.add(key)
-        if key[1] or kind not in self.report.parts:
+        has_gradient = key[1]
+        if has_gradient or kind not in self.report.parts:
             self.report.accept(kind, f"compared with the model's original code: {differences}")
 
     @contextlib.contextmanager

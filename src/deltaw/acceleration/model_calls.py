@@ -56,7 +56,7 @@ class BackboneForward(ReplacedMethod):
         outputs: list[Any] = []
 
         def run() -> Tensor:
-            with found.types():
+            with found.autocast():
                 outputs.append(backbone(**call.batch.inputs, **without_cache(backbone)))
             hidden: Tensor = outputs[0].last_hidden_state
             return hidden
@@ -161,7 +161,7 @@ class LabelLogProbs:
         assert found.objective is not None
         self.objective = found.objective
         self.shared = found.shared
-        self.types = found.types
+        self.autocast = found.autocast
         self.shape = targets.shape
         cells = np.flatnonzero(targets.ravel() != IGNORED_LABEL)
         indices = call.index_of_cells().ravel()[cells]
@@ -191,7 +191,7 @@ class LabelLogProbs:
         computed: dict[str, Tensor] = {}
 
         def run() -> Tensor:
-            with self.types():
+            with self.autocast():
                 outputs = self.objective.label_outputs(self.batch)
                 if temperature != 1.0:
                     outputs = outputs / temperature

@@ -44,9 +44,10 @@ _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_bac
 SAMPLED_VALUES = 8
 # Attributes that scripts change after a copy is created.
 _FLAGS = ("training", "gradient_checkpointing")
-# Function with which blocks of transformers checkpoint. Copies use one that autograd.grad supports.
+# Attribute of transformers with the function that checkpoints a block. Reentrant checkpointing does not support
+# torch.autograd.grad, so copies use the other one.
 _CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
-_checkpoint = functools.partial(checkpoint, use_reentrant=False)
+_checkpoint_without_reentry = functools.partial(checkpoint, use_reentrant=False)
 
 
 class SharedCopy:
@@ -104,7 +105,7 @@ class SharedCopy:
                     copied[name] = source[name]
             copied.update(dropout_rates(source))
             if _CHECKPOINT_FUNCTION in source:
-                copied[_CHECKPOINT_FUNCTION] = _checkpoint
+                copied[_CHECKPOINT_FUNCTION] = _checkpoint_without_reentry
         for factor in self.factors:
             factor.copy_value()
 

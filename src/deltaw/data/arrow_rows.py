@@ -148,7 +148,7 @@ def _decode(path: Path, name: str, kind: str, first_row: int, batch_rows: int) -
             errors.seek(0)
             text = errors.read().decode("utf-8", "replace").strip()
             if status == arrow_decoder.TOO_LARGE:
-                part, message = text.splitlines()[-2:]  # the memory allocator may print warnings before
+                part, message = text.splitlines()[-2:]  # warnings of the memory allocator may precede them
                 raise _TooLargeError(message, location=f"{name}, {part}", hint=_TOO_LARGE_HINTS[kind])
             raise pyarrow.ArrowInvalid(text or f"the process that decodes it exited with status {status}")
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from deltaw.kernels import gpu_attention, loader
-from deltaw.kernels.dropout import derived_seed, drop
+from deltaw.kernels.dropout import apply_dropout, derived_seed
 from deltaw.kernels.layout import Layout, TileBatch, Tiles
 from deltaw.kernels.operators import accumulation_dtype, check_positions, check_shape, define, simulated_device
 from deltaw.kernels.torch_private import softmax_backward
@@ -39,7 +39,7 @@ class AttentionOptions(TypedDict, total=False):
         causal: Apply a causal mask within each segment. Without dropout, only the compiled kernel supports False.
         sinks: (heads) frozen logits that take part in the softmax of each head without a value, or None.
         dropout: Rate of dropout of the attention weights, which are then computed in tiles.
-        seed: Seed of the dropout, see :func:`deltaw.kernels.dropout.drop`.
+        seed: Seed of the dropout, see :func:`deltaw.kernels.dropout.apply_dropout`.
     """
 
     scaling: float
@@ -410,7 +410,11 @@ def _backward(
 def _dropped(weights: Tensor, batch_index: int, options: AttentionOptions) -> Tensor:
     """Apply the dropout to the weights of a batch of tiles, or to their gradient."""
     seed = options.get("seed")
-    return weights if seed is None else drop(weights, derived_seed(seed, batch_index), options.get("dropout", 0.0))
+    return (
+        weights
+        if seed is None
+        else apply_dropout(weights, derived_seed(seed, batch_index), options.get("dropout", 0.0))
+    )
 
 
 def _folded(rows: Tensor, key_heads: int, batch: TileBatch) -> Tensor:

@@ -206,7 +206,8 @@ class Layout:
         def visible(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
             distance = positions[queries][:, None] - positions[keys]
             mask = ancestry[segments[queries][:, None], segments[keys]]
-            mask = mask & (distance >= 0) if causal else mask
+            if causal:
+                mask &= distance >= 0
             return mask & (distance < window) if window is not None else mask
 
         return visible

@@ -63,8 +63,9 @@ class Norms:
         return tuple(path for path in (self.before, self.after, self.post) if path is not None)
 
 
-# Where a block applies dropout: to the attention weights, or to the result of a half's output projection.
-DropoutPlace = Literal["attention", "first", "second"]
+# Tensors to which a block applies dropout: the attention weights, and the results of the output projections of the
+# first and second half.
+DropoutSite = Literal["attention", "first", "second"]
 
 
 @dataclass(frozen=True)
@@ -74,23 +75,25 @@ class DropoutRole:
     Args:
         path: Path of the module that has the rate.
         attribute: Name of the attribute.
-        places: Where the dropout is applied. Empty if the rate has no effect.
+        sites: Tensors to which the rate applies. Empty if it has no effect.
     """
 
     path: str
     attribute: str
-    places: tuple[DropoutPlace, ...]
+    sites: tuple[DropoutSite, ...]
 
 
 def dropout_rates(table: dict[str, Any]) -> dict[str, float]:
-    """Return the rates of dropout of a module, by attribute: of ``nn.Dropout``, or of a name that contains it.
+    """Return the rates of dropout among a module's attributes: ``p`` of ``nn.Dropout``, and names with "dropout".
 
     Args:
         table: Attributes of the module.
     """
-    names = [name for name in table if "dropout" in name] + (["p"] if "inplace" in table else [])
-    numbers = {name: table.get(name) for name in names}
-    return {name: v for name, v in numbers.items() if isinstance(v, float | int) and not isinstance(v, bool)}
+    names = [name for name in table if "dropout" in name]
+    if "inplace" in table:
+        names.append("p")
+    values = {name: table.get(name) for name in names}
+    return {name: v for name, v in values.items() if isinstance(v, float | int) and not isinstance(v, bool)}
 
 
 def has_dropout(table: dict[str, Any]) -> bool:
@@ -184,7 +187,7 @@ class BlockRoles:
         extra_outputs: Number of values (all None) after the hidden states in the returned tuple, or None if the block
             returns a tensor.
         multiplier: Factor of the results of both halves before they are added to the residual stream.
-        dropout: Rates of dropout whose place is known.
+        dropout: Rates of dropout with known sites.
     """
 
     attention: AttentionRoles

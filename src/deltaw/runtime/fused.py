@@ -5,7 +5,7 @@ the compiled kernels support the entire block and torch calls are not observed, 
 each (``kernels.block``).
 
 Parts are looked up on every call, and derived objects are cached until a part or its tensors change. The block runs the
-model's code if parameters other than low-rank factors are trained, dropout is active in an unknown place, hooks are
+model's code if parameters other than low-rank factors are trained, dropout is active at an unknown site, hooks are
 registered inside, or the call has unsupported arguments.
 """
 
@@ -29,7 +29,7 @@ from deltaw.kernels.operators import PLAIN_TYPES, can_call_directly
 from deltaw.kernels.rows import HalfNorms, Norm, split_pairs
 from deltaw.kernels.torch_modules import are_hooked, direct_buffers, direct_modules, direct_parameters
 from deltaw.lora.layers import LoRAConv1D, LoRALinear
-from deltaw.runtime.block_roles import BlockRoles, DropoutPlace, Norms, Rotary, dropout_rates, module_at
+from deltaw.runtime.block_roles import BlockRoles, DropoutSite, Norms, Rotary, dropout_rates, module_at
 from deltaw.runtime.halves import (
     AttentionContext,
     AttentionHalf,
@@ -268,10 +268,10 @@ class FusedBlock:
         factors = {id(factor) for layer in adapted for factor in (layer.lora_A, layer.lora_B)}
         return all(id(p) in factors for p in self._parameters if p.requires_grad)
 
-    def _rate_at(self, place: DropoutPlace) -> float:
-        """Return the probability that dropout at a place sets a number to 0."""
+    def _rate_at(self, site: DropoutSite) -> float:
+        """Return the probability that a number at a site is set to 0, by all rates together."""
         rates = zip(self.roles.dropout, self._current_rates(), strict=True)
-        return 1.0 - math.prod(1.0 - rate for role, rate in rates if place in role.places)
+        return 1.0 - math.prod(1.0 - rate for role, rate in rates if site in role.sites)
 
     def _build_halves(self) -> Halves | None:
         norms = {p: make_norm(m) for p, m in zip(self.roles.norms, self._norms, strict=True)}
@@ -321,7 +321,7 @@ class FusedBlock:
         return first, second
 
     def _is_observed(self) -> bool:
-        """True if modules inside the block have hooks, a replaced forward or active dropout in an unknown place."""
+        """True if modules inside the block have hooks, a replaced forward or active dropout at an unknown site."""
         if are_hooked(self._tables) or any("forward" in table for table in self._tables):
             return True
         for table in [*self._tables, vars(self.block)]:
@@ -336,7 +336,7 @@ class FusedBlock:
     def _run(self, hidden: Tensor, halves: Halves, context: AttentionContext, checkpointed: bool) -> Tensor:
         x = hidden.flatten(0, 1)
         indices = context.output_indices
-        drops = any(half is not None and half.drops for half in halves)
+        drops = any(half is not None and half.has_dropout for half in halves)
         use_compiled = not drops and context.partial is None and can_call_directly(hidden) and hidden.is_contiguous()
         compiled = self._compiled_block(x, halves, context) if use_compiled else None
         if compiled is not None:

@@ -29,7 +29,7 @@ from deltaw.kernels.operators import simulated_device
 from deltaw.kernels.torch_modules import direct_modules
 from deltaw.machine.choices import Choice
 from deltaw.runtime.block_roles import AttentionRoles, BlockRoles, norm_form
-from deltaw.runtime.dropout_roles import with_dropout_roles
+from deltaw.runtime.dropout_sites import with_dropout_sites
 from deltaw.runtime.fused import FusedBlock, FusedNorm, Layouts
 from deltaw.runtime.fused_parts import FusedPart, fused_parts
 from deltaw.runtime.recognition import (
@@ -330,7 +330,7 @@ def _recognize_kinds(small: PreTrainedModel, mode: Mode) -> RecognizedBlocks:
                 call = dataclasses.replace(calls[id(module)], config=config)
                 roles, _ = find_roles(call, module_candidates(module), run)
                 if roles is not None:
-                    recognized.attention[kind] = with_dropout_roles(call, roles, run)
+                    recognized.attention[kind] = with_dropout_sites(call, roles, run)
             tried.add(kind)
         for index, block in enumerate(blocks):
             block_config = configs.get(index)
@@ -344,7 +344,7 @@ def _recognize_kinds(small: PreTrainedModel, mode: Mode) -> RecognizedBlocks:
                 call = dataclasses.replace(calls[id(block)], config=block_config)
                 known = _attention_of(block, modules.get(index), block_config, recognized)
                 roles, why = find_roles(call, candidates(block, known), run)
-                roles = None if roles is None else with_dropout_roles(call, roles, run)
+                roles = None if roles is None else with_dropout_sites(call, roles, run)
             if roles is None:
                 recognized.rejected[kind] = f"{type(block).__name__} is not supported: {why}"
             else:

@@ -1,4 +1,4 @@
-"""Fused norms, MLPs and experts inside blocks that are not recognized as a whole.
+"""Fused norms, MLPs and experts inside blocks that are not recognized.
 
 A block with a recurrent layer, experts or an unusual attention runs the model's code. Its norms, dense MLPs and routed
 experts are replaced one by one. The formula of an MLP is verified against the module's own code in fp32, on a copy with
@@ -47,8 +47,8 @@ class FusedMLP:
         tables = [vars(module) for module in self.module.modules()]
         if are_hooked(tables[1:]) or any("forward" in table for table in tables[1:]):
             return None
-        others = [module for module in self.module.modules() if not isinstance(module, LoRALayer)]
-        if any(module.training and has_dropout(vars(module)) for module in others):
+        unadapted = [module for module in self.module.modules() if not isinstance(module, LoRALayer)]
+        if any(module.training and has_dropout(vars(module)) for module in unadapted):
             return None
         if not all(can_project(layer) and _trains_only_factors(layer) for layer in present):
             return None

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from deltaw.kernels import rows
 from deltaw.kernels.attention import attend, attend_backward, packed_attention, spread_rows
-from deltaw.kernels.dropout import derived_seed, drop, new_seed
+from deltaw.kernels.dropout import apply_dropout, derived_seed, new_seed
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.rows import HalfNorms, Norm
 from deltaw.kernels.torch_private import multiply_each
@@ -62,13 +62,13 @@ class Half:
         return replace(self, inputs=inputs, output=by_id.get(id(self.output), self.output))
 
     @property
-    def drops(self) -> bool:
+    def has_dropout(self) -> bool:
         """True if a part of the half applies dropout."""
         return self.dropout > 0.0 or any(layer.dropout > 0.0 for layer in self.projections)
 
     def with_seeds(self: _Half, device: torch.device) -> _Half:
         """Return a copy with new random seeds of its dropout."""
-        if not self.drops:
+        if not self.has_dropout:
             return self
         seed = new_seed(device)
         adapted = [layer for layer in self.projections if layer.dropout > 0.0]
@@ -118,8 +118,8 @@ class AttentionHalf(Half):
         return half if self.gate is None else replace(half, gate=by_id.get(id(self.gate), self.gate))
 
     @property
-    def drops(self) -> bool:
-        return self.attention_dropout > 0.0 or super().drops
+    def has_dropout(self) -> bool:
+        return self.attention_dropout > 0.0 or super().has_dropout
 
     def with_seeds(self, device: torch.device) -> AttentionHalf:
         half = super().with_seeds(device)
@@ -521,7 +521,7 @@ def _finish_half(half: Half, x: Tensor, stream: Tensor | None) -> tuple[Tensor, 
     is_added_last = norms.after is not None or half.multiplier != 1.0 or half.seed is not None
     y, h = half.output(x, RoundedInput(), None if is_added_last else stream)
     if half.seed is not None:
-        y = drop(y, half.seed, half.dropout)
+        y = apply_dropout(y, half.seed, half.dropout)
     before_after = stats_after = total = stats_post = None
     if norms.after is not None:
         before_after = y
@@ -544,7 +544,7 @@ def _finish_half_backward(grad: Tensor, tensors: Sequence[Tensor | None], half: 
     if norms.after is not None and before_after is not None and stats_after is not None:
         output_grad = norms.after.backward(output_grad, before_after, stats_after)
     if half.seed is not None:
-        output_grad = drop(output_grad, half.seed, half.dropout)
+        output_grad = apply_dropout(output_grad, half.seed, half.dropout)
     return grad, output_grad
 
 

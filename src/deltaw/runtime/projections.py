@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deltaw.kernels import linear as products
 from deltaw.kernels import quantize
-from deltaw.kernels.dropout import drop
+from deltaw.kernels.dropout import apply_dropout
 from deltaw.kernels.rows import Norm
 from deltaw.kernels.torch_modules import direct_parameters
 from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, is_conv1d
@@ -61,7 +61,7 @@ class Projection:
         """Return x·Wᵀ + b + s·(dropout(x)·A)·B + added for rows x (M, in), and dropout(x)·A."""
         if self.seed is None:
             return products.linear(x, self.product, added, *rounded.of(x, self.product))
-        h = drop(x, self.seed, self.dropout) @ self._factor_A(x)
+        h = apply_dropout(x, self.seed, self.dropout) @ self._factor_A(x)
         update = h @ self._scaled_B(x)
         y, _ = products.linear(x, self._frozen, update, *rounded.of(x, self.product))
         return (y if added is None else y.add_(added)), h
@@ -73,7 +73,7 @@ class Projection:
         narrow = grad @ self._scaled_B(grad).t()
         if not need_x:
             return grad.new_empty(0), narrow
-        update = drop(narrow @ self._factor_A(grad).t(), self.seed, self.dropout)
+        update = apply_dropout(narrow @ self._factor_A(grad).t(), self.seed, self.dropout)
         d_x, _ = multiply_backward(grad, self._frozen, update)
         return (d_x if added is None else d_x.add_(added)), narrow
 
@@ -97,7 +97,7 @@ class Projection:
         if self.lora_A is None or not self.lora_A.requires_grad:
             return None, None
         backward = products.factors_backward if x.device.type == "cpu" else products.factor_products
-        x = x if self.seed is None else drop(x, self.seed, self.dropout)
+        x = x if self.seed is None else apply_dropout(x, self.seed, self.dropout)
         return backward(x, h, grad, narrow, self.scaling)
 
     def with_seed(self, seed: Tensor) -> Projection:
