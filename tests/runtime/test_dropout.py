@@ -157,6 +157,17 @@ def test_dropout_at_an_unknown_site_runs_the_models_code() -> None:
         run_packed(model, rows)
 
 
+def test_dropout_modules_in_another_mode_than_their_parents() -> None:
+    model = model_of("bert").train()  # its attention applies the rate of a module if the parent is in training mode
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    rows = rows_of_tokens()
+    with constant_dropout():
+        out, expected = (run_packed(model, rows, fused=fused) for fused in (True, False))
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
 def fill_factors(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     for layer in model.modules():

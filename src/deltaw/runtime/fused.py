@@ -169,6 +169,7 @@ class FusedBlock:
         self._parameters: list[nn.Parameter] = []
         self._state: list[Any] = []
         self._dropout: list[tuple[dict[str, Any], str]] = []
+        self._dropout_parents: list[dict[str, Any]] = []
         self._known_rates: set[tuple[int, str]] = set()
         self._halves: Halves | None = None
         self._compiled: Block | None = None
@@ -246,6 +247,8 @@ class FusedBlock:
             self._norms = [module_at(self.block, path) for path in self.roles.norms]
             tables = [vars(module_at(self.block, role.path)) for role in self.roles.dropout]
             self._dropout = [(table, role.attribute) for table, role in zip(tables, self.roles.dropout, strict=True)]
+            parents = [role.path.rpartition(".")[0] for role in self.roles.dropout]
+            self._dropout_parents = [vars(module_at(self.block, path)) for path in parents]
             self._known_rates = {(id(table), attribute) for table, attribute in self._dropout}
             self._known_rates |= {(id(vars(layer)), "dropout") for layer in self._layers}
 
@@ -321,9 +324,13 @@ class FusedBlock:
         return first, second
 
     def _is_observed(self) -> bool:
-        """True if modules inside the block have hooks, a replaced forward or active dropout at an unknown site."""
+        """True if modules inside the block have hooks, a replaced forward or dropout whose effect is unknown."""
         if are_hooked(self._tables) or any("forward" in table for table in self._tables):
             return True
+        # Some code applies the rate of a module depending on the mode of its parent (BERT's attention).
+        for (table, attribute), parent in zip(self._dropout, self._dropout_parents, strict=True):
+            if table[attribute] > 0.0 and table["training"] != parent["training"]:
+                return True
         for table in [*self._tables, vars(self.block)]:
             if table["training"] and self._has_unknown_dropout(table):
                 return True
