@@ -313,7 +313,8 @@ def load_peer(job: dict[str, Any]) -> Any:
 
         apply_liger_kernel_to_llama()
         apply_liger_kernel_to_qwen2()
-    options = {"dtype": torch.bfloat16, "attn_implementation": job["attention"]}
+    # Kernels of the hub would need a network.
+    options = {"dtype": torch.bfloat16, "attn_implementation": job["attention"], "use_kernels": False}
     model = AutoModelForCausalLM.from_pretrained(job["folder"], **options).to("cuda")
     return get_peft_model(model, config, autocast_adapter_dtype=not job.get("bf16_factors")).train()
 

@@ -56,6 +56,7 @@ def test_loaded_model_is_frozen_unchanged_and_in_eval_mode(llama_folder, monkeyp
         assert torch.equal(actual, expected), name
     assert loaded.name == "tiny-llama"
     assert loaded.new_modules == []
+    assert not getattr(loaded.model, "use_kernels", False)  # code from the hub
 
 
 def test_precision_and_threads_are_applied(llama_folder: Path) -> None:

@@ -44,7 +44,7 @@ from deltaw.hub import packages
 from deltaw.hub.gguf_blocks import INDEX, ORDERS, index_parameters, string_field
 from deltaw.hub.gguf_settings import restore_settings
 from deltaw.hub.terminators import terminators
-from deltaw.hub.transformers_private import detach_from_model_config, quiet, remove_source_path
+from deltaw.hub.transformers_private import WITHOUT_HUB_KERNELS, detach_from_model_config, quiet, remove_source_path
 from deltaw.machine.choices import dtype_of
 from deltaw.progress import track_progress
 from deltaw.tensor_files import save_tensors
@@ -229,6 +229,7 @@ def _model(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrain
     packed = getattr(transformers, "GgufConfig", None)
     options = {} if packed is None else {"quantization_config": packed(dequantize=True)}
     options |= {"gguf_file": path.name, "dtype": dtype, "local_files_only": True, "config": config}
+    options |= WITHOUT_HUB_KERNELS
     with _report_damage(path, "converted"):
         return AutoModelForCausalLM.from_pretrained(path.parent, **options)
 

@@ -30,7 +30,7 @@ from deltaw.hub.empty_models import (
 from deltaw.hub.folders import ModelSource, config_folder, local_folder, log_to_stderr, resolve
 from deltaw.hub.skeletons import _missing_tensors
 from deltaw.hub.tokenizers import tokenizer_in
-from deltaw.hub.transformers_private import attention_name, has_sdpa, initialize, quiet
+from deltaw.hub.transformers_private import WITHOUT_HUB_KERNELS, attention_name, has_sdpa, initialize, quiet
 from deltaw.hub.weight_digests import hash_in_background
 from deltaw.lora.stored import quantization_library
 from deltaw.machine.choices import (
@@ -198,6 +198,7 @@ def _load_weights(folder: Path, config: PretrainedConfig, task: str, dtype: str,
     auto = auto_class(config, task)
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     options |= {"config": config, "dtype": dtype_of(dtype), "trust_remote_code": trust}
+    options |= WITHOUT_HUB_KERNELS
 
     def make(attention: str) -> tuple[PreTrainedModel, dict[str, Any]]:
         with hash_in_background(folder) as record_digests:

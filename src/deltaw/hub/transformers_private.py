@@ -44,6 +44,8 @@ def silence_missing_kernels() -> None:
     logging.get_logger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
 
 
+# Option of from_pretrained. Without it, transformers 5.25 and later download and run code for devices other than CPUs.
+WITHOUT_HUB_KERNELS = {"use_kernels": False}
 _NAMES_ATTENTION = look_up(PretrainedConfig, "_attn_implementation") is not None
 # Keys of configuration files: source of the configuration, and flag for generation settings derived from it.
 NAME_OR_PATH = "_name_or_path"
