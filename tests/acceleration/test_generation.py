@@ -8,6 +8,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 import deltaw
 from deltaw.acceleration.accelerate import Acceleration
+from deltaw.acceleration.padding import PaddingUse
 from tests.acceleration.batches import adapted
 from tests.acceleration.test_trainers import history, make_trainer, tokenizer
 
@@ -22,7 +23,7 @@ def model(tokenizer: PreTrainedTokenizerFast):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = adapted(LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes, pad_token_id=0, eos_token_id=3)))
-    model.accelerated = Acceleration(model.get_base_model(), logits=True, tokenizer=tokenizer)
+    model.accelerated = Acceleration(model.get_base_model(), logits=True, tokenizer=tokenizer, padding=PaddingUse())
     return model
 
 

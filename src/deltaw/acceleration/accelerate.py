@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from deltaw.acceleration.accelerated_model import SWITCH, AcceleratedModel, Unsupported
 from deltaw.acceleration.generation import GenerateMethod
 from deltaw.acceleration.model_calls import BackboneForward, CausalForward
+from deltaw.acceleration.padding import PaddingUse
 from deltaw.acceleration.quantization import calibration_rows, is_quantized, quantize_frozen
 from deltaw.acceleration.replaced_method import ReplacedMethod
 from deltaw.acceleration.report import Report
@@ -33,11 +34,14 @@ class Acceleration:
         model: The model.
         logits: False if the caller does not read the logits of training calls with labels.
         tokenizer: Tokenizer of a model that generates completions for a trainer, or None.
+        padding: What is known about the caller's use of outputs at padding.
     """
 
-    def __init__(self, model: PreTrainedModel, *, logits: bool, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, logits: bool, tokenizer: PreTrainedTokenizerBase | None, padding: PaddingUse
+    ) -> None:
         self.report = Report()
-        self.accelerated = AcceleratedModel(model, self.report)
+        self.accelerated = AcceleratedModel(model, self.report, padding)
         self.methods: list[ReplacedMethod] = [BackboneForward(backbone_of(model), self.accelerated)]
         if model.base_model is not model and model.get_output_embeddings() is not None:
             self.methods.append(CausalForward(model, self.accelerated, needs_logits=logits))
@@ -55,7 +59,12 @@ class Acceleration:
 
 
 def accelerate(
-    target: nn.Module | Trainer, *, precision: str | None = None, rows: Iterable[Any] = (), logits: bool = True
+    target: nn.Module | Trainer,
+    *,
+    precision: str | None = None,
+    rows: Iterable[Any] = (),
+    logits: bool = True,
+    padding: bool = True,
 ) -> Report:
     """Accelerate training on a CPU in a script for another library.
 
@@ -71,6 +80,9 @@ def accelerate(
         rows: Lists of token ids, with which int8 is calibrated. A trainer's first rows by default.
         logits: False if your loop reads only ``loss`` of a call with labels. Then ``logits`` is None while
             training, and the output head is computed only at labels. Trainers set it themselves.
+        padding: False if your code never reads outputs at padding. Then they are zero in evaluation as well. By
+            default, calls without gradient run the model's original code if rows are padded, and the first backward
+            pass shows whether a loss depends on them. Trainers set it themselves.
 
     Returns:
         A report, which can be printed. As a context manager, it restores the model at the end.
@@ -85,7 +97,8 @@ def accelerate(
         report.refuse("everything", f"{SWITCH}=0")
         return report
     if isinstance(target, nn.Module):
-        return _accelerate_model(target, precision, rows, logits=logits, tokenizer=None)
+        use = PaddingUse() if padding else PaddingUse(is_read=False, same_in_evaluation=True)
+        return _accelerate_model(target, precision, rows, logits=logits, tokenizer=None, padding=use)
     if (unknown := _unknown_loss(target)) is not None:
         report = Report()
         report.refuse("trainer", f"{unknown} is not supported; deltaw.accelerate(trainer.model) accelerates its model")
@@ -94,10 +107,13 @@ def accelerate(
     with torch.autocast("cpu", torch.bfloat16, enabled=bool(getattr(target.args, "bf16", False))):
         calibration = list(rows) or calibration_rows(getattr(target, "train_dataset", None))
         reports = []
+        logits = _reads_logits(target)
+        use = PaddingUse(same_in_evaluation=True)
         for model in models:
             tokenizer = _tokenizer_of_generation(target) if model is target.model else None
-            logits = _reads_logits(target)
-            reports.append(_accelerate_model(model, precision, calibration, logits=logits, tokenizer=tokenizer))
+            reports.append(
+                _accelerate_model(model, precision, calibration, logits=logits, tokenizer=tokenizer, padding=use)
+            )
     report = reports[0]
     report.restore = lambda: restore(target)
     return report
@@ -138,11 +154,12 @@ def _accelerate_model(
     *,
     logits: bool,
     tokenizer: PreTrainedTokenizerBase | None,
+    padding: PaddingUse,
 ) -> Report:
     model = find_model(module)
     restore(model)
     quantized = None if precision is None or is_quantized(model) else quantize_frozen(model, precision, rows)
-    acceleration = Acceleration(model, logits=logits, tokenizer=tokenizer)
+    acceleration = Acceleration(model, logits=logits, tokenizer=tokenizer, padding=padding)
     if quantized is not None:
         acceleration.report.accept("weights", f"{precision}: {quantized}")
     acceleration.report.restore = lambda: restore(model)

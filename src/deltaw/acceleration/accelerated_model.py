@@ -9,25 +9,29 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deltaw.acceleration.padding import PaddingUse
 from deltaw.acceleration.peft_layers import NotConvertible
 from deltaw.acceleration.report import Report
+from deltaw.acceleration.rows import PositionRules
 from deltaw.acceleration.shared_copy import SharedCopy, dtype_of_products, is_observed, state_key, trains_base
 from deltaw.acceleration.verification import (
+    TOLERANCES,
     AccelerationWarning,
     measure,
     nonzero_factors,
     warn_different,
     without_randomness,
 )
+from deltaw.kernels.torch_private import functorch_is_active
 from deltaw.machine.choices import Choice
 from deltaw.runtime.fused_blocks import fused_in_mode
-from deltaw.runtime.packed import PACKED, PACKED_INDEPENDENT, packed_rows
+from deltaw.runtime.packed import PACKED, PACKED_INDEPENDENT, backbone_of, packed_rows
 from deltaw.runtime.packing_checks import can_pack, can_pack_independent
 from deltaw.training.causal_objective import CausalObjective
 
@@ -38,6 +42,10 @@ SWITCH = "DELTAW_ACCELERATE"
 
 class Unsupported(Exception):
     """The model's original code has to run. The message is the reason."""
+
+
+class PaddingRead(Unsupported):
+    """The original code of the whole model has to run, because a call reads outputs at padding."""
 
 
 @dataclass(eq=False)
@@ -69,13 +77,18 @@ class AcceleratedModel:
     Args:
         model: Model of transformers, possibly with layers of PEFT.
         report: Receives the accelerated parts.
+        padding: What is known about the script's use of outputs at padding.
+
+    Attributes:
+        positions: Positions of tokens in the model.
+        paused: True while the model's original code runs.
     """
 
-    def __init__(self, model: PreTrainedModel, report: Report) -> None:
+    def __init__(self, model: PreTrainedModel, report: Report, padding: PaddingUse) -> None:
         self.model = model
         self.report = report
-        self.disabled: str | None = None
-        # True while the model's original code runs for a comparison.
+        self.padding = padding
+        self.positions = PositionRules.of(backbone_of(model))
         self.paused = False
         self._reported: set[str] = set()
         self._copies: OrderedDict[Any, PackedCopy | str] = OrderedDict()
@@ -89,15 +102,17 @@ class AcceleratedModel:
         """
         if os.environ.get(SWITCH) == "0":
             raise Unsupported(f"{SWITCH}=0")
-        if self.disabled is not None:
-            raise Unsupported(self.disabled)
         if torch.compiler.is_compiling():
             raise Unsupported("torch.compile")
+        if functorch_is_active():
+            raise Unsupported("torch.func")
         if self.model.device.type != "cpu":
             raise Unsupported(f"the model is on {self.model.device.type}")
         if is_observed(self.model):
             raise Unsupported("modules inside the model have hooks")
         dtype = dtype_of_products(self.model, "cpu")
+        if (dtype or self.model.dtype) not in TOLERANCES:
+            raise Unsupported(f"products in {str(dtype or self.model.dtype).removeprefix('torch.')}")
         key = state_key(self.model, dtype)
         if key not in self._copies:
             self._copies[key] = self._create(dtype)
@@ -142,7 +157,7 @@ class AcceleratedModel:
             found.shared.update()
 
             def run_original() -> Tensor:
-                with self._paused():
+                with self.original_code():
                     return original()
 
             parameters = [source for _, source, _ in leaves] if key[1] else []
@@ -158,16 +173,24 @@ class AcceleratedModel:
         found.shared.update()
         if differences.exceed(dtype):
             warn_different("the accelerated model", differences)
-            self.disabled = f"{kind}: {differences}"
             self.report.refuse(kind, str(differences))
-            raise Unsupported(self.disabled)
+            self._disable(found, f"{kind}: {differences}")
         found.verified.add(key)
         has_gradient = key[1]
         if has_gradient or kind not in self.report.parts:
             self.report.accept(kind, f"compared with the model's original code: {differences}")
 
+    def _disable(self, found: PackedCopy, reason: str) -> NoReturn:
+        """Do not use a copy again."""
+        for key, copy in self._copies.items():
+            if copy is found:
+                self._copies[key] = reason
+        found.shared.close()
+        raise Unsupported(reason)
+
     @contextlib.contextmanager
-    def _paused(self) -> Iterator[None]:
+    def original_code(self) -> Iterator[None]:
+        """Context in which all calls run the model's original code."""
         self.paused = True
         try:
             yield

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,20 +13,18 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from deltaw.acceleration import trl_head
-from deltaw.acceleration.accelerated_model import AcceleratedModel, PackedCopy, Unsupported
+from deltaw.acceleration.accelerated_model import AcceleratedModel, PackedCopy, PaddingRead, Unsupported
 from deltaw.acceleration.bridge import run_bridged
+from deltaw.acceleration.call_arguments import MissingCache, returns_cache, row_inputs
+from deltaw.acceleration.padding import OriginalOutputs, check_padding_is_unread, with_original_padding
 from deltaw.acceleration.replaced_method import ReplacedMethod
-from deltaw.acceleration.rows import NotPackable, PackedCall, pack_call
+from deltaw.acceleration.rows import NotPackable, PackedCall, PositionRules, pack_call
 from deltaw.acceleration.verification import sample_of
 from deltaw.runtime.packed import backbone_of, without_cache
 
 IGNORED_LABEL = -100
-_ROW_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids"})
-# Arguments that do not change the result of a backbone: the packed rows, which its positions also describe, and the
-# number of labels.
-_WITHOUT_EFFECT = frozenset(
-    {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "num_items_in_batch"}
-)
+# Names of the cache in outputs, by versions of transformers.
+_CACHE_FIELDS = ("cache", "past_key_values")
 
 
 class BackboneForward(ReplacedMethod):
@@ -42,17 +39,28 @@ class BackboneForward(ReplacedMethod):
         if self.accelerated.paused:
             return self.original(*args, **kwargs)
         try:
-            inputs = self._inputs(self.arguments(args, kwargs))
+            arguments = self.arguments(args, kwargs)
+            inputs = row_inputs(self.module, arguments)
+            if returns_cache(self.module, arguments) and not (torch.is_grad_enabled() or self.module.training):
+                raise Unsupported("calls that return keys and values")
             found = self.accelerated.current_copy()
+            self._check_use_of_padding(self._pack(found, inputs), inputs)
             self._verify(found, inputs)
-            call = pack_call(self.module, inputs, share=found.share)
+            call = self._pack(found, inputs)
         except (Unsupported, NotPackable, TypeError) as error:
             self.accelerated.fall_back(str(error))
             return self.original(*args, **kwargs)
-        return self._run(found, call)
+        output, hidden = self._run(found, call)
+        if call.has_padding:
+            hidden = self._complete(found, call, hidden, inputs)
+        return self._result(output, hidden, with_cache=returns_cache(self.module, arguments))
 
-    def _run(self, found: PackedCopy, call: PackedCall) -> Any:
-        backbone = found.shared.model if self._is_whole_model else backbone_of(found.shared.model)
+    def _pack(self, found: PackedCopy, inputs: Mapping[str, Any]) -> PackedCall:
+        return pack_call(self.accelerated.positions, inputs, share=found.share)
+
+    def _run(self, found: PackedCopy, call: PackedCall) -> tuple[Any, Tensor]:
+        """Return the output of the copy, and the last hidden states in the shape of the call, with zeros at padding."""
+        backbone = self._part_of(found)
         outputs: list[Any] = []
 
         def run() -> Tensor:
@@ -62,77 +70,85 @@ class BackboneForward(ReplacedMethod):
             return hidden
 
         hidden = call.unpack(run_bridged(run, found.shared.leaves(backbone)))
-        return self._result(outputs[0], hidden)
+        return outputs[0], hidden.to(self._dtype_of_outputs(hidden))
+
+    def _part_of(self, found: PackedCopy) -> PreTrainedModel:
+        """Return the backbone of a copy."""
+        return found.shared.model if self._is_whole_model else backbone_of(found.shared.model)
 
     def _verify(self, found: PackedCopy, inputs: Mapping[str, Any]) -> None:
         sample = sample_of(inputs)
-        call = pack_call(self.module, sample, share=False)
-        mask = call.token_mask()[..., None]
+        padding = self._pack(found, sample).padding()[..., None]
 
         def original() -> Tensor:
-            hidden: Tensor = self.original(**sample, **without_cache(self.module)).last_hidden_state
-            return hidden * mask.to(hidden.dtype)
+            return self._original_hidden(sample).masked_fill(padding, 0.0)
 
         def accelerated() -> Tensor:
-            hidden: Tensor = self._run(found, pack_call(self.module, sample, share=found.share)).last_hidden_state
-            return hidden
+            return self._run(found, self._pack(found, sample))[1]
 
         self.accelerated.verify("backbone", found, original, accelerated)
 
-    def _inputs(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the inputs of the rows.
+    def _original_hidden(self, inputs: Mapping[str, Any]) -> Tensor:
+        hidden: Tensor = self.original(**inputs, **without_cache(self.module)).last_hidden_state
+        return hidden
+
+    def _check_use_of_padding(self, call: PackedCall, inputs: Mapping[str, Any]) -> None:
+        """Check that the script does not read outputs at padding, or that a backward pass will show it.
 
         Raises:
-            Unsupported: if the call has arguments that packed rows do not support.
+            Unsupported: if it may read them.
         """
-        if _returns_cache(self.module, arguments) and not torch.is_grad_enabled():
-            raise Unsupported("calls that return keys and values")
-        return row_inputs(self.module, arguments)
+        if not call.has_padding:
+            return
+        use = self.accelerated.padding
+        if use.is_read:
+            raise Unsupported("the loss depends on outputs at padding")
+        is_trained = any(p.requires_grad for p in self.accelerated.model.parameters())
+        # The forward pass of reentrant checkpointing is a training call without gradient.
+        is_trained = is_trained and (torch.is_grad_enabled() or self.module.training)
+        is_unread = use.is_read is False and use.same_in_evaluation
+        if not is_trained and not is_unread and not self._returns_one_per_row(call, inputs):
+            raise Unsupported("a call without gradient, whose outputs at padding may be read")
 
-    def _result(self, output: Any, hidden: Tensor) -> Any:
+    def _returns_one_per_row(self, call: PackedCall, inputs: Mapping[str, Any]) -> bool:
+        """True if the model has a head that reads one token of each row."""
+        model = self.accelerated.model
+        name = f"{type(model).__module__}.{type(model).__name__}"
+        if not (name.startswith("transformers.") and name.endswith("ForSequenceClassification")):
+            return False
+        padding = call.padding()
+        is_pad_token = inputs["input_ids"][padding] == model.config.get_text_config().pad_token_id
+        return not bool(padding[:, 0].any()) and bool(torch.as_tensor(is_pad_token).all())
+
+    def _complete(self, found: PackedCopy, call: PackedCall, hidden: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Return hidden states with values at padding as long as it is unknown whether the loss depends on them."""
+        use = self.accelerated.padding
+        is_evaluation = not (torch.is_grad_enabled() or self.module.training)
+        if is_evaluation or use.is_read is False:
+            check_padding_is_unread(hidden, call.padding())
+            return hidden
+
+        def run_original() -> Tensor:
+            with self.accelerated.original_code():
+                return self._original_hidden(inputs)
+
+        parameters = [source for _, source, _ in found.shared.leaves(self._part_of(found))]
+        return with_original_padding(hidden, call.padding(), OriginalOutputs(run_original), use, parameters)
+
+    def _result(self, output: Any, hidden: Tensor, *, with_cache: bool) -> Any:
         fields: dict[str, Any] = dict.fromkeys(output)
-        fields["last_hidden_state"] = hidden.to(self._dtype_of_outputs(hidden))
+        fields["last_hidden_state"] = hidden
         pooler = getattr(self.module, "pooler", None)
         if "pooler_output" in fields and pooler is not None:
-            fields["pooler_output"] = pooler(fields["last_hidden_state"])
+            fields["pooler_output"] = pooler(hidden)
+        names = {field.name for field in dataclasses.fields(output)}
+        if with_cache:
+            fields.update({name: MissingCache() for name in _CACHE_FIELDS if name in names})
         return type(output)(**fields)
 
     @staticmethod
     def _dtype_of_outputs(hidden: Tensor) -> torch.dtype:
         return torch.float32 if torch.is_autocast_enabled("cpu") else hidden.dtype
-
-
-def _returns_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> bool:
-    """True if a call returns keys and values."""
-    cache = arguments.get("use_cache")
-    text_config = model.config.get_text_config()
-    can_cache = "past_key_values" in inspect.signature(type(model).forward).parameters
-    return can_cache and bool(getattr(text_config, "use_cache", False) if cache is None else cache)
-
-
-def row_inputs(
-    model: PreTrainedModel, arguments: Mapping[str, Any], others: frozenset[str] = frozenset()
-) -> dict[str, Any]:
-    """Return the inputs of rows among the arguments of a call.
-
-    Args:
-        model: Model that is called.
-        arguments: Arguments by name.
-        others: Names of arguments that the caller handles.
-
-    Raises:
-        Unsupported: if other arguments are set.
-    """
-    inputs = {name: arguments[name] for name in _ROW_INPUTS if arguments.get(name) is not None}
-    for name, value in arguments.items():
-        is_default = value is None or value is False or (name == "return_dict" and value is True)
-        if name == "use_cache" or name in inputs or name in others or name in _WITHOUT_EFFECT or is_default:
-            continue
-        raise Unsupported(f"calls with {name}")
-    if "position_ids" in inputs and "attention_mask" not in inputs and _returns_cache(model, arguments):
-        # transformers only separates rows by their positions in calls without a cache.
-        raise Unsupported("rows without padding, unless use_cache=False is passed")
-    return inputs
 
 
 def _entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -168,12 +184,12 @@ class LabelLogProbs:
         if not len(cells):
             raise Unsupported("batches without labels")
         if (indices < 0).any():
-            raise Unsupported("labels at padding")
+            raise PaddingRead("labels at padding")
         pairs = np.stack([indices, targets.ravel()[cells]])
         (predictors, labels), inverse = np.unique(pairs, axis=1, return_inverse=True)
         self.cells = torch.from_numpy(cells)
         self.inverse = torch.from_numpy(inverse.reshape(-1))
-        self.batch = replace(
+        self.batch = dataclasses.replace(
             call.batch,
             targets=torch.from_numpy(labels),
             predictors=torch.from_numpy(predictors),
@@ -235,11 +251,16 @@ class CausalForward(ReplacedMethod):
         if kwargs.get("labels") is None or args or self.accelerated.paused:
             return self.original(*args, **kwargs)
         try:
+            _check_labels(kwargs["labels"], kwargs.get("attention_mask"))
             if kwargs.get(trl_head.FLAG):
                 return self._run_trl_head(kwargs)
             if self.needs_logits or not self.module.training:
                 return self.original(*args, **kwargs)
             return CausalLMOutputWithPast(loss=self._loss(kwargs))
+        except PaddingRead as error:
+            self.accelerated.fall_back(str(error))
+            with self.accelerated.original_code():
+                return self.original(*args, **kwargs)
         except (Unsupported, NotPackable) as error:
             self.accelerated.fall_back(str(error))
             return self.original(*args, **kwargs)
@@ -278,7 +299,7 @@ class CausalForward(ReplacedMethod):
         targets = next_tokens(sample.pop("labels"))
 
         def accelerated() -> Tensor:
-            return find_labels(found, self.module, sample, targets).log_probs(temperature)[0]
+            return find_labels(found, self.accelerated.positions, sample, targets).log_probs(temperature)[0]
 
         def original() -> Tensor:
             logits = self.original(**sample, **without_cache(self.module)).logits.flatten(0, 1)
@@ -288,7 +309,7 @@ class CausalForward(ReplacedMethod):
             return log_probs.gather(1, flat[cells, None])[:, 0]
 
         self.accelerated.verify("loss of labels", found, original, accelerated)
-        return find_labels(found, self.module, inputs, next_tokens(labels))
+        return find_labels(found, self.accelerated.positions, inputs, next_tokens(labels))
 
     def _check_router(self) -> None:
         if getattr(self.module.config.get_text_config(), "output_router_logits", False):
@@ -318,6 +339,18 @@ class _WithoutGradient(torch.autograd.Function):
         raise RuntimeError("deltaw.accelerate computes no gradient of the entropy; call deltaw.restore before training")
 
 
+def _check_labels(labels: Any, mask: Any) -> None:
+    """Check that no label is predicted at padding.
+
+    Raises:
+        PaddingRead: if one is.
+    """
+    if not isinstance(labels, Tensor) or not isinstance(mask, Tensor) or mask.shape != labels.shape:
+        return
+    if bool(((labels[:, 1:] != IGNORED_LABEL) & (mask[:, :-1] == 0)).any()):
+        raise PaddingRead("labels at padding")
+
+
 def next_tokens(labels: Tensor) -> np.ndarray:
     """Return the labels (rows, columns) moved to the tokens that predict them."""
     targets = np.full(tuple(labels.shape), IGNORED_LABEL)
@@ -326,7 +359,7 @@ def next_tokens(labels: Tensor) -> np.ndarray:
 
 
 def find_labels(
-    found: PackedCopy, model: PreTrainedModel, inputs: Mapping[str, Any], targets: np.ndarray
+    found: PackedCopy, positions: PositionRules, inputs: Mapping[str, Any], targets: np.ndarray
 ) -> LabelLogProbs:
     """Return the labels of a call on a shared copy.
 
@@ -335,5 +368,5 @@ def find_labels(
     """
     if found.objective is None:
         raise Unsupported("an unknown output head")
-    call = pack_call(model.base_model, inputs, share=found.share)
+    call = pack_call(positions, inputs, share=found.share)
     return LabelLogProbs(found, call, targets)

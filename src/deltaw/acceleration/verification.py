@@ -133,14 +133,16 @@ def warn_different(part: str, differences: Differences) -> None:
 
 @contextlib.contextmanager
 def nonzero_factors(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Context in which trained factors that are zero have random values, so that the other factor has a gradient."""
+    """Context in which trained factors that are zero have random values, so that the other factor has a gradient.
+
+    Changes of ``data`` are not seen by graphs that the script has created before.
+    """
     zeros = [p for p in parameters if p.dim() > 1 and not bool(p.detach().any())]
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
+    for parameter in zeros:
+        parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    try:
+        yield
+    finally:
         for parameter in zeros:
-            parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-        try:
-            yield
-        finally:
-            for parameter in zeros:
-                parameter.zero_()
+            parameter.data.zero_()
