@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import deltaw
 from deltaw.acceleration.peft_layers import Factor
-from deltaw.acceleration.verification import AccelerationWarning, Differences, measure
+from deltaw.acceleration.verification import AccelerationWarning, Differences, measure, rounding_differences
 from deltaw.kernels.dropout import constant_dropout
 from deltaw.lora.stored import stored_form
 from deltaw.runtime.block_roles import dropout_rates
@@ -367,6 +367,27 @@ def test_gradient_that_is_not_a_number_is_a_difference():
 
     differences = measure(lambda: 2 * parameter, lambda: WithoutGradient.apply(parameter), [parameter])
     assert differences.exceed(torch.float32) and not Differences(0.0, 0.0).exceed(torch.float32)
+
+
+def test_larger_differences_are_rounding_if_another_rounding_causes_them():
+    differences = Differences(0.06, 0.1, 0.2)
+    assert differences.exceed(torch.bfloat16) and differences.exceed(torch.bfloat16, Differences(0.02, 0.1, 0.2))
+    assert not differences.exceed(torch.bfloat16, Differences(0.04, 0.1, 0.2))
+    assert Differences(float("nan")).exceed(torch.bfloat16, Differences(0.04, 0.1, 0.2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_differences_are_those_of_the_type(dtype):
+    model = causal_model("llama").to(dtype)
+    parameters = [p for p in model.parameters() if p.dim() > 1]
+    batch = padded_batch(model.config.vocab_size)
+    differences = rounding_differences(model, lambda: model(**batch, use_cache=False).logits, parameters)
+    if dtype == torch.float32:
+        assert differences == Differences(0.0, 0.0, 0.0)
+    else:
+        # Each of about 30 modules rounds once, by up to 2^-8.
+        assert all(2**-11 < value < 30 * 2**-8 for value in (differences.outputs, differences.gradients))
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_comparison_includes_factors_whose_other_factor_is_zero():

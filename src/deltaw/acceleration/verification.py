@@ -22,6 +22,8 @@ TOLERANCES = {
     torch.float32: (1e-4, 1e-3, 1e-3),
     torch.bfloat16: (4e-2, 2.5e-1, 7.5e-1),
 }
+# Differences up to this multiple of those of other rounding are attributed to rounding.
+ROUNDING_MARGIN = 2.0
 # A gradient smaller than this share of all gradients is not compared separately.
 SMALL_SHARE = 1e-2
 
@@ -44,9 +46,17 @@ class Differences:
     gradients: float = 0.0
     parameter: float = 0.0
 
-    def exceed(self, dtype: torch.dtype) -> bool:
-        """True if rounding in this type does not explain them."""
-        limits = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
+    def exceed(self, dtype: torch.dtype, rounding: Differences | None = None) -> bool:
+        """True if rounding in this type does not explain them.
+
+        Args:
+            dtype: Type of the products.
+            rounding: Differences from :func:`rounding_differences`, which replace the usual limits if they are larger.
+        """
+        limits: Sequence[float] = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
+        if rounding is not None:
+            measured = rounding.outputs, rounding.gradients, rounding.parameter
+            limits = [max(limit, ROUNDING_MARGIN * m) for limit, m in zip(limits, measured, strict=True)]
         values = self.outputs, self.gradients, self.parameter
         return not all(value <= limit for value, limit in zip(values, limits, strict=True))
 
@@ -99,6 +109,35 @@ def measure(
     worst = float(torch.tensor([0.0, *shares]).max())  # NaN if one is NaN
     difference = float((computed.float() - expected.float()).norm()) / max(float(expected.float().norm()), 1e-30)
     return Differences(difference, total, worst)
+
+
+def rounding_differences(
+    model: nn.Module, run: Callable[[], Tensor], parameters: Sequence[nn.Parameter]
+) -> Differences:
+    """Return how much a computation in bfloat16 changes if the output of each module is rounded randomly.
+
+    Args:
+        model: Model that ``run`` calls.
+        run: Runs the model's original code.
+        parameters: Trained parameters. Empty to compare only outputs.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def perturb(module: nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or output.dtype != torch.bfloat16:
+            return output
+        noise = torch.rand(output.shape, generator=generator).sub_(0.5).mul_(torch.finfo(output.dtype).eps)
+        return (output.float() * (1.0 + noise)).to(output.dtype)
+
+    def run_perturbed() -> Tensor:
+        hooks = [module.register_forward_hook(perturb) for module in model.modules()]
+        try:
+            return run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    return measure(run, run_perturbed, parameters)
 
 
 def _with_gradients(run: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
