@@ -218,14 +218,16 @@ def saved_run(
 
 
 def base_gguf(run: Path) -> Path:
-    """Export the base model by merging an adapter whose B is zero."""
+    """Export the base model by merging an adapter whose B is zero, without DoRA's rounding."""
     zero_adapter = run.parent / "zero"
     zero_adapter.mkdir()
-    (zero_adapter / "adapter_config.json").write_bytes((run / "adapter_config.json").read_bytes())
+    config = json.loads((run / "adapter_config.json").read_text())
+    (zero_adapter / "adapter_config.json").write_text(json.dumps({**config, "use_dora": False}))
     with safe_open(run / "adapter_model.safetensors", framework="pt") as file:
         metadata = file.metadata()
     tensors = load_file(run / "adapter_model.safetensors")
-    changed = {name: value * (0 if "lora_B" in name else 1) for name, value in tensors.items()}
+    factors = {name: value for name, value in tensors.items() if "magnitude" not in name}
+    changed = {name: value * (0 if "lora_B" in name else 1) for name, value in factors.items()}
     save_file(changed, zero_adapter / "adapter_model.safetensors", metadata)
     export_gguf(zero_adapter, run.parent / "base.gguf", kind="f32")
     return run.parent / "base.gguf"

@@ -1,6 +1,7 @@
 """A server with Ollama's API, whose completions come from llama.cpp (package ``xllamacpp``) or a function.
 
-It supports only the templates that deltaw writes: a loop over messages with one condition.
+It supports only the templates that deltaw writes: a loop over messages with one condition. An adapter is passed to the
+function in the option ``adapter``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,14 @@ class Models:
     created: dict[str, dict[str, Any]] = field(default_factory=dict)
     requests: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     rejection: str = ""
+    # Error of requests to models with an adapter, as of an engine that does not support adapters.
+    adapter_error: str = ""
+
+    def add_base(self, name: str, blob: Path, **texts: str) -> None:
+        """Add a model, as ``ollama pull`` does."""
+        digest = blob.name.replace("-", ":")
+        self.blobs[digest] = blob
+        self.created[name] = {"template": "", **texts, "model": name, "files": {"base.gguf": digest}}
 
 
 @contextlib.contextmanager
@@ -81,15 +90,24 @@ class _Handler(BaseHTTPRequestHandler):
         payload = json.loads(body)
         self.models.requests.append((self.path, payload))
         if self.path == "/api/create":
-            if self.models.rejection or set(payload["files"].values()) - set(self.models.blobs):
-                return self._log(400, {"error": self.models.rejection or "no such blob"})
-            self.models.created[payload["model"]] = payload
+            files = payload.get("files", payload.get("adapters", {}))
+            base = self.models.created.get(payload.get("from", ""), {})
+            unknown = set(files.values()) - set(self.models.blobs) or not (base or "files" in payload)
+            if self.models.rejection or unknown:
+                return self._log(400, {"error": self.models.rejection or "no such blob or model"})
+            self.models.created[payload["model"]] = {**base, **payload}
             return self._log(200, {"status": "success"})
         model = self.models.created.get(payload["model"])
         if model is None:
             return self._log(404, {"error": "model not found"})
         if self.path == "/api/show":
-            return self._log(200, {"template": model["template"]})
+            (blob,) = model["files"].values()
+            texts = {key: model[key] for key in ("template", "system") if key in model}
+            return self._log(
+                200, {**texts, "modelfile": f"# FROM {model['model']}\n\nFROM {self.models.blobs[blob]}\n"}
+            )
+        if "adapters" in model and self.models.adapter_error:
+            return self._log(500, {"error": self.models.adapter_error})
         if self.path == "/v1/completions":
             return self._log(200, {"choices": [{"text": self._complete(model, payload["prompt"], payload)}]})
         system = [{"role": "system", "content": model["system"]}] if model.get("system") else []
@@ -98,6 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _complete(self, model: dict[str, Any], prompt: str, options: dict[str, Any]) -> str:
         (blob,) = model["files"].values()
+        for adapter in model.get("adapters", {}).values():
+            options = {**options, "adapter": str(self.models.blobs[adapter])}
         return type(self).answer(self.models.blobs[blob], prompt, options, model.get("parameters", {}).get("stop", []))
 
 
@@ -110,7 +130,7 @@ def render(template: str, messages: list[dict[str, str]]) -> str:
 
 
 class LlamaCpp:
-    """Completions of one model by llama.cpp, in a child process because it may abort."""
+    """Completions of one model and adapter by llama.cpp, in a child process because it may abort."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -119,7 +139,7 @@ class LlamaCpp:
     def __call__(self, file: Path, prompt: str, options: dict[str, Any], stops: list[str]) -> str:
         with self._lock:
             if self._process is None:
-                command = [sys.executable, __file__, str(file)]
+                command = [sys.executable, __file__, str(file), options.get("adapter", "")]
                 pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
                 pipes |= {"stderr": subprocess.DEVNULL}
                 self._process = subprocess.Popen(command, text=True, **pipes)
@@ -137,11 +157,13 @@ class LlamaCpp:
             self._process.wait()
 
 
-def _serve(file: str) -> None:
+def _serve(file: str, adapter: str) -> None:
     import xllamacpp
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = file
+    if adapter:
+        parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
     parameters.n_ctx = 2048
     parameters.n_parallel = 1
     parameters.verbosity = 0
@@ -159,4 +181,4 @@ def _serve(file: str) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _serve(*sys.argv[1:])

@@ -21,7 +21,7 @@ def _common_flags(part: Command) -> Command:
     return with_options(
         part,
         click.option("--name", help="name of the model  [default: name of the run]"),
-        click.option("--type", "kind", default="q8_0", show_default=True, help="type of the weights, as in export"),
+        click.option("--type", "kind", help="merge the weights and store this type  [default: q8_0]"),
         click.option("--server", "url", metavar="HOST:PORT", help="address of the program's server"),
         click.option("--questions", default=20, show_default=True, type=click.IntRange(0, 32), help="questions to ask"),
         base_flags,

@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from deltaw.errors import UserError, did_you_mean, find_similar_files, nearest
+from deltaw.hub.app_stores import SCHEMES
 from deltaw.platforms import shell_word
 from deltaw.settings import aliases, task_registry
 from deltaw.settings.aliases import normalize
@@ -24,6 +25,8 @@ from deltaw.settings.aliases import normalize
 # Default folder of runs.
 RUNS = "runs"
 _SETTINGS_FILES = (".yaml", ".yml")
+# Beginnings of model references that are not paths.
+_MODEL_SCHEMES = ("pypi:", *SCHEMES)
 # Hints for an extra argument, by command.
 _EXTRA_ARGUMENT_HINTS = {
     "generate": "quote a text: deltaw generate {first} {texts}; for several, repeat --prompt: deltaw generate {first} "
@@ -103,10 +106,12 @@ class RunArgument(click.Path):
     models = True
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if self.models and value.startswith(_MODEL_SCHEMES):
+            return value
         path = Path(os.path.expanduser(value))
         name = value.partition("@")[0]
         is_hub_id = name.count("/") == 1 and path.parts[0] != RUNS and not path.parent.is_dir()
-        is_model = is_hub_id or (self.models and (value.startswith("pypi:") or value.lower().endswith(".gguf")))
+        is_model = is_hub_id or (self.models and value.lower().endswith(".gguf"))
         if path.is_file() and not is_model:
             raise _not_a_run_error(path, value, str(ctx and ctx.info_name), ctx.params if ctx else {})
         if path.exists() or is_model:
@@ -136,7 +141,7 @@ class SettingsFile(click.Path):
             model = ctx.params.get("setting_model") if ctx else None
             problem = "contains rows"
             hint = _command_with(value, command, model)
-        elif path.suffix == ".gguf" or (path / "config.json").is_file() or value.startswith("pypi:"):
+        elif path.suffix == ".gguf" or (path / "config.json").is_file() or value.startswith(_MODEL_SCHEMES):
             problem = "is a model"
             hint = f"deltaw {command} --model {shell_word(value)} --data FILE"
         if problem is not None:

@@ -20,6 +20,7 @@ from deltaw import platforms
 from deltaw.atomic_files import write_text
 from deltaw.cache.results import file_digest
 from deltaw.errors import UserError
+from deltaw.hub.app_stores import find_stored_model, is_store_reference
 from deltaw.hub.outside_references import read_json_object
 from deltaw.runs.folder import mapping, not_writable_error
 from deltaw.settings import method_registry
@@ -200,6 +201,8 @@ def content_hash(reference: str) -> str:
     if (parts := parse_parts(reference)) is not None:
         return content_hash(parts.language) + content_hash(parts.vision)
     path = Path(os.path.expanduser(reference))
+    if is_store_reference(reference):
+        path = find_stored_model(reference).path
     if not path.is_dir():
         return file_digest(path)[:32] if path.is_file() else ""
     digest = hashlib.sha256()

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from deltaw.data.chat_template import with_chat_template
 from deltaw.errors import UserError
 from deltaw.export.adapters import AdapterChanges
+from deltaw.hub.app_stores import StoredModel
 from deltaw.hub.checkpoint import WeightFiles, read_checkpoint
 from deltaw.hub.empty_models import read_config
 from deltaw.hub.folders import ModelSource, local_folder, resolve
@@ -99,6 +100,12 @@ class AdapterBase:
     def gguf(self) -> Path | None:
         """``.gguf`` file that the folder was converted from, if any."""
         return self.source.path if self.source.kind == "gguf" else None
+
+    @property
+    def in_ollama(self) -> StoredModel | None:
+        """The model in Ollama's store, if it is there."""
+        stored = self.source.stored
+        return stored if stored is not None and stored.is_in_ollama else None
 
     @functools.cached_property
     def is_view(self) -> bool:

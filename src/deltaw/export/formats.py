@@ -262,7 +262,11 @@ def _gguf(run: Path, name: str, output: Path, kind: str, options: MergeOptions, 
     tokenizer = base.tokenizer(run)
     terminators = [] if tokenizer is None else terminators_in(base.folder, tokenizer)
     file_name = f"./{path.name}"
-    source, adapter = (os.path.abspath(base.gguf or base.folder), file_name) if is_adapter else (file_name, None)
+    source = file_name
+    adapter = None
+    if is_adapter:
+        source = os.path.abspath(base.gguf or base.folder) if base.in_ollama is None else base.in_ollama.name
+        adapter = file_name
     system = read_prompting(run).system
     chat, notes = ollama_template(tokenizer, terminators, system)
     vision = "mmproj" in result.details

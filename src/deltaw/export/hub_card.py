@@ -15,6 +15,7 @@ import yaml
 
 from deltaw.data.sources import is_on_hub
 from deltaw.hub import packages
+from deltaw.hub.app_stores import is_store_reference
 from deltaw.hub.folders import resolve_hub_id
 from deltaw.methods.trust import CHAT_TEMPLATE
 from deltaw.runs.folder import Run, mapping
@@ -60,7 +61,8 @@ def public_name(reference: str) -> str:
     """Return the public name of rows or a model. Of a local path, only the last part is returned."""
     if (parts := parse_parts(reference)) is not None:
         return parts.replace_references(public_name).reference
-    return reference if packages.is_package_reference(reference) or is_on_hub(reference) else _last_part(reference)
+    is_public = packages.is_package_reference(reference) or is_store_reference(reference) or is_on_hub(reference)
+    return reference if is_public else _last_part(reference)
 
 
 def public_settings(config: RunConfig, base: PublicBase) -> RunConfig:

