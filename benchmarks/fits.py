@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 from machine import print_machine
+from models import SHAPES
 
 from deltaw.settings.config import RunConfig
 from deltaw.training.planning.plan_run import plan_run
@@ -30,39 +31,6 @@ TOKENS = 512
 SIZES = (4, 8, 16, 32)  # GB
 MARGIN = 1.04  # factor that a run with ``memory:`` reserves
 PRECISIONS = ("bf16", "nf4")
-# Name: class of the configuration, width, blocks, MLP, heads, key/value heads, head size, vocabulary, tied head.
-MODELS: dict[str, tuple[str, int, int, int, int, int, int, int, bool]] = {
-    "SmolLM2-135M": ("Llama", 576, 30, 1536, 9, 3, 64, 49152, True),
-    "SmolLM2-360M": ("Llama", 960, 32, 2560, 15, 5, 64, 49152, True),
-    "Qwen2.5-0.5B": ("Qwen2", 896, 24, 4864, 14, 2, 64, 151936, True),
-    "Llama-3.2-1B": ("Llama", 2048, 16, 8192, 32, 8, 64, 128256, True),
-    "Qwen2.5-1.5B": ("Qwen2", 1536, 28, 8960, 12, 2, 128, 151936, True),
-    "SmolLM2-1.7B": ("Llama", 2048, 24, 8192, 32, 32, 64, 49152, True),
-    "Llama-3.2-3B": ("Llama", 3072, 28, 8192, 24, 8, 128, 128256, True),
-    "Qwen3-4B": ("Qwen3", 2560, 36, 9728, 32, 8, 128, 151936, True),
-    "Llama-3.1-8B": ("Llama", 4096, 32, 14336, 32, 8, 128, 128256, False),
-    "Qwen3-8B": ("Qwen3", 4096, 36, 12288, 32, 8, 128, 151936, False),
-}
-
-
-def configuration(name: str):
-    """Return the configuration of a model of :data:`MODELS`."""
-    import transformers
-
-    kind, width, blocks, mlp, heads, key_heads, size, vocabulary, tied = MODELS[name]
-    return getattr(transformers, f"{kind}Config")(
-        hidden_size=width,
-        num_hidden_layers=blocks,
-        intermediate_size=mlp,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        head_dim=size,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-        max_position_embeddings=8192,
-        dtype="bfloat16",
-        architectures=[f"{kind}ForCausalLM"],
-    )
 
 
 def write_model(name: str, folder: Path) -> Path:
@@ -71,7 +39,7 @@ def write_model(name: str, folder: Path) -> Path:
 
     model_folder = folder / name
     model_folder.mkdir()
-    configuration(name).save_pretrained(model_folder)
+    SHAPES[name].config().save_pretrained(model_folder)
     for file in config_folder(SMOLLM2, "bf16", False).iterdir():
         if file.name.startswith("tokenizer") or file.suffix == ".jinja":
             shutil.copy(file, model_folder)
@@ -107,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = write_rows(Path(folder) / "rows.jsonl")
         read = process = None
-        for name in (name for name in MODELS if only in name.lower()):
+        for name in (name for name in SHAPES if only in name.lower()):
             model = write_model(name, Path(folder))
             cells = []
             smallest = {}

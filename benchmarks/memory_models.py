@@ -115,10 +115,10 @@ def _make(name: str, model_folder: Path) -> None:
         )
         model = getattr(transformers, f"{kind}Model")(config)
     model.to(torch.bfloat16).save_pretrained(model_folder)
-    _tokenizer(vocabulary, tokenizer_kind).save_pretrained(model_folder)
+    full_size_tokenizer(vocabulary, tokenizer_kind).save_pretrained(model_folder)
 
 
-def _tokenizer(size: int, kind: str):  # type: ignore[no-untyped-def]
+def full_size_tokenizer(size: int, kind: str = "bpe"):  # type: ignore[no-untyped-def]
     """Return a byte-level BPE tokenizer, or a Unigram tokenizer that includes emoji, with ``size`` entries."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

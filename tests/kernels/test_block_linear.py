@@ -10,7 +10,14 @@ from torch import Tensor
 
 from deltaw.kernels import loader
 from deltaw.kernels.block import Block, supports
-from deltaw.kernels.block_linear import FORMATS, BlockWeight, quantize_nf4, reference_dequantize
+from deltaw.kernels.block_linear import (
+    FORMATS,
+    BlockWeight,
+    nf4_blocks,
+    nf4_blocks_reference,
+    quantize_nf4,
+    reference_dequantize,
+)
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.linear import LinearProduct, linear, linear_backward
 from deltaw.kernels.rows import HalfNorms, Norm
@@ -46,6 +53,17 @@ def test_dequantize_matches_reference(kernels: str, name: str) -> None:
     assert torch.equal(weight.rows_at(indices, torch.float32), expected[indices])
     with pytest.raises(IndexError):
         weight.rows_at(torch.tensor([7]), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nf4_codes_match_reference(kernels: str, dtype: torch.dtype) -> None:
+    weight = numbers(70, 192).to(dtype) * numbers(70, 1).to(dtype)
+    weight[3] = 0
+    weight[5, 64:128] = 2.0**-130
+    codes, maxima = nf4_blocks(weight)
+    expected_codes, expected_maxima = nf4_blocks_reference(weight)
+    assert torch.equal(codes, expected_codes) and torch.equal(maxima, expected_maxima)
+    assert len(codes.unique()) > 200
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from deltaw.kernels import loader
 from deltaw.kernels.loader import BlockData
-from deltaw.kernels.operators import can_call_directly
+from deltaw.kernels.operators import can_call_directly, define
 from deltaw.kernels.torch_private import without_dispatch
 
 # Consecutive NF4 blocks of a matrix, row by row, whose 8-bit scales share a group scale.
@@ -285,16 +285,8 @@ def quantize_nf4(weight: Tensor) -> BlockWeight:
     """
     rows, columns = weight.shape
     FORMATS["NF4"].bytes_of_row(columns)
-    blocks = weight.detach().reshape(-1, NF4_BLOCK)
-    maxima = torch.empty(len(blocks), device=weight.device)
-    data = torch.empty(len(blocks), NF4_BLOCK // 2, dtype=torch.uint8, device=weight.device)
-    values = nf4_levels().to(weight.device)
-    for first in range(0, len(blocks), NF4_CHUNK_BLOCKS):
-        part = slice(first, first + NF4_CHUNK_BLOCKS)
-        wide = blocks[part].float()
-        maxima[part] = wide.abs().amax(1)
-        low, high = _nearest_index(_divide_by_max(wide, maxima[part]), values).view(-1, 2, NF4_BLOCK // 2).unbind(1)
-        data[part] = low | (high << 4)
+    data, block_maxima = nf4_blocks(weight.detach())
+    maxima = block_maxima.flatten()
     offset = maxima.mean().reshape(1)
     absmax = torch.zeros(-(-len(maxima) // NF4_GROUP) * NF4_GROUP, device=weight.device)
     absmax[: len(maxima)] = maxima - offset
@@ -302,7 +294,47 @@ def quantize_nf4(weight: Tensor) -> BlockWeight:
     group_scale = groups.abs().amax(1)
     codes = _nearest_index(_divide_by_max(groups, group_scale), dynamic_codes().to(weight.device)).flatten()
     absmax_codes = codes[: len(maxima)].view(rows, -1).contiguous()
-    return BlockWeight(data.view(rows, -1), "NF4", columns, absmax_codes, group_scale, offset)
+    return BlockWeight(data, "NF4", columns, absmax_codes, group_scale, offset)
+
+
+@define(
+    "nf4_blocks(Tensor weight) -> (Tensor, Tensor)",
+    lambda weight: (
+        weight.new_empty(len(weight), weight.shape[1] // 2, dtype=torch.uint8),
+        weight.new_empty(len(weight), weight.shape[1] // NF4_BLOCK, dtype=torch.float32),
+    ),
+)
+def nf4_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize the blocks of a matrix (rows, columns).
+
+    Returns:
+        Bytes (rows, columns / 2), and the fp32 absolute maximum of each block (rows, columns / 64).
+    """
+    rows, columns = weight.shape
+    codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
+    maxima = torch.empty(rows, columns // NF4_BLOCK, device=weight.device)
+    levels = nf4_levels()
+    bounds = (levels[:-1] + levels[1:]) / 2
+    if loader.supports(weight):
+        weight = weight.contiguous()
+        code = loader.dtype_code(weight.dtype)
+        pointers = (weight.data_ptr(), bounds.data_ptr(), codes.data_ptr(), maxima.data_ptr())
+        loader.kernels().dw_quantize_nf4(code, *maxima.shape, *pointers)
+        return codes, maxima
+    chunk_rows = max(1, NF4_CHUNK_BLOCKS * NF4_BLOCK // columns)
+    for first in range(0, rows, chunk_rows):
+        part = slice(first, first + chunk_rows)
+        codes[part], maxima[part] = nf4_blocks_reference(weight[part])
+    return codes, maxima
+
+
+def nf4_blocks_reference(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Reference implementation of :func:`nf4_blocks`, with fp32 copies of the weight."""
+    blocks = weight.float().view(-1, NF4_BLOCK)
+    maxima = blocks.abs().amax(1)
+    levels = nf4_levels().to(weight.device)
+    low, high = _nearest_index(_divide_by_max(blocks, maxima), levels).view(-1, 2, NF4_BLOCK // 2).unbind(1)
+    return (low | (high << 4)).view(len(weight), -1), maxima.view(len(weight), -1)
 
 
 def _divide_by_max(numbers: Tensor, maxima: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ def mismatched_struct(library: ctypes.CDLL) -> str | None:
 
 
 # Expected result of dw_abi(). Increment it in csrc/kernels.h too when functions or structs change.
-ABI = 12
+ABI = 13
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
 
 # Result and argument types of functions that do not return a status, then the argument types of all functions. See
@@ -180,6 +180,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "dw_head_gradient": [*[_L] * 3, *[_P] * 5, _F, _F, _L, *[_P] * 4],
     "dw_dequantize": [_I, _I, _P, _L, _L, _L, _P, _L, _P],
     "dw_quantize": [_I, _L, _L, _P, _P, _I, _P, _P],
+    "dw_quantize_nf4": [_I, _L, _L, _P, _P, _P, _P],
     "dw_norm": [_I, _L, _L, _P, _L, _P, _P, _F, _F, _I, _P, _P],
     "dw_norm_backward": [_I, _L, _L, _P, _P, _L, _P, _F, _I, _P, _P, _P],
     "dw_add": [_I, _L, _P, _P, _P],

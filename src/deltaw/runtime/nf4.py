@@ -20,6 +20,7 @@ from deltaw.lora.fingerprint import record_base_digest
 from deltaw.lora.kinds import is_conv1d
 from deltaw.lora.layers import LoRALinear
 from deltaw.lora.layers_quantized import quantize_linear_nf4, supports_nf4
+from deltaw.progress import track_progress
 from deltaw.runtime.quantized_weights import LayerSlot, can_be_int8, is_plain, layer_slots, release_pages
 from deltaw.runtime.recognition import blocks_of
 
@@ -51,14 +52,18 @@ def quantize_nf4(model: nn.Module) -> Nf4Report:
     Args:
         model: Frozen model without adapters.
     """
-    report = Nf4Report()
-    for slot, layer in _linear_layers(model):
-        report.layers += 1
-        if not supports_nf4(layer):
-            report.unquantized.append(slot.name)
-            continue
-        slot.replace(quantize_linear_nf4(layer))
-        release_pages(layer.weight)
+    layers = _linear_layers(model)
+    report = Nf4Report(len(layers))
+    with track_progress("rounding the weights to NF4", sum(layer.weight.numel() for _, layer in layers)) as advance:
+        completed = 0
+        for slot, layer in layers:
+            if supports_nf4(layer):
+                slot.replace(quantize_linear_nf4(layer))
+                release_pages(layer.weight)
+            else:
+                report.unquantized.append(slot.name)
+            completed += layer.weight.numel()
+            advance(completed)
     return report
 
 

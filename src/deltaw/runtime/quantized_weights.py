@@ -24,6 +24,7 @@ from deltaw.errors import first_names
 from deltaw.kernels.quantize import expand_scales, quantize_activations, quantize_rows
 from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, is_conv1d
 from deltaw.lora.layers_quantized import Int8Conv1D, Int8Linear
+from deltaw.progress import track_progress
 from deltaw.runtime.recognition import blocks_of
 from deltaw.tensor_files import has_values
 
@@ -123,18 +124,20 @@ def quantize_int8(
             report.layers += roundings is None or slot.name in rounding_by_name
         return report
     handles: list[Any] = []
-    for index, block in enumerate(blocks):
-        inputs: dict[int, Tensor] = {}
-        layers = layer_slots(f"{prefix}.{index}", block, can_be_int8)
-        for slot in layers:
-            handles.append(slot.layer.register_forward_pre_hook(functools.partial(_record_input, inputs)))
-        handles.append(block.register_forward_hook(functools.partial(_quantize_block, layers, inputs, report)))
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with track_progress("quantizing the weights to int8", len(blocks)) as advance:
+        for index, block in enumerate(blocks):
+            inputs: dict[int, Tensor] = {}
+            layers = layer_slots(f"{prefix}.{index}", block, can_be_int8)
+            for slot in layers:
+                handles.append(slot.layer.register_forward_pre_hook(functools.partial(_record_input, inputs)))
+            handles.append(block.register_forward_hook(functools.partial(_quantize_block, layers, inputs, report)))
+            handles.append(block.register_forward_hook(lambda *_, completed=index + 1: advance(completed)))
+        try:
+            with torch.no_grad():
+                run()
+        finally:
+            for handle in handles:
+                handle.remove()
     return report
 
 

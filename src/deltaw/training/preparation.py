@@ -88,7 +88,6 @@ def quantize_weights(
     return quantize_weights_int8(model, examples, identity) if precision == "int8" else ([], [])
 
 
-@track_progress("quantizing the weights to int8")
 def quantize_weights_int8(
     model: PreTrainedModel, examples: Sequence[Any], identity: str | None = None
 ) -> tuple[list[str], list[Rounding]]:
@@ -159,7 +158,6 @@ def _quantize_with_library(model: PreTrainedModel, precision: str, device: str) 
     return [message]
 
 
-@track_progress("rounding the weights to NF4")
 def quantize_weights_nf4(model: PreTrainedModel) -> list[str]:
     """Round the blocks' weights to NF4 and return messages for the user."""
     with torch.no_grad():

@@ -7,7 +7,7 @@
 
 // Increment if a function's arguments, its supported types, or a struct in block.h, blocks.h or decode.h changes. The
 // loader compares it with its expected value.
-const int DW_ABI = 12;
+const int DW_ABI = 13;
 
 #ifdef _WIN32
 #define DW_EXPORT __declspec(dllexport)
@@ -74,6 +74,7 @@ DW_EXPORT int dw_dequantize(int type, int weight_type, const BlockData *weight, 
                             const int64_t *indices,
                             int64_t M, void *out);
 DW_EXPORT int dw_quantize(int type, int64_t M, int64_t K, const void *x, const float *smooth, int in_blocks, uint8_t *out, float *scales);
+DW_EXPORT int dw_quantize_nf4(int type, int64_t rows, int64_t row_blocks, const void *x, const float *bounds, uint8_t *codes, float *maxima);
 
 DW_EXPORT int dw_norm(int type, int64_t M, int64_t D, const void *x, int64_t ld, const void *weight, const void *bias, float offset, float eps,
                       int centered, void *y, float *stats);
