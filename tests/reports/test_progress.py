@@ -10,7 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from deltaw.kernels.busy_machine import Load
 from deltaw.machine.choices import Choice
+from deltaw.reports import progress
 from deltaw.reports.live_line import LiveLine
 from deltaw.reports.progress import TerminalCallback, print_summary
 from deltaw.reports.tables import TerminalOutput
@@ -161,6 +163,32 @@ def test_log_has_plain_progress_lines():
     (last,) = [line for line in output_lines(out) if line.startswith("step 125/125")]
     assert re.fullmatch(r"\S+ \S+  loss 0.5000  mean 0.5000  1,800 tokens/s  [0-9.]+/13.98 GB  0:00 left", last), last
     assert not any("\x1b" in line for line in out.file.getvalue().splitlines())
+
+
+def test_remaining_time_follows_slower_steps_and_other_programs_are_named_once(monkeypatch):
+    out = make_console(terminal=False)
+    callback = make_started_callback(out)
+    callback.on_begin(SimpleNamespace(total_steps=1000, step=0))
+    for number in range(1, 101):
+        callback.on_step(replace(make_step(number), seconds=1.0))
+    assert callback._line.remaining_seconds == pytest.approx(900, rel=0.01)
+    monkeypatch.setattr(progress, "current_watch", lambda: SimpleNamespace(is_busy=True))
+    for number in range(101, 201):
+        callback.on_step(replace(make_step(number), seconds=4.0))
+    assert callback._line.remaining_seconds == pytest.approx(4 * 800, rel=0.1)  # the mean of all steps would be 2 000
+    callback.on_end(None)
+    assert sum("other programs use the CPU" in line for line in output_lines(out)) == 1
+
+
+def test_summary_names_the_load_only_of_a_busy_machine(tmp_path):
+    out = make_console(terminal=False)
+    print_summary(out, make_result(tmp_path))
+    assert "other programs" not in out.file.getvalue()
+    result = make_result(tmp_path, load=Load(200.0, 150.0))
+    print_summary(out, result)
+    text = " ".join(out.file.getvalue().split())
+    assert "other programs: used the CPU for 3 min 20 s; deltaw's threads together waited 2 min 30 s for it" in text
+    assert (result.as_dict()["busy_seconds"], result.as_dict()["waited_seconds"]) == (200.0, 150.0)
 
 
 def make_result(folder, **changes):

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import UserError
-from deltaw.kernels import variants
+from deltaw.kernels import busy_machine, variants
 from deltaw.kernels.arithmetic import TORCH, WEIGHT_TYPES, Arithmetic, default_arithmetic, set_arithmetic
 from deltaw.kernels.processor import processor_flags, second_level_cache
 from deltaw.kernels.variants import Variant
@@ -353,6 +353,9 @@ def open_file(path: Path, variant: Variant) -> LoadedVariant:
         raise UserError(message, location=variants.VARIABLE, hint=f"use another variant, or unset {variants.VARIABLE}")
     if (threads := openmp_functions()) is not None:
         kernels.dw_threads(*threads)
+        parallel, thread_number = threads[:2]
+        if parallel is not None and thread_number is not None:
+            busy_machine.watch_load(parallel.value or 0, thread_number.value or 0)
     if (cache := second_level_cache()) is not None:
         kernels.dw_set_cache(cache)
     note = "compiled kernels run on one thread: torch's OpenMP library was not found"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from rich.live import Live
 from rich.text import Text
 
+from deltaw.kernels.busy_machine import Load, current_watch
 from deltaw.machine.choices import Choice
 from deltaw.machine.memory import resident_bytes
 from deltaw.memory.plan import Plan
@@ -48,6 +50,8 @@ TIGHT_SHARE = 0.9
 # Number of suggested commands and sample answers that are printed. The run's page shows all of them.
 MAX_COMMANDS = 4
 MAX_SAMPLES = 2
+# Speed and remaining time follow the last steps. A step's weight falls to 1/e after this number of seconds.
+SPEED_MEMORY = 120.0
 
 
 def print_summary(console: TerminalOutput, result: Result) -> None:
@@ -108,12 +112,20 @@ def summary_rows(result: Result) -> Iterator[tuple[str, str]]:
         note = "" if predicted is None else f" ({duration(predicted)} predicted)"
         first, *following = time_by_part(result.seconds_by_part, WIDTH - len("time: "), note)
         yield from [("time", first), *(("", line) for line in following)]
+    if result.load.busy_seconds:
+        yield "other programs", load_line(result.load)
     if result.drift is not None:
         first, *following = result.drift.lines()
         yield "drift", first.removeprefix("drift: ")
         for line in following:
             yield "", line.strip()
     yield "adapter", os.fspath(result.output)
+
+
+def load_line(load: Load) -> str:
+    """Return a sentence about other programs that used the CPU during a run."""
+    waited = duration(load.waited_seconds)
+    return f"used the CPU for {duration(load.busy_seconds)}; deltaw's threads together waited {waited} for it"
 
 
 def start_lines(start: RunStart) -> Iterator[str]:
@@ -145,9 +157,10 @@ class TerminalCallback(Callback):
         self._live: Live | None = None
         self._planned: int | None = None
         self._mean: float | None = None
-        self._tokens = 0
+        self._tokens = 0.0
         self._seconds = 0.0
-        self._steps = 0
+        self._steps = 0.0
+        self._named_load = False
         self._last_line_time = time.monotonic()
         self._base: dict[int, str] = {}
         self._first_model = "base model"
@@ -207,15 +220,17 @@ class TerminalCallback(Callback):
         line.value = step.metrics.get("reward", step.loss)
         line.length = step.metrics.get("length")
         self._mean = line.mean = update_mean(self._mean, line.value)
-        self._tokens += step.tokens
-        self._seconds += step.seconds
-        self._steps += 1
+        decay = math.exp(-step.seconds / SPEED_MEMORY)
+        self._tokens = decay * self._tokens + step.tokens
+        self._seconds = decay * self._seconds + step.seconds
+        self._steps = decay * self._steps + 1
         line.step = step.step
         if self._state is not None:
             line.total = self._state.total_steps  # updated during a run with a time budget
         line.tokens_per_second = self._tokens / self._seconds if self._seconds else None
         line.memory = resident_bytes()
         line.remaining_seconds = self._seconds / self._steps * (line.total - step.step)
+        self._name_load()
         if self._live is not None:
             return
         if step.seconds > FIRST_LINE:
@@ -224,6 +239,13 @@ class TerminalCallback(Callback):
         if now - self._last_line_time >= NEXT_LINE or step.step in (1, line.total):
             self._last_line_time = now
             self.on_line(line.log_line(min(WIDTH, self.console.width)))
+
+    def _name_load(self) -> None:
+        """Print once that other programs slow down the run."""
+        watch = current_watch()
+        if watch is not None and watch.is_busy and not self._named_load:
+            self._named_load = True
+            self.on_line("other programs use the CPU, so steps take longer than predicted")
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         if step < self._line.total:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deltaw.kernels.busy_machine import Load
 from deltaw.runs.checkpoints import list_checkpoints
 from deltaw.runs.folder import CHECKPOINT_FOLDER, Run, mapping
 from deltaw.training.drift import Drift
@@ -30,6 +31,7 @@ class Result:
         generation: Verdict on greedy answers before and after training
             (:func:`deltaw.training.monitoring.generation.verdict_of`), empty if they were not compared.
         rewards_differed: False if the rewards never differed, so that they had no effect. None without rewards.
+        load: Effect of other programs on this process during the run.
         earlier: Stored result of a run that was already finished, else None.
     """
 
@@ -52,6 +54,7 @@ class Result:
     resumed_from_step: int | None = None
     checkpoints: Sequence[Path] = ()
     seconds_by_part: Mapping[str, float] = field(default_factory=dict)
+    load: Load = field(default_factory=Load)
     earlier: Mapping[str, Any] | None = None
 
     @classmethod
@@ -117,6 +120,8 @@ class Result:
             "seconds_by_part": dict(self.seconds_by_part),
             "total_seconds": sum(self.seconds_by_part.values()),
             "planned_seconds": self.planned_seconds,
+            "busy_seconds": self.load.busy_seconds,
+            "waited_seconds": self.load.waited_seconds,
             **(self.earlier or {}),
         }
         files = [os.fspath(path) for path in self.checkpoints]

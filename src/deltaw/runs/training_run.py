@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from deltaw.data.row_reader import RunData
 from deltaw.errors import UserError
 from deltaw.hub.loading import LoadedModel
-from deltaw.kernels import loader
+from deltaw.kernels import busy_machine, loader
 from deltaw.lora.attachment import count_parameters
 from deltaw.machine.choices import Choice
 from deltaw.machine.memory import memory_limit_bytes, peak_resident_bytes, release_free_memory
@@ -108,6 +108,7 @@ class TrainingRun:
         self.config = start.config
         self.output = Path(os.path.expanduser(start.requested.output))
         self.clock = PartTimer()
+        self._load_before = busy_machine.load_so_far()
         self.evaluation = Evaluation()
         self.probe_fields: dict[str, Any] = {}
         self._started_at = now()
@@ -370,6 +371,7 @@ class TrainingRun:
             resumed_from_step=self.start.step,
             checkpoints=list_checkpoints(self.output / CHECKPOINT_FOLDER),
             seconds_by_part=self.clock.parts(),
+            load=busy_machine.load_so_far() - self._load_before,
         )
         return self.record.record_result(result)
 
