@@ -238,7 +238,9 @@ class BuildVariants(build_ext):
 def object_of(ext: Extension, source: str) -> tuple[Path, list[str]]:
     """Return the path of a source's object file for a variant, and the compiler's arguments."""
     built = BUILT / Path(ext.variant.file).stem / (Path(source).stem + ".o")
-    return built, [*ext.extra_compile_args, "-MMD", "-c", source]
+    # Only this file contains the digest, so that a change does not recompile the others.
+    digest = [f"-DDW_SOURCES={VARIANTS.source_digest()}"] if Path(source).stem == "abi" else []
+    return built, [*ext.extra_compile_args, *digest, "-MMD", "-c", source]
 
 
 def library_of(ext: Extension) -> tuple[Path, list[str]]:

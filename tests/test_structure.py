@@ -29,7 +29,8 @@ ORDER = (
     *("untrusted_paths", "user_references", "tensor_files", "settings", "kernels", "lora", "machine"),
     *("hub", "runtime", "methods", "data", "memory", "decoding", "training", "acceleration"),
     *("inference", "tasks"),
-    *("runs", "experiments", "export", "serving", "evaluation", "reports", "studio", "cli"),
+    *("runs", "experiments", "export", "serving", "evaluation", "reports", "studio"),
+    *("selftest", "cli"),
     *("", "__main__"),  # the public face
 )
 LEVEL = {package: level for level, package in enumerate(ORDER)}

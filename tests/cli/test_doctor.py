@@ -48,3 +48,7 @@ def test_blocking_problem_exits_with_2_and_valid_json(call, tmp_path):
 def test_unknown_kernels_are_rejected(call, monkeypatch):
     monkeypatch.setenv("DELTAW_KERNELS", "avx1024")
     assert_refused(call("doctor"), "avx1024")
+
+
+def test_self_test_has_no_other_flags(call):
+    assert_refused(call("doctor", "--self-test", "--model", "x"), "--model has no effect on the self-test")

@@ -148,7 +148,7 @@ def mismatched_struct(library: ctypes.CDLL) -> str | None:
 
 
 # Expected result of dw_abi(). Increment it in csrc/kernels.h too when functions or structs change.
-ABI = 13
+ABI = 14
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
 
 # Result and argument types of functions that do not return a status, then the argument types of all functions. See
@@ -162,6 +162,8 @@ _RESULTS: dict[str, tuple[type, list[type]]] = {
     "dw_attention_backward_scratch_size": (_L, [_I, _L, _L, _L, _L, _L]),
     "dw_recurrence_scratch_size": (_L, [_I, _P, *[_L] * 6]),
     "dw_abi": (_I, []),
+    "dw_build_info": (_L, [_P, _L]),
+    "dw_count_threads": (_L, []),
     "dw_struct_layout": (_L, [_I, _P, _L]),
     "dw_scratch_bytes": (_L, [_I]),
     "dw_ready": (_I, []),

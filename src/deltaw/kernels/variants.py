@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import os
 import platform
 import subprocess
@@ -83,6 +84,19 @@ class Variant:
         if self.machine not in ("any", machine_type):
             return [f"the machine type {self.machine} (this is {machine_type})"]
         return [word for word in self.needs if word not in set(flags)]
+
+
+def source_digest() -> str | None:
+    """Return a digest of the kernels' sources, or None in an installation without sources."""
+    files = sorted(file for file in LIST.parent.iterdir() if file.suffix in (".cpp", ".h", ".txt"))
+    if not any(file.suffix == ".cpp" for file in files):
+        return None
+    digest = hashlib.blake2b(digest_size=8)
+    for file in files:
+        content = file.read_bytes()
+        digest.update(f"{file.name} {len(content)} ".encode())
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def machine(name: str | None = None) -> str:

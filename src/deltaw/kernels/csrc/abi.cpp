@@ -1,11 +1,27 @@
 // Struct layouts for the loader to compare before it calls other functions.
+#include <algorithm>
 #include <cstddef>
+#include <cstring>
 
 #include "blocks.h"
 #include "decode.h"
 #include "kernels.h"
 
 int dw_abi() { return DW_ABI; }
+
+#define TEXT_OF(macro) TEXT(macro)
+#define TEXT(value) #value
+#ifndef DW_SOURCES
+#define DW_SOURCES unknown
+#endif
+int64_t dw_build_info(char *into, int64_t capacity) {
+    const char text[] = TEXT_OF(DW_SOURCES) " " __VERSION__;
+    const int64_t size = std::min(capacity, (int64_t)sizeof(text));
+    if (size <= 0) return 0;
+    std::memcpy(into, text, size - 1);
+    into[size - 1] = 0;
+    return size;
+}
 
 // Write the size in bytes of a struct, followed by the offset of each field in order. `index` is 0: Layer, 1: RowNorm,
 // 2: HalfNorms, 3: BlockParts, 4: DecodeLinear, 5: DecodeBlock, 6: DecodeModel, 7: DecodeFactors, 8: DecodeStep, 9:

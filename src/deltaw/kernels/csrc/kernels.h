@@ -7,7 +7,7 @@
 
 // Increment if a function's arguments, its supported types, or a struct in block.h, blocks.h or decode.h changes. The
 // loader compares it with its expected value.
-const int DW_ABI = 13;
+const int DW_ABI = 14;
 
 #ifdef _WIN32
 #define DW_EXPORT __declspec(dllexport)
@@ -24,8 +24,13 @@ extern "C" {
 // Returns DW_ABI.
 DW_EXPORT int dw_abi();
 DW_EXPORT int64_t dw_struct_layout(int arithmetic, int64_t *into, int64_t capacity);
+// Write the digest of the sources (variants.py), or "unknown", and the compiler's version, separated by a space. At most
+// `capacity` bytes are written, including the terminating 0. Returns the number of bytes.
+DW_EXPORT int64_t dw_build_info(char *into, int64_t capacity);
 
 DW_EXPORT int dw_threads(void *parallel, void *thread_number, void *num_threads, void *max_threads);
+// Return the number of threads that run the parts of a kernel at the same time. Takes up to a second per missing thread.
+DW_EXPORT int64_t dw_count_threads();
 // Write the names of features that an x86 processor and the system support, as in Linux's /proc/cpuinfo, separated by
 // spaces. Empty on other processors. At most `capacity` bytes are written, including the terminating 0. Returns the
 // number of bytes.

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <chrono>
+#include <mutex>
 #include <new>
+#include <set>
 #include <thread>
 
 #include "kernels.h"
@@ -140,6 +142,26 @@ int64_t average_rows(int64_t rows) { return rows == scope_rows ? scope_average :
 int64_t max_rows(int64_t rows) { return rows == scope_rows ? (int64_t)(scope_average * MAX_SHARE) + ROW_ALIGNMENT : rows; }
 
 }  // namespace deltaw
+
+int64_t dw_count_threads() {
+    const double TIMEOUT = 1;  // seconds
+    std::mutex mutex;
+    std::set<std::thread::id> arrived;
+    deltaw::in_parallel([&](int, int parts) {
+        const double start = deltaw::seconds_now();
+        for (bool is_first = true;; is_first = false) {
+            {
+                std::lock_guard<std::mutex> lock(mutex);
+                if (is_first) arrived.insert(std::this_thread::get_id());
+                if ((int)arrived.size() == parts) return;
+            }
+            // A thread that runs several parts would wait for itself.
+            if (deltaw::seconds_now() - start > TIMEOUT) return;
+            std::this_thread::yield();
+        }
+    });
+    return (int64_t)arrived.size();
+}
 
 int dw_threads(void *parallel, void *thread_number, void *num_threads, void *max_threads) {
 #ifndef DW_OWN_THREADS
