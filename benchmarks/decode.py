@@ -1,6 +1,7 @@
 """Decoding speed of deltaw's engine, llama.cpp (through xllamacpp) and transformers' ``generate``.
 
     python benchmarks/decode.py [--model lfm2.5-350m] [--rounds 5] [--threads N] [--prompts 1 16]
+    python benchmarks/decode.py --model llama-3.1-8b --precision nf4 --folder /data/models --adapter runs/large
 
 Every side is a process that loads its model once. Rounds are interleaved: the sides generate ``--new`` tokens per
 prompt one after another. Prompts have about ten tokens and are not repeated. Terminators are ignored. Tokens per second
@@ -8,7 +9,9 @@ are the new tokens divided by the time until the last text is complete. Prints m
 the rounds' ratios to llama.cpp, which depends less on other load.
 
 ``smollm2`` is SmolLM2-135M from the same file for all sides: its Q4_1 GGUF file, which llama.cpp uses directly and
-deltaw converts to int8. Other models have random weights: Q8_0 for llama.cpp, int8 for deltaw.
+deltaw converts to int8. Other models have random weights: Q8_0 for llama.cpp, int8 for deltaw. Models of ``models.py``
+are Q4_0 files for llama.cpp, and bf16 folders for deltaw, which converts them to ``--precision``. ``--adapter`` is a run
+of such a model, whose adapter deltaw applies.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from machine import print_machine
+from models import SHAPES, write_model
 from step_models import MODELS, SMOLLM2, config_of
 
 SIDES = ("deltaw", "llama.cpp", "transformers")
@@ -35,13 +39,15 @@ Run = Callable[[list[list[int]], int], int]  # (prompts, new tokens per prompt) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(MODELS), default="smollm2")
+    parser.add_argument("--model", choices=[*MODELS, *SHAPES], default="smollm2")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--new", type=int, default=128, help="new tokens per prompt")
     parser.add_argument("--precision", default="int8", help="precision of deltaw's weights")
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
+    parser.add_argument("--folder", type=Path, default=None, help="folder of the models of models.py, which remain there")
+    parser.add_argument("--adapter", type=Path, default=None, help="run folder of deltaw's side")
     parser.add_argument("--json", type=Path, default=None, help="write tokens per second of each round to this file")
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -49,14 +55,24 @@ def main() -> None:
         run_side(*options.side, options)
         return
     with tempfile.TemporaryDirectory() as folder:
-        reference = SMOLLM2 if options.model == "smollm2" else random_model(options.model, Path(folder))
-        results = compare(options, reference)
+        results = compare(options, references(options, Path(folder)))
     print_machine(options.threads)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
 
 
-def compare(options: argparse.Namespace, reference: str) -> dict[int, dict[str, list[float]]]:
+def references(options: argparse.Namespace, scratch: Path) -> dict[str, str]:
+    """Return the model of each side."""
+    if options.model in SHAPES:
+        folder = options.folder or scratch
+        stored = str(write_model(options.model, folder / f"{options.model}-bf16", "bf16"))
+        file = str(write_model(options.model, folder / f"{options.model}-q4_0.gguf", "q4_0"))
+        return {"deltaw": str(options.adapter or stored), "llama.cpp": file, "transformers": stored}
+    reference = SMOLLM2 if options.model == "smollm2" else random_model(options.model, scratch)
+    return dict.fromkeys(SIDES, reference)
+
+
+def compare(options: argparse.Namespace, models: dict[str, str]) -> dict[int, dict[str, list[float]]]:
     """Start every side and let them generate alternately. Return tokens per second by number of prompts, side and
     round.
     """
@@ -64,7 +80,7 @@ def compare(options: argparse.Namespace, reference: str) -> dict[int, dict[str, 
     env = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     sides = {
         name: subprocess.Popen(
-            [sys.executable, __file__, "--side", name, reference, *shared, "--prompts", *map(str, options.prompts)],
+            [sys.executable, __file__, "--side", name, models[name], *shared, "--prompts", *map(str, options.prompts)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -176,7 +192,8 @@ def deltaw_side(reference: str, options: argparse.Namespace) -> tuple[str, Run]:
 def llama_side(reference: str, options: argparse.Namespace) -> tuple[str, Run]:
     import xllamacpp
 
-    path = next(Path(reference).glob("*.gguf")) if reference != SMOLLM2 else smollm2_file()
+    path = smollm2_file() if reference == SMOLLM2 else Path(reference)
+    path = next(path.glob("*.gguf")) if path.is_dir() else path
     max_prompts = max(options.prompts)
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
