@@ -46,7 +46,9 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="new tokens per prompt")
     parser.add_argument("--precision", default="int8", help="precision of deltaw's weights")
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
-    parser.add_argument("--folder", type=Path, default=None, help="folder of the models of models.py, which remain there")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="folder of the models of models.py, which remain there"
+    )
     parser.add_argument("--adapter", type=Path, default=None, help="run folder of deltaw's side")
     parser.add_argument("--json", type=Path, default=None, help="write tokens per second of each round to this file")
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)

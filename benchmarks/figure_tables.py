@@ -6,14 +6,16 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-# Models of the table "sizes" by the file with their speed.
+# Models of the table "sizes" by the file with their speed, and the side of this file.
 SIZES = {
-    "SmolLM2-135M": "step",
-    "Qwen2.5-0.5B": "step-qwen2.5-0.5b",
-    "Llama-3.2-1B": "step-llama-3.2-1b",
-    "Llama-3.2-3B": "step-llama-3.2-3b",
-    "Qwen3-8B": "",
+    "SmolLM2-135M": ("step", "deltaw-auto"),
+    "Qwen2.5-0.5B": ("step-qwen2.5-0.5b", "deltaw-auto"),
+    "Llama-3.2-1B": ("large", "deltaw llama-3.2-1b nf4"),
+    "Llama-3.2-3B": ("large", "deltaw llama-3.2-3b nf4"),
+    "Llama-3.1-8B": ("large", "deltaw llama-3.1-8b nf4"),
+    "Qwen3-8B": ("large", "deltaw qwen3-8b nf4"),
 }
+STEP_FILES = [file for file, _ in SIZES.values() if file.startswith("step")]
 Rows = Iterator[Sequence[str]]
 
 
@@ -77,6 +79,28 @@ def embeddings_table(results: dict[str, list[dict[str, Any]]]) -> Rows:
         yield name, speed, times(rates, name, "sentence-transformers"), gigabytes(runs, "peak")
 
 
+LARGE_HEAD = ("side", "peak", "planned", "step", "planned", "tokens/s", "of the limit", "1,000 rows", "run, planned")
+
+
+def large_row(result: dict[str, Any]) -> Sequence[str]:
+    """Return a row of the table of large models. A planned value is followed by its error."""
+    peak = result["peak"]
+    step = result["step"]
+    cells = [result["side"], f"{peak / 1e9:.2f} GB", "", f"{step:.1f} s", "", f"{result['tokens_per_second']:.1f}", ""]
+    cells += [f"{result['total'] / 60:.0f} min", ""]
+    if "planned_peak" in result:
+        cells[2] = f"{result['planned_peak'] / 1e9:.2f} GB, {result['planned_peak'] / peak - 1:+.1%}"
+        cells[4] = f"{result['planned_step']:.1f} s, {result['planned_step'] / step - 1:+.0%}"
+        cells[6] = f"{result['limit_seconds'] / step:.0%}"
+        cells[8] = f"{result['planned_run'] / result['run'] - 1:+.0%}"
+    return cells
+
+
+def large_table(results: list[dict[str, Any]]) -> Rows:
+    yield LARGE_HEAD
+    yield from map(large_row, results)
+
+
 def memory_table(rows: list[dict[str, Any]]) -> Rows:
     yield "run", "planned", "measured", "error"
     errors = []
@@ -138,7 +162,7 @@ def fits_table(rows: list[list[str]]) -> Rows:
     yield from rows
 
 
-TABLES: dict[str, Callable[[Any], Rows]] = dict.fromkeys(filter(None, SIZES.values()), step_table) | {
+TABLES: dict[str, Callable[[Any], Rows]] = dict.fromkeys(STEP_FILES, step_table) | {
     name.removesuffix("_table"): function for name, function in list(globals().items()) if name.endswith("_table")
 }
 

@@ -1,6 +1,6 @@
 """Measure this machine, and insert the measured figures into README and the pages in docs.
 
-    python benchmarks/figures.py                # measure everything, then insert: about two hours on 2 cores
+    python benchmarks/figures.py                # measure everything, then insert: about five hours on 2 cores
     python benchmarks/figures.py step sft       # measure only these
     python benchmarks/figures.py --insert       # measure nothing
     python benchmarks/figures.py --check        # exit with status 1 if a page differs from the files
@@ -39,7 +39,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "step": ("step.py", "--in-turns", "--steps", "16"),
     **{
         f"step-{model}": ("step.py", "--model", model, "--sides", "deltaw-auto", "--repeats", "1")
-        for model in ("qwen2.5-0.5b", "llama-3.2-1b", "llama-3.2-3b")
+        for model in ("qwen2.5-0.5b",)
     },
     "sft": ("sft.py", "--repeats", "1", "--batch-sizes", "16"),
     "decode": ("decode.py", "--rounds", "3"),
@@ -54,6 +54,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "memory": ("memory.py", "--set", "tasks", "--only", "^(gpt2|bert|roberta|qwen3|smollm2 +lora +batch_size=4) "),
     "times": ("times.py", "--held-out"),
     "fits": ("fits.py",),
+    "large": ("large.py", "llama-3.2-1b:nf4", "llama-3.2-1b:bf16", "llama-3.2-1b:int8", "llama-3.2-1b:q4_k",
+              "llama-3.2-1b:peft-bf16", "llama-3.2-1b:peft-nf4", "llama-3.2-3b:nf4", "llama-3.1-8b:nf4", "qwen3-8b:nf4"),
 }  # fmt: skip
 TABLE = re.compile(r"<!-- figures: (\S+) -->\n.*?<!-- /figures -->", re.DOTALL)
 VALUE = re.compile(r"<!-- figure: (\S+) (.+?) -->.*?<!-- /figure -->")
@@ -141,11 +143,19 @@ def sizes() -> str:
     """Return a table of the planned memory and the training time of some models, from several files."""
     plans = {row[0]: row[1:] for row in stored("fits")["results"]}
     rows = [["model", "bf16", "nf4", "1,000 rows of 256 tokens"]]
-    for model, file in SIZES.items():
-        speed = median_of(stored(file)["results"]["deltaw-auto"], "tokens_per_second") if file else 0
-        time = f"{256_000 / speed / 60:,.0f} min" if speed else "not measured"
-        rows.append([model, *plans[model][:2], time])
+    for model, (file, side) in SIZES.items():
+        results = stored(file)["results"]
+        if file == "large":
+            seconds = next(result["total"] for result in results if result["side"] == side)
+        else:
+            seconds = 256_000 / median_of(results[side], "tokens_per_second")
+        rows.append([model, *plans[model][:2], long_time(seconds)])
     return markdown(rows)
+
+
+def long_time(seconds: float) -> str:
+    """Return minutes, or hours from two hours on."""
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def markdown(rows: Sequence[Sequence[Any]]) -> str:

@@ -1,15 +1,14 @@
 """LoRA training of models with 1 to 8 billion parameters: memory and time against the plan, and beside PEFT.
 
     python benchmarks/large.py llama-3.1-8b:nf4 qwen3-8b:nf4                 # 20 measured steps each
-    python benchmarks/large.py llama-3.2-1b:bf16 llama-3.2-1b:q4_k --peft bf16 nf4
+    python benchmarks/large.py llama-3.2-1b:bf16 llama-3.2-1b:q4_k llama-3.2-1b:peft-bf16 llama-3.2-1b:peft-nf4
 
-A case is a model of ``models.py`` and its stored precision. ``int8`` and ``nf4`` start from a bf16 folder, which the
-run quantizes, and ``q4_k`` from a GGUF file. Models are written to ``--folder`` and removed when no other case needs
-them.
+A case is a model of ``models.py`` and its precision. ``int8`` and ``nf4`` start from a bf16 folder, which the run
+quantizes, and ``q4_k`` from a GGUF file. Models are written to ``--folder`` and removed after the model's last case.
 Each step trains on 4 rows of 256 random words, with LoRA rank 16 on all linear layers. The first step is a warm-up.
 Peaks are resident memory of the whole process. The limit of the machine is the time of a step's operations at the rate
-of one product of bf16 matrices of the model's size. PEFT computes in bf16, over bitsandbytes' NF4 for ``nf4``, with
-gradient checkpointing. Every side runs in its own process.
+of one product of bf16 matrices of the model's size. PEFT computes in bf16 with gradient checkpointing, over bitsandbytes' NF4
+in ``peft-nf4``. Every side runs in its own process.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from figure_tables import LARGE_HEAD, large_row
 from machine import print_machine
 from models import SHAPES, write_model
 
@@ -35,6 +35,8 @@ TOKENS = 256
 ROWS = 1000
 RANK = 16
 PEFT_STEPS = 3
+# Formats of models.py from which a precision starts.
+STORED = {"bf16": "bf16", "int8": "bf16", "nf4": "bf16", "q4_k": "q4_k", "peft-bf16": "bf16", "peft-nf4": "nf4"}
 WORDS = ("river", "stone", "cloud", "seven", "winter", "paper", "green", "north", "glass", "music", "bridge", "lamp")
 
 
@@ -42,56 +44,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="+", metavar="MODEL:PRECISION")
     parser.add_argument("--steps", type=int, default=20, help="measured steps after the first")
-    parser.add_argument("--peft", nargs="*", default=[], choices=["bf16", "nf4"], help="also run PEFT, for each model")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "deltaw-large")
     parser.add_argument("--keep", action="store_true", help="do not remove the models")
-    parser.add_argument("--json", type=Path, default=None, help="append the results to this file, one line per side")
+    parser.add_argument("--json", type=Path, default=None, help="append the results to the list in this file")
     args = parser.parse_args()
     cases = [tuple(case.split(":")) for case in args.cases]
     for name, precision in cases:
-        if name not in SHAPES or precision not in ("bf16", "int8", "nf4", "q4_k"):
+        if name not in SHAPES or precision not in STORED:
             parser.error(f"unknown case {name}:{precision}")
     args.folder.mkdir(parents=True, exist_ok=True)
     print_machine()
-    print("| side | peak | planned | step | planned | tokens/s | of the limit | 1,000 rows |", flush=True)
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
+    print("|", " | ".join(LARGE_HEAD), "|", flush=True)
+    print(f"| --- |{' ---: |' * (len(LARGE_HEAD) - 1)}", flush=True)
     names = list(dict.fromkeys(name for name, _ in cases))
     for name in names:
         written = {}
         for _, precision in (case for case in cases if case[0] == name):
-            source = model_file(args.folder, name, precision, written)
-            report(args, deltaw_side(args, name, precision, source))
-        for precision in args.peft:
-            kind = "bf16" if precision == "bf16" else "stored-nf4"
-            report(args, peft_side(args, name, precision, model_file(args.folder, name, kind, written)))
+            kind = STORED[precision]
+            path = args.folder / (f"{name}.gguf" if kind == "q4_k" else f"{name}-{kind}")
+            written[kind] = write_model(name, path, kind)
+            side = peft_side if precision.startswith("peft") else deltaw_side
+            report(args, side(args, name, precision, path))
         if not args.keep:
             for path in written.values():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def model_file(folder: Path, name: str, precision: str, written: dict[str, Path]) -> Path:
-    """Return the folder or file that a case starts from, and write it if it does not exist."""
-    kind = {"q4_k": "q4_k", "stored-nf4": "nf4"}.get(precision, "bf16")
-    path = folder / (f"{name}.gguf" if kind == "q4_k" else f"{name}-{kind}")
-    written[kind] = write_model(name, path, kind)
-    return path
-
-
 def report(args: argparse.Namespace, result: dict[str, Any]) -> None:
     """Print a line of the table, and store the result."""
-    planned_peak = result.get("planned_peak")
-    peak_error = f"{planned_peak / 1e9:.2f} GB ({planned_peak / result['peak'] - 1:+.1%})" if planned_peak else ""
-    planned_step = result.get("planned_step")
-    step_error = f"{planned_step:.1f} s ({planned_step / result['step'] - 1:+.0%})" if planned_step else ""
-    share = f"{result['limit_seconds'] / result['step']:.0%}" if "limit_seconds" in result else ""
-    cells = (
-        result["side"], f"{result['peak'] / 1e9:.2f} GB", peak_error, f"{result['step']:.1f} s", step_error,
-        f"{BATCH * TOKENS / result['step']:.1f}", share, f"{result['total'] / 60:.0f} min",
-    )  # fmt: skip
-    print("|", " | ".join(cells), "|", flush=True)
+    print("|", " | ".join(large_row(result)), "|", flush=True)
     if args.json:
-        with args.json.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
+        results = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else []
+        args.json.write_text(json.dumps([*results, result], indent=1), encoding="utf-8")
 
 
 def deltaw_side(args: argparse.Namespace, name: str, precision: str, source: Path) -> dict[str, Any]:
@@ -122,6 +106,7 @@ def deltaw_side(args: argparse.Namespace, name: str, precision: str, source: Pat
         "peak": max(peak, result["peak_memory_bytes"]),
         "planned_peak": result["planned_memory_bytes"],
         "step": step,
+        "tokens_per_second": BATCH * TOKENS / step,
         "planned_step": plan["seconds_per_step"],
         "steps": len(seconds) - 1,
         "limit_seconds": plan["operations_per_step"] / product_rate(SHAPES[name].hidden, SHAPES[name].mlp),
@@ -137,11 +122,19 @@ def deltaw_side(args: argparse.Namespace, name: str, precision: str, source: Pat
 
 
 def peft_side(args: argparse.Namespace, name: str, precision: str, source: Path) -> dict[str, Any]:
-    job = json.dumps({"folder": str(source), "precision": precision, "vocabulary": SHAPES[name].vocabulary})
+    """Train with PEFT and return the results."""
+    job = json.dumps({"folder": str(source), "vocabulary": SHAPES[name].vocabulary})
     result, peak, wall = measured([sys.executable, os.path.abspath(__file__), "--side", job])
     step = statistics.median(result["seconds"][1:])
     total = wall - sum(result["seconds"]) + ROWS // BATCH * step
-    return {"side": f"PEFT {name} {precision}", "peak": peak, "step": step, "steps": PEFT_STEPS, "total": total}
+    return {
+        "side": f"PEFT {name} {precision.removeprefix('peft-')}",
+        "peak": peak,
+        "step": step,
+        "tokens_per_second": BATCH * TOKENS / step,
+        "steps": PEFT_STEPS,
+        "total": total,
+    }
 
 
 def train_peft(job: dict[str, Any]) -> None:

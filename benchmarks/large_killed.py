@@ -124,7 +124,7 @@ class Launch:
             if self._process.poll() is not None:
                 sys.exit(f"the run ended before phase {phase}: {self._text[-3000:]}")
             elapsed = time.monotonic() - self._started
-            if phase == "loading" and elapsed > quantizing * (0.5 + 0.4 * share):
+            if phase == "loading" and elapsed > quantizing * (0.2 + 0.4 * share):
                 break
             if phase == "quantization" and self.quantizing:
                 time.sleep(1 + 3 * share)
@@ -147,7 +147,9 @@ class Launch:
     def _count_steps(self) -> int:
         if not self._metrics.exists():
             return 0
-        return sum("loss" in json.loads(line) for line in self._metrics.read_text().splitlines(True) if line[-1] == "\n")
+        return sum(
+            "loss" in json.loads(line) for line in self._metrics.read_text().splitlines(True) if line[-1] == "\n"
+        )
 
     def _read(self) -> None:
         """Collect the output, and record when quantization is first shown."""
