@@ -10,8 +10,8 @@ the rounds' ratios to llama.cpp, which depends less on other load.
 
 ``smollm2`` is SmolLM2-135M from the same file for all sides: its Q4_1 GGUF file, which llama.cpp uses directly and
 deltaw converts to int8. Other models have random weights: Q8_0 for llama.cpp, int8 for deltaw. Models of ``models.py``
-are Q4_0 files for llama.cpp, and bf16 folders for deltaw, which converts them to ``--precision``. ``--adapter`` is a run
-of such a model, whose adapter deltaw applies.
+are Q4_0 files for llama.cpp, and bf16 folders for deltaw, which converts them to ``--precision``. With the run folder
+``--adapter`` of such a model, deltaw applies its adapter.
 """
 
 from __future__ import annotations

@@ -37,10 +37,7 @@ FOLDER = ROOT / "docs" / "figures"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMANDS: dict[str, tuple[str, ...]] = {
     "step": ("step.py", "--in-turns", "--steps", "16"),
-    **{
-        f"step-{model}": ("step.py", "--model", model, "--sides", "deltaw-auto", "--repeats", "1")
-        for model in ("qwen2.5-0.5b",)
-    },
+    "step-qwen2.5-0.5b": ("step.py", "--model", "qwen2.5-0.5b", "--sides", "deltaw-auto", "--repeats", "1"),
     "sft": ("sft.py", "--repeats", "1", "--batch-sizes", "16"),
     "decode": ("decode.py", "--rounds", "3"),
     "preferences": ("preferences.py", "--data", "headlines", "--pairs", "32", "--repeats", "1", "--sides",
@@ -55,7 +52,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "times": ("times.py", "--held-out"),
     "fits": ("fits.py",),
     "large": ("large.py", "llama-3.2-1b:nf4", "llama-3.2-1b:bf16", "llama-3.2-1b:int8", "llama-3.2-1b:q4_k",
-              "llama-3.2-1b:peft-bf16", "llama-3.2-1b:peft-nf4", "llama-3.2-3b:nf4", "llama-3.1-8b:nf4", "qwen3-8b:nf4"),
+              "llama-3.2-1b:peft-bf16", "llama-3.2-1b:peft-nf4", "llama-3.2-3b:nf4", "llama-3.1-8b:nf4",
+              "qwen3-8b:nf4"),
 }  # fmt: skip
 TABLE = re.compile(r"<!-- figures: (\S+) -->\n.*?<!-- /figures -->", re.DOTALL)
 VALUE = re.compile(r"<!-- figure: (\S+) (.+?) -->.*?<!-- /figure -->")

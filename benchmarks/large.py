@@ -7,8 +7,8 @@ A case is a model of ``models.py`` and its precision. ``int8`` and ``nf4`` start
 quantizes, and ``q4_k`` from a GGUF file. Models are written to ``--folder`` and removed after the model's last case.
 Each step trains on 4 rows of 256 random words, with LoRA rank 16 on all linear layers. The first step is a warm-up.
 Peaks are resident memory of the whole process. The limit of the machine is the time of a step's operations at the rate
-of one product of bf16 matrices of the model's size. PEFT computes in bf16 with gradient checkpointing, over bitsandbytes' NF4
-in ``peft-nf4``. Every side runs in its own process.
+of one product of bf16 matrices of the model's size. PEFT computes in bf16 with gradient checkpointing, over
+bitsandbytes' NF4 in ``peft-nf4``. Every side runs in its own process.
 """
 
 from __future__ import annotations
