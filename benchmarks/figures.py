@@ -1,6 +1,6 @@
 """Measure this machine, and insert the measured figures into README and the pages in docs.
 
-    python benchmarks/figures.py                # measure everything, then insert: about five hours on 2 cores
+    python benchmarks/figures.py                # measure everything, then insert: about four hours on 2 cores
     python benchmarks/figures.py step sft       # measure only these
     python benchmarks/figures.py --insert       # measure nothing
     python benchmarks/figures.py --check        # exit with status 1 if a page differs from the files

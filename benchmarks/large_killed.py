@@ -136,12 +136,12 @@ class Launch:
                 time.sleep(0.05 * share)
                 break
             time.sleep(POLL)
-        if phase == "loading" and self.quantizing:
-            sys.exit("the run quantized weights before it could be killed while loading")
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
         self._reader.join()
         os.close(self._terminal)
+        if phase == "loading" and self.quantizing:
+            sys.exit("the run quantized weights before it could be killed while loading")
         return time.monotonic() - self._started
 
     def _count_steps(self) -> int:

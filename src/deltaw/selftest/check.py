@@ -1,4 +1,4 @@
-"""Result of a check."""
+"""The result type of all checks."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Check:
-    """A check that was made.
+    """Result of one check.
 
     Attributes:
-        name: What was checked.
-        problem: What failed, or None if it passed.
-        note: Details of a check that passed.
+        name: Name of the check.
+        problem: Description of the failure, or None if the check passed.
+        note: Details if the check passed.
     """
 
     name: str

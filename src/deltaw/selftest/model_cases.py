@@ -1,4 +1,4 @@
-"""Gradients of a model, whose transformer blocks are one call of the kernels each."""
+"""Gradients of a model. Each transformer block is one call of the kernels."""
 
 from __future__ import annotations
 
